@@ -1,0 +1,47 @@
+"""When second moments are gathered: while a fit is set up, before anything is wrapped."""
+
+from typing import Literal, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from nowag_pl.lit.datamodule import TokenDataModule
+from nowag_pl.lit.module import LitCausalLM
+from nowag_pl.lit.trainer import is_compressing
+
+
+class ModelCalibration(Callback):
+    """Gather the second moments of every linear's input, block by block.
+
+    Args:
+        num_sequences: calibration sequences of data.seq_len tokens each, at random places of the calibration text.
+        seed: which places.
+        mode: "dense" for the inputs that linears have in the dense model, as in the paper; "propagated" for those
+            they have behind the blocks that are compressed already.
+        batch_size: sequences that pass a block together on each device; less memory where it is smaller.
+    """
+
+    def __init__(
+        self,
+        num_sequences: int = 128,
+        seed: int = 0,
+        mode: Literal["dense", "propagated"] = "dense",
+        batch_size: int = 8,
+    ) -> None:
+        for name, value in {"num_sequences": num_sequences, "batch_size": batch_size}.items():
+            if value < 1:
+                raise ValueError(f"Expected calibration.{name} of at least 1, but got {value}.")
+        self.num_sequences = num_sequences
+        self.seed = seed
+        self.mode: Literal["dense", "propagated"] = mode
+        self.batch_size = batch_size
+        self._done = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Calibrate, once, if this run compresses."""
+        module = cast(LitCausalLM, pl_module)
+        if self._done or module.run is None or not is_compressing(trainer, stage):
+            return
+        data = cast(TokenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        windows = data.calibration_windows(self.num_sequences, self.seed)
+        module.run.calibrate(windows, self.mode, self.seed, self.batch_size)
+        self._done = True

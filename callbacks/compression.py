@@ -1,0 +1,47 @@
+"""When linears are compressed: while a fit is set up, after calibration, before anything is wrapped."""
+
+from typing import Any, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from nowag_pl.compressors import Compressor, NoWagPruner
+from nowag_pl.lit.module import LitCausalLM
+from nowag_pl.lit.trainer import is_compressing
+
+_DEFAULT = NoWagPruner()
+
+
+class ModelCompression(Callback):
+    """Compress every linear of every decoder block by one method.
+
+    Args:
+        compressor: the method, by class_path and init_args: NoWagPruner, NoWagQuantizer, WandaPruner,
+            MagnitudePruner, or any class with their `compress`. null: compress nothing.
+    """
+
+    def __init__(self, compressor: Compressor | None = _DEFAULT) -> None:
+        self.compressor = compressor
+        self._done = False
+        self._logged = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Compress, once, and let the module build its model from the result."""
+        module = cast(LitCausalLM, pl_module)
+        if self._done or module.run is None or self.compressor is None or not is_compressing(trainer, stage):
+            return
+        module.run.compress(self.compressor)
+        module.assemble = module.run.assemble
+        self._done = True
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log every linear once, with the block as the step, so that depth is the horizontal axis."""
+        module = cast(LitCausalLM, pl_module)
+        if not self._done or self._logged or module.run is None or not trainer.is_global_zero:
+            return
+        for row in module.run.statistics():
+            linear = row["name"].partition(f".{row['block']}.")[2]
+            keys = ("loss", "sparsity", "bits_per_weight", "codebook_use")
+            scalars: dict[str, Any] = {f"{key}/{linear}": row[key] for key in keys if key in row}
+            for logger in trainer.loggers:
+                logger.log_metrics(scalars, step=row["block"])
+        self._logged = True

@@ -1,0 +1,33 @@
+"""When the result is written as a model folder: after the last validation of a fit."""
+
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from nowag_pl.lit.module import LitCausalLM
+from nowag_pl.models.checkpoint import save_compressed
+
+_log = logging.getLogger("nowag_pl")
+
+
+class ModelExport(Callback):
+    """Write the compressed (or trained) model to <run_dir>/export.
+
+    Args:
+        enabled: whether to write it.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the folder on rank zero, at the end of a fit."""
+        module = cast(LitCausalLM, pl_module)
+        last = getattr(trainer, "is_last_validation", False)
+        if not (self.enabled and last and trainer.is_global_zero and module.run_dir):
+            return
+        folder = Path(module.run_dir) / "export"
+        save_compressed(cast(Any, module.model), folder, source=module.checkpoint.path)
+        _log.info("Model written to %s", folder)

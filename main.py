@@ -1,0 +1,121 @@
+"""Compress a language model and measure what it lost.
+
+python main.py fit                                        the embedded model, NoWag-P 50 %, perplexity
+python main.py fit --config configs/method/nowag_vq_2bit_small.yaml
+python main.py fit --model.path <folder or hub id> --config configs/data/wikitext2_c4.yaml
+python main.py validate --model.path <folder or hub id>   perplexity of a dense or compressed model
+"""
+
+import argparse
+import logging
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import DefaultHelpFormatter
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from callbacks.calibration import ModelCalibration
+from callbacks.compression import ModelCompression
+from callbacks.export import ModelExport
+from callbacks.reporting import ModelReport
+from nowag_pl.lit.datamodule import TokenDataModule
+from nowag_pl.lit.module import LitCausalLM
+from nowag_pl.lit.trainer import CompressionTrainer
+
+CALLBACKS = {
+    "calibration": ModelCalibration,
+    "compression": ModelCompression,
+    "report": ModelReport,
+    "export": ModelExport,
+}
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the lines of the description."""
+
+
+class CompressionCLI(LightningCLI):
+    """LightningCLI with a group for each stage and a run directory."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the groups of the stages."""
+        for group, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, group)
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="folder of artefacts, logs and report; the same command goes on in it where it was. "
+            "null: runs/<model>-<method>",
+        )
+        parser.link_arguments("run_dir", "model.run_dir")
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Offer what this project does."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+            "validate": {"model", "dataloaders", "datamodule", "verbose", "weights_only"},
+        }
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the run directory."""
+        config = self.config[self.subcommand]
+        if config.run_dir is None:
+            config.run_dir = str(Path("runs") / _run_name(config, str(self.subcommand)))
+        config.model.run_dir = config.run_dir
+        if config.trainer.default_root_dir is None:
+            config.trainer.default_root_dir = config.run_dir
+
+
+def _run_name(config: Any, subcommand: str) -> str:
+    """Name a run after its model and method."""
+    model = Path(config.model.path).name
+    compressor = config.compression.compressor
+    if subcommand != "fit":
+        method = subcommand
+    elif compressor is None:
+        method = "dense"
+    else:
+        values = [str(value) for value in (compressor.get("init_args") or {}).values() if value is not None]
+        method = "-".join([compressor.class_path.rpartition(".")[2], *values])
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", f"{model}-{method}").strip("_")
+
+
+def main(args: ArgsType = None) -> CompressionCLI:
+    """Parse the command line and run it."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("nowag_pl").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
+    warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
+    return CompressionCLI(
+        LitCausalLM,
+        TokenDataModule,
+        trainer_class=CompressionTrainer,
+        trainer_defaults={"max_epochs": 0, "use_distributed_sampler": False, "num_sanity_val_steps": 0},
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={
+            "description": __doc__,
+            "formatter_class": _Formatter,
+            **{
+                name: {"usage": f"main.py {name} [--config FILE ...] [--GROUP.NAME VALUE ...]"}
+                for name in CompressionCLI.subcommands()
+            },
+        },
+        auto_configure_optimizers=False,
+        args=args,
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("NOWAG_PL_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}\n(NOWAG_PL_TRACEBACK=1 shows where)")

@@ -1,0 +1,37 @@
+"""Compress Llama-family language models: normalised pruning and vector quantization, under PyTorch Lightning."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nowag_pl.compressors import MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner
+    from nowag_pl.models.checkpoint import load_compressed, save_compressed
+    from nowag_pl.modules import SecondMoment
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "MagnitudePruner": "nowag_pl.compressors",
+    "NoWagPruner": "nowag_pl.compressors",
+    "NoWagQuantizer": "nowag_pl.compressors",
+    "SecondMoment": "nowag_pl.modules",
+    "WandaPruner": "nowag_pl.compressors",
+    "load_compressed": "nowag_pl.models.checkpoint",
+    "save_compressed": "nowag_pl.models.checkpoint",
+}
+__all__ = [
+    "MagnitudePruner",
+    "NoWagPruner",
+    "NoWagQuantizer",
+    "SecondMoment",
+    "WandaPruner",
+    "load_compressed",
+    "save_compressed",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names when they are first used, so that `import nowag_pl` costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,7 @@
+"""Compression methods: one linear in, one compressed module out."""
+
+from nowag_pl.compressors.baselines import MagnitudePruner, WandaPruner
+from nowag_pl.compressors.nowag import NoWagPruner, NoWagQuantizer
+from nowag_pl.compressors.protocol import Compressor
+
+__all__ = ["Compressor", "MagnitudePruner", "NoWagPruner", "NoWagQuantizer", "WandaPruner"]

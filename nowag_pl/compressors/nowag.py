@@ -1,0 +1,109 @@
+"""NoWag-P and NoWag-VQ (arXiv:2504.14569)."""
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nowag_pl.compressors.protocol import check_inputs
+from nowag_pl.compressors.pruner import Pruner
+from nowag_pl.functional.kmeans import weighted_kmeans
+from nowag_pl.functional.normalization import normalize
+from nowag_pl.functional.pruning import keep_structured, nowag_scores
+from nowag_pl.modules import VQLinear
+
+
+@dataclass(frozen=True)
+class NoWagPruner(Pruner):
+    """NoWag-P: keep the largest `h_j W_bar_ij^2` of the normalised weight.
+
+    Args:
+        sparsity: fraction of the weights to remove, in [0, 1). null: 0.5, unless a pattern says it.
+        pattern: (N, M) to keep N of every M consecutive weights of a row, such as [2, 4]. null: no pattern.
+        structured: remove whole "rows" (output channels) or "columns" (input channels). null: single weights.
+    """
+
+    structured: Literal["rows", "columns"] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the settings.
+
+        Raises:
+            ValueError: as :class:`Pruner`, or both pattern and structured are given.
+        """
+        super().__post_init__()
+        if self.structured not in (None, "rows", "columns"):
+            raise ValueError(f"Expected structured to be 'rows', 'columns' or null, but got {self.structured!r}.")
+        if self.structured and self.pattern:
+            raise ValueError(f"Expected pattern or structured, but got {self.pattern} and {self.structured!r}.")
+
+    def scores(self, weight: Tensor, second_moment: Tensor) -> Tensor:
+        """Return NoWag-P's importance, `[out, in]`."""
+        return nowag_scores(normalize(weight).weight, second_moment)
+
+    def keep(self, scores: Tensor) -> Tensor:
+        """Return the mask, `[out, in]`."""
+        if self.structured is None:
+            return super().keep(scores)
+        assert self.sparsity is not None
+        return keep_structured(scores, self.sparsity, dim=0 if self.structured == "rows" else 1)
+
+
+@dataclass(frozen=True)
+class NoWagQuantizer:
+    """NoWag-VQ: weighted k-means over subvectors of the rows of the normalised weight.
+
+    Args:
+        subvector_dim: weights per codeword (d). Rows that it does not divide are padded with weightless zeros.
+        codebook_size: number of codewords (k) of each linear. Codes cost log2(k) / d bits per weight.
+        seed: seed of the k-means++ start.
+        max_iters: Lloyd iterations at the most.
+        tolerance: stop when an iteration lowers the loss by less than this fraction; 0 to stop only when the codes
+            settle.
+    """
+
+    subvector_dim: int = 6
+    codebook_size: int = 4096
+    seed: int = 0
+    max_iters: int = 100
+    tolerance: float = 1e-4
+
+    def __post_init__(self) -> None:
+        """Check the settings.
+
+        Raises:
+            ValueError: a number is out of its range.
+        """
+        for name, least in {"subvector_dim": 1, "codebook_size": 1, "max_iters": 0, "tolerance": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"Expected {name} of at least {least}, but got {getattr(self, name)}.")
+
+    @torch.no_grad()
+    def compress(self, linear: nn.Linear, second_moment: Tensor) -> nn.Module:
+        """Quantize one linear; see :class:`~nowag_pl.compressors.protocol.Compressor`."""
+        check_inputs(linear, second_moment)
+        normalized = normalize(linear.weight)
+        dim, out_features = self.subvector_dim, linear.out_features
+        num_groups = ceil(linear.in_features / dim)
+        padding = (0, num_groups * dim - linear.in_features)
+        points = F.pad(normalized.weight, padding).view(-1, dim)  # [out * groups, d]
+        weights = F.pad(second_moment.to(points.device), padding).view(num_groups, dim).repeat(out_features, 1)
+        fit = weighted_kmeans(
+            points,
+            weights,
+            self.codebook_size,
+            torch.Generator().manual_seed(self.seed),
+            max_iters=self.max_iters,
+            tolerance=self.tolerance,
+        )
+        return VQLinear(
+            fit.codebook,
+            fit.codes.view(out_features, num_groups),
+            normalized.in_scale,
+            normalized.out_scale,
+            linear.bias,
+            linear.weight.dtype,
+        )

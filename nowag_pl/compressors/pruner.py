@@ -1,0 +1,64 @@
+"""What the pruning methods share: settings, checks, and the module that they make."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nowag_pl.compressors.protocol import check_inputs
+from nowag_pl.functional.pruning import check_pattern, check_sparsity, keep_largest, keep_n_of_m
+from nowag_pl.modules import MaskedLinear
+
+DEFAULT_SPARSITY = 0.5
+
+
+@dataclass(frozen=True)
+class Pruner(ABC):
+    """Remove the weights with the smallest scores.
+
+    Args:
+        sparsity: fraction of the weights to remove, in [0, 1). null: 0.5, unless a pattern says it.
+        pattern: (N, M) to keep N of every M consecutive weights of a row, such as [2, 4]. null: no pattern.
+    """
+
+    sparsity: float | None = None
+    pattern: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the settings.
+
+        Raises:
+            ValueError: sparsity is outside of [0, 1), the pattern is no (N, M), or both are given.
+        """
+        if self.pattern is not None:
+            object.__setattr__(self, "pattern", tuple(self.pattern))
+            check_pattern(self.pattern)
+            if self.sparsity is not None:
+                raise ValueError(
+                    f"Expected sparsity or pattern, but got sparsity {self.sparsity} and pattern {self.pattern}. "
+                    "The pattern says how much is removed: set sparsity to null."
+                )
+        elif self.sparsity is None:
+            object.__setattr__(self, "sparsity", DEFAULT_SPARSITY)
+        if self.sparsity is not None:
+            check_sparsity(self.sparsity)
+
+    @torch.no_grad()
+    def compress(self, linear: nn.Linear, second_moment: Tensor) -> nn.Module:
+        """Prune one linear; see :class:`~nowag_pl.compressors.protocol.Compressor`."""
+        check_inputs(linear, second_moment)
+        scores = self.scores(linear.weight, second_moment.to(linear.weight.device))
+        keep = self.keep(scores)
+        return MaskedLinear(linear.weight, keep, linear.bias, self.pattern)
+
+    @abstractmethod
+    def scores(self, weight: Tensor, second_moment: Tensor) -> Tensor:
+        """Return the importance of each weight, `[out, in]`."""
+
+    def keep(self, scores: Tensor) -> Tensor:
+        """Return the mask `[out, in]`; without a pattern, scores are compared over the whole matrix."""
+        if self.pattern is not None:
+            return keep_n_of_m(scores, self.pattern)
+        assert self.sparsity is not None
+        return keep_largest(scores.reshape(1, -1), self.sparsity).view(scores.shape)

@@ -1,0 +1,1 @@
+"""Text sources, tokenising, windows, cache."""

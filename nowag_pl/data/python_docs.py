@@ -1,0 +1,77 @@
+"""A text that every machine with Python has: the language reference and the docstrings, read at run time.
+
+Documents are the topics of :mod:`pydoc_data.topics` and, for every module of a package, its docstrings. They are
+read from source files, so nothing is imported or executed. One document in ten, chosen by the hash of its
+name, is held out for evaluation; the choice does not change between machines.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import sysconfig
+import tokenize
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+STANDARD_LIBRARY = "stdlib"
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
+_MIN_CHARACTERS = 200  # shorter documents are stubs
+
+
+def python_docs(split: Literal["train", "eval"], packages: Sequence[str] = (STANDARD_LIBRARY,)) -> Iterator[str]:
+    """Yield documents in a fixed order.
+
+    Args:
+        split: "eval" for the held-out tenth, "train" for the rest.
+        packages: names of installed packages; "stdlib" stands for the standard library and the topics.
+
+    Raises:
+        ValueError: a package is not installed.
+    """
+    seen: set[bytes] = set()  # some docstrings stand in dozens of modules: the first keeps it, whatever its split
+    for package in packages:
+        for name, document in _documents(package):
+            paragraphs = []
+            for docstring in document:
+                digest = hashlib.sha256(docstring.encode()).digest()
+                if digest not in seen:
+                    seen.add(digest)
+                    paragraphs.append(docstring)
+            text = "\n\n".join(paragraphs)
+            held_out = hashlib.sha256(name.encode()).digest()[0] < 26  # 26 of 256
+            if held_out == (split == "eval") and len(text) >= _MIN_CHARACTERS:
+                yield text
+
+
+def _documents(package: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield (name, docstrings) for the topics and modules of a package."""
+    if package == STANDARD_LIBRARY:
+        from pydoc_data.topics import topics
+
+        yield from ((f"topic {name}", [text]) for name, text in sorted(topics.items()))
+        root = Path(sysconfig.get_path("stdlib"))
+    else:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise ValueError(f"Expected an installed Python package, but got {package!r}.")
+        root = Path(spec.origin).parent
+    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
+        relative = path.relative_to(root)
+        if not _SKIPPED_FOLDERS.intersection(relative.parts):
+            yield f"{package} {relative.as_posix()}", _docstrings(path)
+
+
+def _docstrings(path: Path) -> list[str]:
+    """Return the docstrings of a source file in their order, or nothing where it does not parse."""
+    try:
+        with tokenize.open(path) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # other people's escape sequences
+            tree = ast.parse(file.read())
+    except (SyntaxError, UnicodeDecodeError, OSError, ValueError):
+        return []
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))
+    return [docstring for node in nodes if (docstring := ast.get_docstring(node))]

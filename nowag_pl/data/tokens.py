@@ -1,0 +1,117 @@
+"""Text to tokens to windows, by the protocol of the compression papers.
+
+Documents are joined by a blank line and tokenised once, with a beginning-of-sequence token at the very start where
+the tokenizer has one. Evaluation cuts the stream into whole windows and drops the tail; calibration takes windows
+at random places.
+"""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nowag_pl.files import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+_CACHE_VERSION = "1"
+
+
+def tokenize(documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase", cache_dir: Path | None = None) -> Tensor:
+    """Join documents by a blank line and tokenise them once.
+
+    Args:
+        documents: texts.
+        tokenizer: the model's tokenizer. Its beginning-of-sequence token, if any, comes first.
+        cache_dir: folder in which the tokens are kept under the hash of text and tokenizer. None keeps nothing.
+
+    Returns:
+        Token ids `[num_tokens]`, int32.
+    """
+    text = "\n\n".join(documents)
+    cached = None if cache_dir is None else cache_dir / f"{_digest(text, tokenizer)}.safetensors"
+    if cached is not None and cached.exists():
+        try:
+            return read_tensors(cached)[0]["tokens"]
+        except ValueError:
+            _log.warning("Tokenising again: the cached file %s is damaged.", cached)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id, *ids]
+    tokens = torch.tensor(ids, dtype=torch.int32)
+    if cached is not None:
+        try:
+            write_tensors(cached, {"tokens": tokens})
+        except OSError as error:
+            _log.warning("Tokens are not cached: %s", error)
+    return tokens
+
+
+def _digest(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Hash all that decides the tokens."""
+    digest = hashlib.sha256(_CACHE_VERSION.encode())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    description = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    for part in (description, str(tokenizer.bos_token_id), text):
+        digest.update(hashlib.sha256(part.encode("utf-8", "surrogatepass")).digest())
+    return digest.hexdigest()
+
+
+def tokens_digest(tokens: Tensor) -> str:
+    """Return the SHA-256 of token ids, equal for equal ids of any integer type."""
+    return hashlib.sha256(tokens.to(torch.int32).contiguous().numpy().tobytes()).hexdigest()
+
+
+def whole_windows(tokens: Tensor, seq_len: int) -> Tensor:
+    """Cut a token stream into consecutive windows and drop the tail.
+
+    Args:
+        tokens: `[num_tokens]`.
+        seq_len: tokens per window.
+
+    Returns:
+        `[num_windows, seq_len]`, at least one window.
+
+    Raises:
+        ValueError: there are fewer tokens than one window.
+    """
+    _require_one_window(tokens, seq_len)
+    num_windows = len(tokens) // seq_len
+    return tokens[: num_windows * seq_len].view(num_windows, seq_len)
+
+
+def random_windows(tokens: Tensor, seq_len: int, num_sequences: int, seed: int) -> Tensor:
+    """Take windows at uniformly random places of a token stream.
+
+    Args:
+        tokens: `[num_tokens]`.
+        seq_len: tokens per window.
+        num_sequences: windows to take; they may overlap.
+        seed: the same seed gives the same windows on every rank and machine.
+
+    Returns:
+        `[num_sequences, seq_len]`.
+
+    Raises:
+        ValueError: there are fewer tokens than one window, or `num_sequences` is not positive.
+    """
+    _require_one_window(tokens, seq_len)
+    if num_sequences < 1:
+        raise ValueError(f"Expected num_sequences of at least 1, but got {num_sequences}.")
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(tokens) - seq_len + 1, (num_sequences, 1), generator=generator)
+    return tokens[starts + torch.arange(seq_len)]  # [num_sequences, seq_len]
+
+
+def _require_one_window(tokens: Tensor, seq_len: int) -> None:
+    if len(tokens) < seq_len:
+        raise ValueError(
+            f"Expected text of at least seq_len = {seq_len} tokens, but got {len(tokens)}. "
+            "Give more text or a smaller data.seq_len."
+        )

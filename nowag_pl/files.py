@@ -1,0 +1,118 @@
+"""Files that are either whole or absent: temporary file, fsync, rename."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it over `path`.
+
+    Args:
+        path: the file to create or replace. Its folder is created.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full. `path` is then what it was before.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"Could not write {path} ({error.strerror or error}). What was finished before is intact; "
+            "free space or choose another folder, and run the same command again",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    _fsync_folder(path.parent)
+
+
+def _fsync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power cut, where the platform can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as indented JSON, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
+    """Write named tensors as one safetensors file, atomically.
+
+    Args:
+        path: the file to create or replace.
+        tensors: name to tensor, on any device.
+        metadata: name to any JSON value; kept in the file's header.
+    """
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {name: json.dumps(value) for name, value in (metadata or {}).items()}
+    with replacing(path) as temporary:
+        try:
+            save_file(contiguous, temporary, header)
+        except SafetensorError as error:  # its I/O errors do not derive from OSError
+            raise OSError(None, str(error)) from error
+
+
+def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`write_tensors` wrote.
+
+    Returns:
+        The tensors by name, and the metadata.
+
+    Raises:
+        ValueError: the file is not a whole safetensors file.
+    """
+    with _opened(path, device) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, _metadata(file)  # noqa: SIM118
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Read only the metadata of what :func:`write_tensors` wrote.
+
+    Raises:
+        ValueError: the file is not a whole safetensors file.
+    """
+    with _opened(path, "cpu") as file:
+        return _metadata(file)
+
+
+@contextmanager
+def _opened(path: Path, device: torch.device | str) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            yield file
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"Expected {path} to be a whole safetensors file, but got: {error}. It is missing, damaged or cut short; "
+            "delete it and run the same command again."
+        ) from error
+
+
+def _metadata(file: Any) -> dict[str, Any]:
+    return {name: json.loads(value) for name, value in (file.metadata() or {}).items()}

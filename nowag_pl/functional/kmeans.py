@@ -1,0 +1,187 @@
+"""K-means with a weight per coordinate: k-means++ start and Lloyd's iterations.
+
+The objective is `sum_i sum_j w_ij (x_ij - c_{code(i), j})^2` (NoWag-VQ, arXiv:2504.14569, section on vector
+quantization). Up to a constant of the point, its distance to a codeword is a scalar product,
+`[w_i, w_i x_i] . [c^2, -2 c]`, so that an assignment is one matrix multiplication, done in chunks of points.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+CPU_CHUNK_SIZE = 1024  # points whose distances stay in the cache
+CUDA_CHUNK_SIZE = 32768
+START_POINTS_PER_CODEWORD = 64  # the start is drawn from a random sample of at most so many points
+
+
+class KMeansResult(NamedTuple):
+    """A codebook and the codeword of every point."""
+
+    codebook: Float[Tensor, "k d"]
+    codes: Int[Tensor, "n"]
+    loss: float
+    num_iters: int
+
+
+class _Points(NamedTuple):
+    """Points as the algorithm uses them."""
+
+    features: Tensor  # [n, 2 d]: w, w x
+    offset: Tensor  # [n]: sum_j w x^2, what the scalar product leaves out
+
+
+def weighted_kmeans(
+    points: Float[Tensor, "n d"],
+    weights: Float[Tensor, "n d"],
+    num_codewords: int,
+    generator: torch.Generator,
+    max_iters: int = 100,
+    tolerance: float = 0.0,
+    codebook: Float[Tensor, "k d"] | None = None,
+    chunk_size: int | None = None,
+) -> KMeansResult:
+    """Fit a codebook and codes.
+
+    Iterations stop when no code changes, when the loss falls by less than `tolerance` of itself, or after
+    `max_iters`. Codewords that no point uses are put on the worst represented points.
+
+    Args:
+        points: points, float32.
+        weights: non-negative weight of each coordinate of each point, float32. Where a codeword's points have no
+            weight in a coordinate, that coordinate does not move.
+        num_codewords: k, at most n.
+        generator: source of randomness of the k-means++ start, on the CPU.
+        max_iters: updates of the codebook at the most.
+        tolerance: least relative gain of the loss to go on; 0 to go on until the codes settle.
+        codebook: start from these codewords instead of k-means++.
+        chunk_size: points whose k distances are in memory at a time. None: 1024 on a CPU, 32768 elsewhere.
+
+    Returns:
+        Codebook `[k, d]`, codes `[n]` (int64), the loss of exactly this pair, and the updates done.
+
+    Raises:
+        ValueError: there are fewer points than codewords.
+    """
+    if num_codewords > len(points):
+        raise ValueError(
+            f"Expected at most as many codewords as subvectors, but got {num_codewords} codewords for "
+            f"{len(points)} subvectors. Use a smaller codebook_size."
+        )
+    chunk_size = chunk_size or (CPU_CHUNK_SIZE if points.device.type == "cpu" else CUDA_CHUNK_SIZE)
+    weighted = weights * points
+    prepared = _Points(torch.cat([weights, weighted], dim=1), (weighted * points).sum(dim=1))
+    if codebook is None:
+        codebook = kmeans_plus_plus(points, weights, num_codewords, generator)
+    codes, distances = _assign(prepared, codebook, chunk_size)
+    loss = _total(distances)
+    num_iters = 0
+    while num_iters < max_iters:
+        candidate = _update(prepared, codes, codebook, distances)
+        new_codes, new_distances = _assign(prepared, candidate, chunk_size)
+        new_loss = _total(new_distances)
+        if new_loss > loss:  # only rounding can do this: the last pair is as good as it gets
+            break
+        num_iters += 1
+        settled = bool((new_codes == codes).all()) or loss - new_loss <= tolerance * loss
+        codebook, codes, distances, loss = candidate, new_codes, new_distances, new_loss
+        if settled:
+            break
+    return KMeansResult(codebook, codes, loss, num_iters)
+
+
+def kmeans_plus_plus(
+    points: Float[Tensor, "n d"],
+    weights: Float[Tensor, "n d"],
+    num_codewords: int,
+    generator: torch.Generator,
+) -> Float[Tensor, "k d"]:
+    """Choose starting codewords among the points, each with probability proportional to its weighted distance.
+
+    Args:
+        points: points; at most 64 per codeword, chosen at random, are considered.
+        weights: weight of each coordinate of each point.
+        num_codewords: k.
+        generator: source of randomness, on the CPU.
+
+    Returns:
+        Codewords `[k, d]`.
+    """
+    sample_size = START_POINTS_PER_CODEWORD * num_codewords
+    if len(points) > sample_size:
+        sample = torch.randperm(len(points), generator=generator)[:sample_size].sort().values.to(points.device)
+        points, weights = points[sample], weights[sample]
+    draws = torch.rand(num_codewords, generator=generator, dtype=torch.float64).to(points.device)
+    weighted = weights * points
+    features = torch.cat([weights, weighted], dim=1)
+    offset = (weighted * points).sum(dim=1)
+    distances = torch.ones_like(offset)  # equal chances for the first
+    chosen = []
+    for draw in draws:
+        cumulative = distances.cumsum(0, dtype=torch.float64)
+        index = torch.searchsorted(cumulative, draw * cumulative[-1], right=True).clamp(max=len(points) - 1)
+        codeword = points[index]
+        chosen.append(codeword)
+        new = (offset + features @ _codeword_features(codeword[None]).squeeze(1)).clamp(min=0)
+        distances = new if len(chosen) == 1 else torch.minimum(distances, new)
+    return torch.stack(chosen)
+
+
+def _codeword_features(codebook: Tensor) -> Tensor:
+    """Return `[2 d, k]`: c^2, -2 c."""
+    return torch.cat([codebook.square(), -2 * codebook], dim=1).T
+
+
+def _assign(points: _Points, codebook: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """Return the nearest codeword of every point and its distance, `[n]` and `[n]`."""
+    num_points, num_codewords = len(points.offset), len(codebook)
+    group_size = _argmin_group(num_codewords)
+    right = _codeword_features(codebook).contiguous()
+    codes = torch.empty(num_points, dtype=torch.int64, device=codebook.device)
+    nearest = torch.empty(num_points, dtype=codebook.dtype, device=codebook.device)
+    products = torch.empty(min(chunk_size, num_points), num_codewords, dtype=codebook.dtype, device=codebook.device)
+    for start in range(0, num_points, chunk_size):
+        left = points.features[start : start + chunk_size]
+        chunk = torch.mm(left, right, out=products[: len(left)])
+        stop = start + len(left)
+        nearest[start:stop], codes[start:stop] = _row_minima(chunk, group_size)
+    return codes, (nearest + points.offset).clamp_(min=0)
+
+
+def _argmin_group(num_columns: int) -> int:
+    """Return the largest power of two up to 64 that divides a number of columns."""
+    return min(num_columns & -num_columns, 64)
+
+
+def _row_minima(matrix: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Return the minimum of each row and its column.
+
+    Minima without indices are several times faster on a CPU than an argmin, so the row is first reduced to the
+    minima of `group_size` interleaved groups; only the winning group is searched.
+    """
+    rows = matrix.view(len(matrix), -1, group_size)  # [n, k / g, g]
+    group = rows.amin(dim=1).argmin(dim=1)  # [n]
+    members = rows.gather(2, group[:, None, None].expand(-1, rows.shape[1], 1)).squeeze(2)  # [n, k / g]
+    minimum, member = members.min(dim=1)
+    return minimum, member * group_size + group
+
+
+def _update(points: _Points, codes: Tensor, codebook: Tensor, distances: Tensor) -> Tensor:
+    """Return weighted means of the points of each codeword; unused codewords go to the worst represented points."""
+    dim = codebook.shape[1]
+    sums = points.features.new_zeros(len(codebook), 2 * dim)
+    sums.index_add_(0, codes, points.features)
+    mass, moment = sums[:, :dim], sums[:, dim:]
+    updated = torch.where(mass > 0, moment / mass.clamp(min=torch.finfo(mass.dtype).tiny), codebook)
+    unused = (torch.bincount(codes, minlength=len(codebook)) == 0).nonzero().squeeze(1)
+    if len(unused):
+        worst = distances.topk(len(unused)).indices
+        point_mass, point_moment = points.features[worst].split(dim, dim=1)
+        seeds = point_moment / point_mass.clamp(min=torch.finfo(mass.dtype).tiny)
+        updated[unused] = torch.where(point_mass > 0, seeds, codebook[unused])
+    return updated
+
+
+def _total(distances: Tensor) -> float:
+    return float(distances.sum(dtype=torch.float64))

@@ -1,0 +1,36 @@
+"""The layer-wise objective of NoWag (arXiv:2504.14569): activation-weighted error of the normalised weight."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def normalized_loss(
+    weight: Float[Tensor, "out in"],
+    reconstruction: Float[Tensor, "out in"],
+    second_moment: Float[Tensor, "in"],
+) -> float:
+    """Return `sum_ij h_j (W_bar_ij - W_bar_hat_ij)^2` divided by its value at `W_bar_hat = 0`.
+
+    Args:
+        weight: normalised weight W_bar.
+        reconstruction: compressed normalised weight W_bar_hat.
+        second_moment: h, mean of the squared input of each column.
+
+    Returns:
+        0 for an exact reconstruction, 1 for nothing kept; 0 where the weight itself counts for nothing.
+
+    Example:
+        >>> import torch
+        >>> normalized_loss(torch.ones(1, 2), torch.tensor([[1.0, 0.0]]), torch.tensor([3.0, 1.0]))
+        0.25
+    """
+    total = _weighted_sum_of_squares(weight, second_moment)
+    if total == 0:
+        return 0.0
+    return _weighted_sum_of_squares(weight - reconstruction, second_moment) / total
+
+
+def _weighted_sum_of_squares(matrix: Tensor, column_weights: Tensor) -> float:
+    columns = matrix.float().square().sum(dim=0, dtype=torch.float64)  # [in]
+    return float(columns @ column_weights.double())

@@ -1,0 +1,161 @@
+"""Integers of any width in bytes, and N:M masks as the number of their combination.
+
+Bits are little-endian: value i fills bits `i * bits` to `(i + 1) * bits - 1` of the byte string, lowest bit first.
+"""
+
+from functools import lru_cache
+from itertools import combinations
+from math import ceil, comb
+
+import torch
+from jaxtyping import Bool, Int, UInt8
+from torch import Tensor
+
+_SLOTS = 8  # eight values of b bits fill b bytes
+MAX_BITS = 24
+MAX_TABLE_GROUP = 16  # wider groups are stored as plain bits
+
+
+def code_bits(num_codes: int) -> int:
+    """Return the bits that hold any of `num_codes` values: `ceil(log2(num_codes))`.
+
+    Example:
+        >>> code_bits(4096), code_bits(6), code_bits(1)
+        (12, 3, 0)
+    """
+    return (num_codes - 1).bit_length()
+
+
+def pack(values: Int[Tensor, "n"] | UInt8[Tensor, "n"], bits: int) -> UInt8[Tensor, "bytes"]:
+    """Pack integers into bytes.
+
+    Args:
+        values: integers in [0, 2^bits).
+        bits: width of a value, 0 to 24.
+
+    Returns:
+        `ceil(n * bits / 8)` bytes.
+
+    Raises:
+        ValueError: `bits` is out of range, or a value does not fit.
+
+    Example:
+        >>> import torch
+        >>> pack(torch.tensor([1, 2, 3]), bits=4).tolist()
+        [33, 3]
+    """
+    _check_bits(bits)
+    if len(values) and not 0 <= int(values.min()) <= int(values.max()) < 2**bits:
+        raise ValueError(f"Expected values in [0, 2^{bits}), but got up to {int(values.max())}.")
+    slots = torch.nn.functional.pad(values.to(torch.int32), (0, -len(values) % _SLOTS)).view(-1, _SLOTS)
+    packed = torch.zeros(len(slots), bits, dtype=torch.int32, device=values.device)  # [n / 8, bits]
+    for slot in range(_SLOTS if bits else 0):
+        byte, shift = divmod(slot * bits, 8)
+        word = slots[:, slot] << shift
+        for offset in range(ceil((shift + bits) / 8)):
+            packed[:, byte + offset] |= (word >> (8 * offset)) & 0xFF
+    return packed.to(torch.uint8).flatten()[: ceil(len(values) * bits / 8)]
+
+
+def unpack(packed: UInt8[Tensor, "bytes"], bits: int, count: int) -> Int[Tensor, "n"]:
+    """Undo :func:`pack`.
+
+    Args:
+        packed: bytes.
+        bits: width of a value.
+        count: number of values.
+
+    Returns:
+        Integers `[count]`, int32.
+
+    Raises:
+        ValueError: `bits` is out of range, or the number of bytes does not belong to `count` values.
+    """
+    _check_bits(bits)
+    if len(packed) != ceil(count * bits / 8):
+        raise ValueError(
+            f"Expected {ceil(count * bits / 8)} bytes for {count} values of {bits} bits, but got {len(packed)}."
+        )
+    rows = ceil(count / _SLOTS)
+    if bits == 0:
+        return torch.zeros(count, dtype=torch.int32, device=packed.device)
+    table = torch.nn.functional.pad(packed, (0, rows * bits - len(packed))).view(rows, bits)
+    columns = table.to(torch.int32).unbind(dim=1)
+    values = torch.empty(rows, _SLOTS, dtype=torch.int32, device=packed.device)
+    for slot in range(_SLOTS):
+        byte, shift = divmod(slot * bits, 8)
+        word = columns[byte]
+        for offset in range(1, ceil((shift + bits) / 8)):
+            word = word | (columns[byte + offset] << (8 * offset))
+        values[:, slot] = (word >> shift) & (2**bits - 1)
+    return values.flatten()[:count]
+
+
+def pattern_bits(pattern: tuple[int, int]) -> int:
+    """Return the bits that tell which N of M weights are kept: `ceil(log2(C(M, N)))`, or M for groups over 16.
+
+    Example:
+        >>> pattern_bits((2, 4)), pattern_bits((4, 8)), pattern_bits((1, 4))
+        (3, 7, 2)
+    """
+    num_kept, group_size = pattern
+    return group_size if group_size > MAX_TABLE_GROUP else code_bits(comb(group_size, num_kept))
+
+
+def pack_keep(keep: Bool[Tensor, "out in"], pattern: tuple[int, int] | None = None) -> UInt8[Tensor, "bytes"]:
+    """Pack a mask: one bit per weight, or :func:`pattern_bits` per group of an N:M pattern.
+
+    Args:
+        keep: mask, True where a weight is kept.
+        pattern: (N, M) if the mask has exactly N kept in every M weights.
+
+    Raises:
+        ValueError: the mask does not follow the pattern.
+    """
+    if pattern is None:
+        return pack(keep.flatten().to(torch.uint8), bits=1)
+    groups = keep.reshape(-1, pattern[1])
+    if (groups.sum(dim=1) != pattern[0]).any():
+        raise ValueError(f"Expected a mask with {pattern[0]} kept of every {pattern[1]} weights.")
+    if pattern[1] > MAX_TABLE_GROUP:
+        return pack(groups.flatten().to(torch.uint8), bits=1)
+    _, number_of = _pattern_tables(pattern)
+    powers = 2 ** torch.arange(pattern[1], device=keep.device)
+    return pack(number_of.to(keep.device)[(groups * powers).sum(dim=1)], pattern_bits(pattern))
+
+
+def unpack_keep(
+    packed: UInt8[Tensor, "bytes"], shape: tuple[int, int], pattern: tuple[int, int] | None = None
+) -> Bool[Tensor, "out in"]:
+    """Undo :func:`pack_keep`.
+
+    Args:
+        packed: bytes.
+        shape: (out, in).
+        pattern: as given to :func:`pack_keep`.
+
+    Raises:
+        ValueError: the number of bytes does not belong to the shape.
+    """
+    count = shape[0] * shape[1]
+    if pattern is None or pattern[1] > MAX_TABLE_GROUP:
+        return unpack(packed, 1, count).bool().view(shape)
+    masks, _ = _pattern_tables(pattern)
+    numbers = unpack(packed, pattern_bits(pattern), count // pattern[1])
+    return masks.to(packed.device)[numbers].view(shape)
+
+
+@lru_cache
+def _pattern_tables(pattern: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return masks `[C(M, N), M]` in lexicographic order, and the number of each mask by its bits `[2^M]`."""
+    num_kept, group_size = pattern
+    kept = torch.tensor(list(combinations(range(group_size), num_kept)))  # [C, N]
+    masks = torch.zeros(len(kept), group_size, dtype=torch.bool).scatter_(1, kept, True)
+    number_of = torch.zeros(2**group_size, dtype=torch.int64)
+    number_of[(masks * 2 ** torch.arange(group_size)).sum(dim=1)] = torch.arange(len(masks))
+    return masks, number_of
+
+
+def _check_bits(bits: int) -> None:
+    if not 0 <= bits <= MAX_BITS:
+        raise ValueError(f"Expected bits in [0, {MAX_BITS}], but got {bits}.")

@@ -1,0 +1,1 @@
+"""Lightning lives here: the module, the data, the metrics, the trainer."""

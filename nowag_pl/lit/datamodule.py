@@ -1,0 +1,195 @@
+"""Tokens for calibration, training and evaluation."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
+
+from nowag_pl.data.python_docs import STANDARD_LIBRARY, python_docs
+from nowag_pl.data.sources import HubDataset, read_text_file
+from nowag_pl.data.tokens import random_windows, tokenize, whole_windows
+from nowag_pl.models.loading import Checkpoint
+
+_log = logging.getLogger(__name__)
+DEFAULT_SEQ_LEN_LIMIT = 2048
+BUILT_IN_EVAL = "python-docs"
+
+
+class TokenDataModule(LightningDataModule):
+    """Text for calibration, training and evaluation, cut into windows of equal length.
+
+    Without any files or datasets the text is the documentation of Python's standard library, read from this
+    machine. Calibration and training share their text; evaluation never does unless you say so.
+
+    Args:
+        calibration_files: UTF-8 text files to calibrate (and train) on.
+        eval_files: UTF-8 text files to measure perplexity on, by the name they get in the report.
+        calibration_dataset: Hugging Face dataset to calibrate (and train) on, instead of files.
+        eval_datasets: Hugging Face datasets to measure perplexity on, by name.
+        python_packages: installed packages whose docstrings are the built-in text; "stdlib" is Python's own library.
+        seq_len: tokens per window. null: the model's maximum, or 2048 where that is less.
+        eval_batch_size: windows evaluated at a time on each device.
+        train_batch_size: windows per training step on each device.
+        max_eval_windows: evaluate only the first windows of each text. null: all.
+        cache_dir: folder for tokens, kept under a hash of text and tokenizer. null: nowag_pl in the user's cache.
+    """
+
+    def __init__(
+        self,
+        calibration_files: list[str] | None = None,
+        eval_files: dict[str, str] | None = None,
+        calibration_dataset: HubDataset | None = None,
+        eval_datasets: dict[str, HubDataset] | None = None,
+        python_packages: list[str] | None = None,
+        seq_len: int | None = None,
+        eval_batch_size: int = 8,
+        train_batch_size: int = 8,
+        max_eval_windows: int | None = None,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        if calibration_files and calibration_dataset:
+            raise ValueError("Expected data.calibration_files or data.calibration_dataset, but got both.")
+        for name, value in {
+            "seq_len": seq_len,
+            "eval_batch_size": eval_batch_size,
+            "train_batch_size": train_batch_size,
+            "max_eval_windows": max_eval_windows,
+        }.items():
+            least = 2 if name == "seq_len" else 1
+            if value is not None and value < least:
+                raise ValueError(f"Expected data.{name} of at least {least}, but got {value}.")
+        self.calibration_files = calibration_files or []
+        self.calibration_dataset = calibration_dataset
+        self.eval_files = eval_files or {}
+        self.eval_datasets = eval_datasets or {}
+        self.python_packages = python_packages or [STANDARD_LIBRARY]
+        self._seq_len = seq_len
+        self.eval_batch_size = eval_batch_size
+        self.train_batch_size = train_batch_size
+        self.max_eval_windows = max_eval_windows
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else _user_cache()
+        self._calibration_tokens: Tensor | None = None
+        self.eval_windows: dict[str, Tensor] = {}  # name: [num_windows, seq_len]
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The model that the text is tokenised for."""
+        return self.trainer.lightning_module.checkpoint  # type: ignore[union-attr, return-value]
+
+    @property
+    def eval_names(self) -> list[str]:
+        """Names of the evaluation texts in their order."""
+        return [*self.eval_files, *self.eval_datasets] or [BUILT_IN_EVAL]
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens per window.
+
+        Raises:
+            ValueError: it is longer than the model's context.
+        """
+        longest = self.checkpoint.max_seq_len
+        if self._seq_len is None:
+            return min(longest or DEFAULT_SEQ_LEN_LIMIT, DEFAULT_SEQ_LEN_LIMIT)
+        if longest is not None and self._seq_len > longest:
+            raise ValueError(
+                f"Expected data.seq_len of at most {longest}, the context of {self.checkpoint.path}, "
+                f"but got {self._seq_len}."
+            )
+        return self._seq_len
+
+    def prepare_data(self) -> None:
+        """Tokenise everything once, on one process, into the cache."""
+        if self._seq_len is None and (self.checkpoint.max_seq_len or self.seq_len + 1) > self.seq_len:
+            _log.warning(
+                "data.seq_len is not given: using %d tokens, less than the model's maximum of %s.",
+                self.seq_len,
+                self.checkpoint.max_seq_len,
+            )
+        self.setup()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the tokens of every text."""
+        if self.eval_windows:
+            return
+        seq_len = self.seq_len
+        for name in self.eval_names:
+            windows = whole_windows(self._tokenize(self._eval_documents(name)), seq_len)
+            self.eval_windows[name] = windows[: self.max_eval_windows]
+
+    def _eval_documents(self, name: str) -> Sequence[str]:
+        if name in self.eval_files:
+            return [read_text_file(self.eval_files[name])]
+        if name in self.eval_datasets:
+            return self.eval_datasets[name].documents()
+        return list(python_docs("eval"))
+
+    def _calibration_documents(self) -> Sequence[str]:
+        if self.calibration_files:
+            return [read_text_file(path) for path in self.calibration_files]
+        if self.calibration_dataset is not None:
+            return self.calibration_dataset.documents()
+        return list(python_docs("train", self.python_packages))
+
+    def _tokenize(self, documents: Sequence[str]) -> Tensor:
+        return tokenize(documents, self.checkpoint.tokenizer, self.cache_dir)
+
+    @property
+    def calibration_tokens(self) -> Tensor:
+        """The token stream for calibration and training, `[num_tokens]`."""
+        if self._calibration_tokens is None:
+            self._calibration_tokens = self._tokenize(self._calibration_documents())
+        return self._calibration_tokens
+
+    def calibration_windows(self, num_sequences: int, seed: int) -> Tensor:
+        """Return calibration sequences `[num_sequences, seq_len]`, the same on every rank."""
+        return random_windows(self.calibration_tokens, self.seq_len, num_sequences, seed)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return shuffled windows of the calibration text, `{"tokens": [batch, seq_len]}`."""
+        windows = whole_windows(self.calibration_tokens, self.seq_len)
+        dataset = _Windows(windows)
+        world_size = self.trainer.world_size  # type: ignore[union-attr]
+        sampler: DistributedSampler[Any] | None = (
+            DistributedSampler(dataset, drop_last=True) if world_size > 1 else None
+        )
+        return DataLoader(dataset, self.train_batch_size, shuffle=sampler is None, sampler=sampler, drop_last=True)
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        """Return one loader per evaluation text, `{"tokens": [batch, seq_len], "index": [batch]}`.
+
+        Each rank takes every n-th window; nothing is repeated to make the ranks even, so that the perplexity is the
+        same on any number of them.
+        """
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
+        return [
+            DataLoader(
+                Subset(_Windows(windows), range(rank, len(windows), world_size)),
+                self.eval_batch_size,
+            )
+            for windows in self.eval_windows.values()
+        ]
+
+
+class _Windows(Dataset[dict[str, Tensor]]):
+    """Windows with their index."""
+
+    def __init__(self, windows: Tensor) -> None:
+        self._windows = TensorDataset(windows)
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"tokens": self._windows[index][0].long(), "index": torch.tensor(index)}
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nowag_pl" / "tokens"

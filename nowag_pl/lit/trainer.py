@@ -1,0 +1,52 @@
+"""A Trainer whose `fit` compresses, trains if asked to, and validates."""
+
+from typing import Any, Literal
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+
+class CompressionTrainer(Trainer):
+    """Lightning's Trainer with a `fit` that validates before and after training, and may have no epochs at all.
+
+    The callbacks that compress do so while the first validation is set up: there the processes are up, nothing is
+    wrapped, and no gradients or optimizer states are allocated. With `max_epochs=0` that is all.
+
+    Attributes:
+        compressing: whether this is a `fit`.
+        phase: what the running validation measures.
+        is_last_validation: whether another one follows in this `fit`.
+    """
+
+    compressing = False
+    phase: Literal["one_shot", "finetuned"] = "one_shot"
+    is_last_validation = False
+
+    def fit(  # type: ignore[override]
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Run the compression stages, validate, train for `max_epochs`, validate."""
+        self.compressing = True
+        trains = self.max_epochs != 0 and self.max_steps != 0
+        self.is_last_validation = not trains
+        self.validate(model, val_dataloaders, datamodule=datamodule)
+        if not trains:
+            return
+        self.phase = "finetuned"
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+        self.is_last_validation = True
+        self.validate(model, val_dataloaders, datamodule=datamodule)
+
+    def validate(self, *args: Any, verbose: bool = False, **kwargs: Any) -> Any:
+        """Validate; the report callback shows the figures, so Lightning's own table is left out."""
+        return super().validate(*args, verbose=verbose, **kwargs)
+
+
+def is_compressing(trainer: Trainer, stage: str) -> bool:
+    """Tell whether a callback's `setup` belongs to a `fit`, also where that only validates."""
+    return stage == "fit" or getattr(trainer, "compressing", False)

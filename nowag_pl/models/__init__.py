@@ -1,0 +1,1 @@
+"""The only place that knows transformers: find, load, stream and save models."""

@@ -1,0 +1,68 @@
+"""Build a whole model from a dense checkpoint and compressed linears, without ever holding the dense linears."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from nowag_pl.models.loading import Checkpoint, set_module
+from nowag_pl.modules import CompressedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def assemble(checkpoint: Checkpoint, linears: Mapping[str, CompressedLinear]) -> "PreTrainedModel":
+    """Build the model of a checkpoint with some of its linears replaced.
+
+    Args:
+        checkpoint: dense model on disk; only what is not replaced is read.
+        linears: compressed linears by their name in the model.
+
+    Returns:
+        A transformers model in evaluation mode.
+    """
+    from accelerate import init_empty_weights
+
+    model = checkpoint.build(init_empty_weights(include_buffers=False))
+    for name, linear in linears.items():
+        set_module(model, name, linear)
+    replaced = tuple(f"{name}." for name in linears)
+    wanted = {name for name, tensor in model.named_parameters() if tensor.is_meta}
+    wanted |= {name for name in model.state_dict() if not name.startswith(replaced)}
+    if model.config.tie_word_embeddings:
+        wanted &= set(checkpoint.weight_map)
+    fill(model, {name: tensor.to(checkpoint.dtype) for name, tensor in checkpoint.read(sorted(wanted)).items()})
+    return model.eval()
+
+
+def fill(model: "PreTrainedModel", tensors: Mapping[str, Tensor]) -> None:
+    """Give a model on the meta device its tensors.
+
+    Raises:
+        ValueError: a tensor is missing, unknown, or of another shape.
+    """
+    try:
+        _, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:  # shapes
+        raise ValueError(f"Expected weights that fit {type(model).__name__}, but got: {error}") from error
+    model.tie_weights()
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing or unexpected:
+        raise ValueError(
+            f"Expected exactly the weights of {type(model).__name__}, but {[*missing, *unexpected][0]!r} is "
+            f"{'missing' if missing else 'unknown'}."
+        )
+
+
+def empty_like_described(model: nn.Module, descriptions: Mapping[str, Mapping[str, object]]) -> None:
+    """Replace linears of `model` by empty compressed ones of the given descriptions."""
+    for name, description in descriptions.items():
+        set_module(model, name, CompressedLinear.from_description(description))
+
+
+def parameter_dtype(model: nn.Module, name: str) -> torch.dtype:
+    """Return the type of a parameter or buffer by its dotted name."""
+    module, _, parameter = name.rpartition(".")
+    return getattr(model.get_submodule(module), parameter).dtype

@@ -1,0 +1,204 @@
+"""Open a model folder or hub id: configuration, tokenizer, weights. Only safetensors are read, never a pickle."""
+
+import json
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+
+EMBEDDED = "embedded"
+_SAFE_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_folder(path: str) -> Path:
+    """Return the local folder of a model.
+
+    Args:
+        path: "embedded" for the model shipped with this package, a local folder, or a Hugging Face id, which is
+            downloaded (or taken from the hub's cache) without any pickle files.
+
+    Raises:
+        ValueError: there is no such folder or model.
+    """
+    if path == EMBEDDED:
+        return Path(str(files("nowag_pl"))) / "assets" / "embedded"
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"Expected {folder} to hold a Hugging Face model, but got a folder without config.json.")
+        return folder
+    looks_local = folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1
+    if looks_local:
+        raise ValueError(
+            f"Expected model.path to be {EMBEDDED!r}, a local folder or a Hugging Face id, but there is no folder "
+            f"{path!r}."
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=_SAFE_FILES))
+    except Exception as error:  # the hub raises many types; each means that the model is not to be had
+        raise ValueError(
+            f"Expected model.path to be {EMBEDDED!r}, a local folder or a Hugging Face id, but {path!r} is no local "
+            f"folder and could not be fetched from the hub: {type(error).__name__}: {error}."
+        ) from error
+
+
+class Checkpoint:
+    """A dense model on disk, read lazily.
+
+    Args:
+        path: "embedded", a local folder or a Hugging Face id.
+        dtype: "auto" for the checkpoint's own type, or "float32", "bfloat16", "float16".
+
+    Raises:
+        ValueError: there is no such model, it holds no safetensors, or a file is damaged.
+    """
+
+    def __init__(self, path: str, dtype: str = "auto") -> None:
+        if dtype != "auto" and dtype not in _DTYPES:
+            raise ValueError(f"Expected dtype to be 'auto' or one of {sorted(_DTYPES)}, but got {dtype!r}.")
+        self.path = path
+        self.folder = resolve_folder(path)
+        self._dtype = dtype
+
+    @cached_property
+    def config(self) -> "PretrainedConfig":
+        """The model's configuration. Code shipped with a model is never run."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"Could not read the configuration in {self.folder}: {error}") from error
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The model's tokenizer."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"Expected {self.folder} to hold the model's tokenizer (tokenizer.json), but it could not be read: "
+                f"{error}"
+            ) from error
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating type of the loaded weights."""
+        if self._dtype != "auto":
+            return _DTYPES[self._dtype]
+        return getattr(self.config, "dtype", None) or torch.float32
+
+    @property
+    def max_seq_len(self) -> int | None:
+        """Longest context of the model in tokens, where its configuration tells."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @cached_property
+    def weight_map(self) -> dict[str, Path]:
+        """Name of every tensor to the file that holds it."""
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            files = sorted({self.folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        else:
+            files = sorted(self.folder.glob("*.safetensors"))
+        if not files:
+            pickles = sorted(path.name for path in self.folder.glob("*.bin"))
+            found = f"only pickle files ({', '.join(pickles[:3])})" if pickles else "none"
+            raise ValueError(
+                f"Expected safetensors weights in {self.folder}, but got {found}. Convert them once with "
+                "transformers' save_pretrained; pickles are never opened here."
+            )
+        return {name: file for file in files for name in _tensor_names(file)}
+
+    def read(self, names: list[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Read tensors by name, in the checkpoint's own type.
+
+        Raises:
+            ValueError: the checkpoint lacks one of them, or a file is damaged.
+        """
+        missing = [name for name in names if name not in self.weight_map]
+        if missing:
+            raise ValueError(
+                f"Expected {self.folder} to hold {missing[0]!r}, but it is not there ({len(missing)} tensors are "
+                "missing). The weights do not belong to this config.json, or the family is not supported."
+            )
+        tensors: dict[str, Tensor] = {}
+        for file in sorted({self.weight_map[name] for name in names}):
+            with safe_open(file, framework="pt", device=str(device)) as opened:
+                tensors |= {name: opened.get_tensor(name) for name in names if self.weight_map[name] == file}
+        return tensors
+
+    def build(self, context: AbstractContextManager[Any] | None = None) -> "PreTrainedModel":
+        """Build the model from its configuration, with random weights, inside `context`.
+
+        Args:
+            context: where to build, such as accelerate's `init_empty_weights()`.
+        """
+        from transformers import AutoModelForCausalLM
+
+        with context or nullcontext():
+            return AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=False)
+
+    def load(self) -> "PreTrainedModel":
+        """Load the whole dense model.
+
+        Raises:
+            ValueError: a file is damaged, or the weights do not fit the configuration.
+        """
+        from transformers import AutoModelForCausalLM
+
+        self.weight_map  # noqa: B018 - checks that the files are whole, with a message of ours
+        model: PreTrainedModel
+        info: dict[str, Any]
+        model, info = AutoModelForCausalLM.from_pretrained(
+            self.folder,
+            dtype=self.dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        if info["missing_keys"] or info["mismatched_keys"]:
+            wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+            raise ValueError(
+                f"Expected {self.folder} to hold every weight of its config.json, but {wrong[0]} and "
+                f"{len(wrong) - 1} others are missing or of another shape."
+            )
+        return model.eval()
+
+
+def _tensor_names(file: Path) -> list[str]:
+    """Return the names in a safetensors file.
+
+    Raises:
+        ValueError: the file is missing, cut short or damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"Expected {file} to be a whole safetensors file, but got: {error}. It is missing, damaged or cut "
+            "short: download or copy it again."
+        ) from error
+
+
+def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` at the dotted `name` below `root`."""
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, module)

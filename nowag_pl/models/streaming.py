@@ -1,0 +1,181 @@
+"""Run a model with one decoder block in memory at a time.
+
+The skeleton is the real model without its blocks' weights. Recorders in the blocks' places capture, in one forward of
+the real model, the hidden states that enter block 0 and the arguments that each block is called with (masks,
+position embeddings); so nothing here knows a family's conventions. The same trick runs what comes after the blocks.
+"""
+
+import copy
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nowag_pl.models.loading import Checkpoint, set_module
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class BlockInputs(NamedTuple):
+    """What the blocks of a model are called with for one batch."""
+
+    hidden: Tensor  # [batch, seq_len, hidden], entering block 0
+    arguments: list[dict[str, Any]]  # keyword arguments of each block
+
+
+class StreamedModel:
+    """A dense model whose decoder blocks are read from disk when they are asked for.
+
+    Args:
+        checkpoint: where the weights are.
+        device: where computations happen; embeddings and head stay there, blocks only while they are used.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or its decoder blocks are not found.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
+        from accelerate import init_empty_weights
+
+        self.checkpoint = checkpoint
+        self.device = torch.device(device)
+        self.skeleton = checkpoint.build(init_empty_weights(include_buffers=False)).eval()
+        self.blocks_name = find_blocks(self.skeleton)
+        self.blocks = list(self.skeleton.get_submodule(self.blocks_name).children())  # on meta, never filled
+        set_module(self.skeleton, self.blocks_name, nn.ModuleList())
+        self._load(self.skeleton, "")
+        self.skeleton.requires_grad_(False)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def block_name(self, index: int) -> str:
+        """Return the name of a block in the model, such as "model.layers.3"."""
+        return f"{self.blocks_name}.{index}"
+
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """Return the linears of a block by their name in it. They hold no weights."""
+        return find_linears(self.blocks[index])
+
+    def load_block(self, index: int) -> nn.Module:
+        """Read a block from disk."""
+        block = copy.deepcopy(self.blocks[index])
+        self._load(block, self.block_name(index) + ".")
+        return block.requires_grad_(False).eval()
+
+    def _load(self, module: nn.Module, prefix: str) -> None:
+        """Fill the parameters and persistent buffers of `module` from the checkpoint."""
+        names = set(module.state_dict())
+        tied = set()
+        if not prefix and self.skeleton.config.tie_word_embeddings:
+            tied = {name for name in names if name not in self.checkpoint.weight_map}
+        tensors = self.checkpoint.read([prefix + name for name in sorted(names - tied)], self.device)
+        state = {
+            name.removeprefix(prefix): tensor.to(self.checkpoint.dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()
+        }
+        module.load_state_dict(state, strict=False, assign=True)
+        if tied:
+            self.skeleton.tie_weights()
+        module.to(self.device)
+
+    def forward_block(self, block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Run one block, whether its family returns a tensor or a tuple.
+
+        Args:
+            block: a dense or compressed block.
+            hidden: `[batch, seq_len, hidden]`.
+            arguments: as recorded by :meth:`embed`.
+        """
+        output = block(hidden, **arguments)
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> BlockInputs:
+        """Record what the blocks are called with.
+
+        Args:
+            tokens: `[batch, seq_len]`.
+        """
+        calls: list[tuple[Tensor, dict[str, Any]]] = []
+
+        def record(hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+            calls.append((hidden, arguments))
+            return hidden
+
+        self._run([record] * len(self), tokens)
+        return BlockInputs(calls[0][0], [arguments for _, arguments in calls])
+
+    @torch.no_grad()
+    def head(self, hidden: Tensor) -> Tensor:
+        """Run what comes after the blocks.
+
+        Args:
+            hidden: output of the last block `[batch, seq_len, hidden]`.
+
+        Returns:
+            Logits `[batch, seq_len, vocabulary]`.
+        """
+        hidden = hidden.to(self.device)
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
+        return self._run([lambda _hidden, _arguments: hidden] * len(self), tokens)
+
+    def _run(self, stand_ins: list[Callable[[Tensor, dict[str, Any]], Tensor]], tokens: Tensor) -> Tensor:
+        """Run the real model with a stand-in for each of its blocks."""
+        places = [_StandIn(block, call) for block, call in zip(self.blocks, stand_ins, strict=True)]
+        set_module(self.skeleton, self.blocks_name, nn.ModuleList(places))
+        try:
+            return self.skeleton(input_ids=tokens.to(self.device).long(), use_cache=False).logits
+        finally:
+            set_module(self.skeleton, self.blocks_name, nn.ModuleList())
+
+    @cached_property
+    def block_bytes(self) -> int:
+        """Size of the largest block."""
+        size = torch.empty((), dtype=self.checkpoint.dtype).element_size()
+        return max(sum(p.numel() for p in block.parameters()) for block in self.blocks) * size
+
+
+class _StandIn(nn.Module):
+    """Takes a block's place; has the block's other attributes, which some families look at."""
+
+    def __init__(self, block: nn.Module, call: Callable[[Tensor, dict[str, Any]], Tensor]) -> None:
+        super().__init__()
+        self._block = [block]  # in a list, so that it is no submodule
+        self._call = call
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"][0], name)
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        return self._call(hidden_states, arguments)
+
+
+def find_blocks(model: "PreTrainedModel") -> str:
+    """Return the name of the list of decoder blocks.
+
+    Raises:
+        ValueError: there is not exactly one list of `num_hidden_layers` modules.
+    """
+    count = model.config.num_hidden_layers
+    names = [
+        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    names = [name for name in names if not any(name.startswith(f"{outer}.") for outer in names)]
+    if len(names) != 1:
+        raise ValueError(
+            f"Expected {type(model).__name__} to have one list of {count} decoder blocks, but found "
+            f"{names or 'none'}: this family is not supported."
+        )
+    return names[0]
+
+
+def find_linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linears of a block by name, in the block's order."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}

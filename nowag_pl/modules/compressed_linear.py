@@ -1,0 +1,106 @@
+"""What every compressed linear offers."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class CompressedLinear(nn.Module, ABC):
+    """A linear whose weight is kept in a compressed form.
+
+    A subclass registers itself under its class name, by which :meth:`from_description` finds it.
+
+    Args:
+        in_features: length of an input.
+        out_features: length of an output.
+        bias: bias `[out]`, or None.
+    """
+
+    _classes: ClassVar[dict[str, type["CompressedLinear"]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        CompressedLinear._classes[cls.__name__] = cls
+
+    def __init__(self, in_features: int, out_features: int, bias: Tensor | None) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    @property
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """The reconstructed weight `[out, in]`, differentiable in the parameters."""
+
+    @property
+    @abstractmethod
+    def bits_per_weight(self) -> float:
+        """Storage of the weight with everything that is needed to restore it, in bits per weight."""
+
+    @property
+    @abstractmethod
+    def sparsity(self) -> float:
+        """Fraction of weights that are removed."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Return the JSON values from which :meth:`empty` makes a module of the same shape."""
+
+    @classmethod
+    @abstractmethod
+    def empty(cls, settings: Mapping[str, Any]) -> "CompressedLinear":
+        """Return a module with the right shapes and no meaningful values."""
+
+    def storage(self) -> dict[str, Tensor]:
+        """Return the state in the types in which it is stored. Loading it restores this module."""
+        return dict(self.state_dict())
+
+    @property
+    def storage_bytes(self) -> int:
+        """Bytes of :meth:`storage` without the bias, which is not compressed."""
+        return sum(tensor.nbytes for name, tensor in self.storage().items() if name != "bias")
+
+    def description(self) -> dict[str, Any]:
+        """Return class name and settings as JSON values."""
+        return {"class": type(self).__name__, **self.settings()}
+
+    @staticmethod
+    def from_description(description: Mapping[str, Any]) -> "CompressedLinear":
+        """Make an empty module from what :meth:`description` gave.
+
+        Raises:
+            ValueError: the class is unknown.
+        """
+        settings = dict(description)
+        name = settings.pop("class")
+        if name not in CompressedLinear._classes:
+            raise ValueError(
+                f"Expected a compressed linear of class {sorted(CompressedLinear._classes)}, but got {name!r}. "
+                "It was written by another version of nowag_pl."
+            )
+        return CompressedLinear._classes[name].empty(settings)
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """Apply the linear.
+
+        Args:
+            activations: `[..., in]`.
+
+        Returns:
+            `[..., out]`, in the type of the activations.
+        """
+        return F.linear(activations, self.weight.to(activations.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        """Describe the module in one line."""
+        return ", ".join(f"{name}={value}" for name, value in self.settings().items())
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,136 @@
+"""A vector-quantized linear: codebook, codes and the two scales of the normalisation."""
+
+from collections.abc import Mapping
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nowag_pl.functional.bits import vector_quantized_bits_per_weight
+from nowag_pl.functional.normalization import denormalize
+from nowag_pl.functional.packing import code_bits, pack, unpack
+from nowag_pl.modules.compressed_linear import CompressedLinear, dtype_name
+
+_STORED_DTYPE = torch.float16  # more of its 16 bits are mantissa; norms and unit vectors need little range
+
+
+class VQLinear(CompressedLinear):
+    """A linear of which every `subvector_dim` consecutive weights of a row are a codeword, times both scales.
+
+    Codes are held in packed bytes of `ceil(log2(k))` bits each. Codebook and scales are float32 parameters, so that
+    they can be trained; they are rounded to 16 bits at the start and whenever they are stored.
+
+    Args:
+        codebook: codewords `[k, d]` of the normalised weight.
+        codes: codeword of each subvector, `[out, ceil(in / d)]`; the last of a row may reach over its end.
+        in_scale: `[in]`, r1 of the normalisation.
+        out_scale: `[out]`, r2 of the normalisation.
+        bias: bias `[out]`, or None.
+        dtype: type of the reconstructed weight.
+
+    Raises:
+        ValueError: the codes do not fit the scales and the codebook.
+    """
+
+    codes: Tensor
+
+    def __init__(
+        self,
+        codebook: Tensor,
+        codes: Tensor,
+        in_scale: Tensor,
+        out_scale: Tensor,
+        bias: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(len(in_scale), len(out_scale), bias)
+        self.codebook_size, self.subvector_dim = codebook.shape
+        self._codes_shape = (self.out_features, ceil(self.in_features / self.subvector_dim))
+        if codes.shape != self._codes_shape:
+            raise ValueError(f"Expected codes of shape {self._codes_shape}, but got {tuple(codes.shape)}.")
+        self.dtype = dtype
+        self.codebook = nn.Parameter(_round(codebook))
+        self.in_scale = nn.Parameter(_round(in_scale))
+        self.out_scale = nn.Parameter(_round(out_scale))
+        self.register_buffer("codes", pack(codes.flatten(), code_bits(self.codebook_size)))
+
+    @property
+    def unpacked_codes(self) -> Tensor:
+        """Codeword of each subvector, int32 `[out, ceil(in / d)]`."""
+        count = self._codes_shape[0] * self._codes_shape[1]
+        return unpack(self.codes, code_bits(self.codebook_size), count).view(self._codes_shape)
+
+    @property
+    def normalized_weight(self) -> Tensor:
+        """The quantized normalised weight `[out, in]`."""
+        return self.codebook[self.unpacked_codes].flatten(1)[:, : self.in_features]
+
+    @property
+    def weight(self) -> Tensor:
+        """The reconstructed weight `[out, in]`."""
+        return denormalize(self.normalized_weight, self.in_scale, self.out_scale).to(self.dtype)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Codes, and codebook and scales in 16 bits."""
+        shape = (self.out_features, self.in_features)
+        return vector_quantized_bits_per_weight(shape, self.subvector_dim, self.codebook_size)
+
+    @property
+    def sparsity(self) -> float:
+        """Nothing is removed."""
+        return 0.0
+
+    @property
+    def codebook_use(self) -> float:
+        """Fraction of the codewords that at least one subvector uses."""
+        return len(self.unpacked_codes.unique()) / self.codebook_size
+
+    def settings(self) -> dict[str, Any]:
+        """Return shapes and types."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "subvector_dim": self.subvector_dim,
+            "codebook_size": self.codebook_size,
+            "bias": None if self.bias is None else dtype_name(self.bias.dtype),
+            "dtype": dtype_name(self.dtype),
+        }
+
+    @classmethod
+    def empty(cls, settings: Mapping[str, Any]) -> "VQLinear":
+        """Return a module with the right shapes and zeros."""
+        in_features, out_features = settings["in_features"], settings["out_features"]
+        dim = settings["subvector_dim"]
+        bias = settings["bias"] and torch.zeros(out_features, dtype=getattr(torch, settings["bias"]))
+        return cls(
+            torch.zeros(settings["codebook_size"], dim),
+            torch.zeros(out_features, ceil(in_features / dim), dtype=torch.int32),
+            torch.zeros(in_features),
+            torch.zeros(out_features),
+            bias,
+            getattr(torch, settings["dtype"]),
+        )
+
+    def storage(self) -> dict[str, Tensor]:
+        """Return the state with codebook and scales in 16 bits."""
+        wide = {"codebook", "in_scale", "out_scale"}
+        return {
+            name: tensor.to(_STORED_DTYPE) if name in wide else tensor for name, tensor in self.state_dict().items()
+        }
+
+
+def _round(values: Tensor) -> Tensor:
+    """Return float32 values that 16 bits hold exactly.
+
+    Raises:
+        ValueError: a value is too large for 16 bits.
+    """
+    rounded = values.detach().to(_STORED_DTYPE)
+    if not rounded.isfinite().all():
+        raise ValueError(
+            f"Expected codebook and scales under {torch.finfo(_STORED_DTYPE).max}, but got up to "
+            f"{values.abs().max():.3g}."
+        )
+    return rounded.float()

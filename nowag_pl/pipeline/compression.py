@@ -1,0 +1,154 @@
+"""Compression: every linear of every block by one method, a block at a time."""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nowag_pl.compressors import Compressor
+from nowag_pl.functional.normalization import normalize
+from nowag_pl.functional.objective import normalized_loss
+from nowag_pl.models.loading import set_module
+from nowag_pl.models.streaming import StreamedModel, find_linears
+from nowag_pl.modules import CompressedLinear
+from nowag_pl.pipeline import calibration
+from nowag_pl.pipeline.progress import block_progress
+from nowag_pl.pipeline.ranks import Ranks
+from nowag_pl.pipeline.store import ArtefactStore
+from nowag_pl.pipeline.stream import HiddenStream
+
+STAGE = "compressed"
+_log = logging.getLogger("nowag_pl")
+
+
+def describe(compressor: Compressor) -> dict[str, Any]:
+    """Return class name and settings of a compressor as JSON values, for the manifest."""
+    settings = dataclasses.asdict(compressor) if dataclasses.is_dataclass(compressor) else {"repr": repr(compressor)}
+    return {"compressor": type(compressor).__name__, **settings}
+
+
+def compress(
+    model: StreamedModel,
+    compressor: Compressor,
+    store: ArtefactStore,
+    stream: HiddenStream | None = None,
+) -> None:
+    """Write the compressed linears of every block that lacks them.
+
+    Args:
+        model: dense model.
+        compressor: what is done with each linear.
+        store: run directory, with the second moments of every block unless `stream` is given.
+        stream: calibration sequences in front of block 0. With them, second moments are those of the inputs that the
+            compressed blocks before produce.
+
+    Raises:
+        ValueError: a linear cannot be compressed; the message names it.
+    """
+    missing = set(store.missing(STAGE, len(model)))
+    if not missing:
+        return
+    last = max(missing)
+    with block_progress("Compressing", last + 1, store.ranks.is_zero) as report:
+        for index in range(last + 1):
+            if index not in missing and stream is None:
+                report("(already there)")
+                continue
+            block = model.load_block(index)
+            if index in missing:
+                if stream is None:
+                    moments, _ = store.read(calibration.STAGE, index)
+                else:
+                    moments = calibration.calibrate_block(model, stream, block, index, store, advance=False)
+                _compress_block(model, block, index, compressor, moments, store)
+            linears, statistics = read_block(store, index)
+            if stream is not None:
+                for name, linear in linears.items():
+                    set_module(block, name, linear.to(model.device))
+                stream.run(block, index)
+            mean_loss = sum(row["loss"] for row in statistics.values()) / max(len(statistics), 1)
+            report(f"mean loss {mean_loss:.4f}")
+
+
+def _compress_block(
+    model: StreamedModel,
+    block: nn.Module,
+    index: int,
+    compressor: Compressor,
+    moments: Mapping[str, Tensor],
+    store: ArtefactStore,
+) -> None:
+    """Compress the linears of one block, shared out over the ranks, and write them as one artefact."""
+    started = time.perf_counter()
+    linears = find_linears(block)
+    mine = _share(linears, store.ranks)
+    results: dict[str, tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]] = {}
+    for name in mine:
+        try:
+            compressed = compressor.compress(linears[name], moments[name].to(model.device))
+        except ValueError as error:
+            raise ValueError(f"{model.block_name(index)}.{name}: {error}") from error
+        if not isinstance(compressed, CompressedLinear):
+            raise TypeError(f"Expected {compressor!r} to return a CompressedLinear, but got {type(compressed)}.")
+        statistics = measure(linears[name], compressed, moments[name])
+        storage = {key: tensor.cpu() for key, tensor in compressed.storage().items()}
+        results[name] = (storage, compressed.description(), statistics)
+    for others in store.ranks.gather(results):
+        results |= others
+    ordered = [(name, *results[name]) for name in linears]
+    store.write(
+        STAGE,
+        index,
+        {f"{name}.{key}": tensor for name, storage, _, _ in ordered for key, tensor in storage.items()},
+        {
+            "linears": {name: description for name, _, description, _ in ordered},
+            "statistics": {name: statistics for name, _, _, statistics in ordered},
+            "seconds": time.perf_counter() - started,
+        },
+    )
+
+
+def _share(linears: Mapping[str, nn.Linear], ranks: Ranks) -> list[str]:
+    """Return this rank's linears: the largest first, in turn."""
+    by_size = sorted(linears, key=lambda name: -linears[name].weight.numel())
+    return by_size[ranks.rank :: ranks.world_size]
+
+
+@torch.no_grad()
+def measure(linear: nn.Linear, compressed: CompressedLinear, second_moment: Tensor) -> dict[str, Any]:
+    """Return what the report says of one compressed linear.
+
+    Args:
+        linear: the dense linear `[out, in]`.
+        compressed: what became of it.
+        second_moment: `[in]`.
+    """
+    normalized = normalize(linear.weight)
+    reconstruction = compressed.weight.float() / normalized.in_scale / normalized.out_scale[:, None]
+    statistics = {
+        "shape": list(linear.weight.shape),
+        "loss": normalized_loss(normalized.weight, reconstruction, second_moment.to(linear.weight.device)),
+        "bits_per_weight": compressed.bits_per_weight,
+        "sparsity": compressed.sparsity,
+        "bytes": compressed.storage_bytes,
+    }
+    if hasattr(compressed, "codebook_use"):
+        statistics["codebook_use"] = compressed.codebook_use
+    return statistics
+
+
+def read_block(store: ArtefactStore, index: int) -> tuple[dict[str, CompressedLinear], dict[str, dict[str, Any]]]:
+    """Return the compressed linears of a block and their statistics, by their name in the block."""
+    tensors, metadata = store.read(STAGE, index)
+    linears = {}
+    for name, description in metadata["linears"].items():
+        linears[name] = linear = CompressedLinear.from_description(description)
+        prefix = f"{name}."
+        linear.load_state_dict(
+            {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        )
+    return linears, metadata["statistics"]

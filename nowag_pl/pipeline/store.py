@@ -1,0 +1,96 @@
+"""The artefacts of a run: one file per stage and block, and the manifest that says what they belong to."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nowag_pl.files import read_metadata, read_tensors, write_json, write_tensors
+from nowag_pl.pipeline.ranks import Ranks
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+class ArtefactStore:
+    """A run directory.
+
+    Only rank zero looks and writes; every rank gets its answer, so that a slow file system cannot make them differ.
+
+    Args:
+        folder: the run directory; it is created when something is written.
+        ranks: the processes of the run.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks) -> None:
+        self.folder = folder
+        self.ranks = ranks
+
+    def path(self, stage: str, index: int) -> Path:
+        """Return the file of a stage and block."""
+        return self.folder / stage / f"block_{index:03d}.safetensors"
+
+    def missing(self, stage: str, num_blocks: int) -> list[int]:
+        """Return the blocks for which a stage has not been done."""
+        absent = [index for index in range(num_blocks) if not self.path(stage, index).is_file()]
+        return self.ranks.broadcast(absent)
+
+    def write(self, stage: str, index: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+        """Write an artefact, on rank zero, and wait for it on the others."""
+        if self.ranks.is_zero:
+            write_tensors(self.path(stage, index), tensors, metadata)
+        self.ranks.broadcast(None)
+
+    def read(self, stage: str, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the tensors and the metadata of an artefact."""
+        return read_tensors(self.path(stage, index))
+
+    def read_metadata(self, stage: str, index: int) -> dict[str, Any]:
+        """Return the metadata of an artefact."""
+        return read_metadata(self.path(stage, index))
+
+    def claim(self, section: str, settings: Mapping[str, Any]) -> None:
+        """Enter the settings of a stage in the manifest, or check that they are those of the artefacts.
+
+        Args:
+            section: name of the settings, such as "calibration".
+            settings: JSON values that the artefacts depend on.
+
+        Raises:
+            ValueError: the run directory holds artefacts made with other settings; the message names them.
+            OSError: the run directory cannot be written.
+        """
+        problem = self.ranks.broadcast(self._claim(section, dict(settings)) if self.ranks.is_zero else None)
+        if problem:
+            raise ValueError(problem)
+
+    def _claim(self, section: str, settings: dict[str, Any]) -> str | None:
+        settings = json.loads(json.dumps(settings))
+        manifest = self._read_manifest()
+        if manifest.setdefault("format", FORMAT) != FORMAT:
+            return (
+                f"Expected a run directory of format {FORMAT}, but {self.folder} has format {manifest['format']}, "
+                "of another version of nowag_pl. Choose another run_dir."
+            )
+        known = manifest.setdefault(section, settings)
+        if known != settings:
+            names = sorted(known.keys() | settings.keys())
+            differing = [name for name in names if known.get(name) != settings.get(name)]
+            found = "; ".join(f"{section}.{n} = {known.get(n)!r}, not {settings.get(n)!r}" for n in differing)
+            return (
+                f"Run directory {self.folder} holds a run with {found}. Runs are never mixed: choose another "
+                "run_dir, or delete this one to start again."
+            )
+        write_json(self.folder / MANIFEST, manifest)
+        return None
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.folder / MANIFEST
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
+        strays = sorted(self.folder.glob("*/block_*.safetensors"))
+        if strays:
+            raise ValueError(f"Expected {path} beside {strays[0]}, but it is not there. Choose another run_dir.")
+        return {}
