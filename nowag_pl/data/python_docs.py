@@ -53,14 +53,22 @@ def _documents(package: str) -> Iterator[tuple[str, list[str]]]:
         yield from ((f"topic {name}", [text]) for name, text in sorted(topics.items()))
         root = Path(sysconfig.get_path("stdlib"))
     else:
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:
-            raise ValueError(f"Expected an installed Python package, but got {package!r}.")
-        root = Path(spec.origin).parent
+        root = _package_folder(package)
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
         relative = path.relative_to(root)
         if not _SKIPPED_FOLDERS.intersection(relative.parts):
             yield f"{package} {relative.as_posix()}", _docstrings(path)
+
+
+def _package_folder(package: str) -> Path:
+    """Return the folder of an installed package, without importing it."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ModuleNotFoundError, ValueError):
+        spec = None
+    if spec is None or spec.origin is None or not spec.submodule_search_locations:
+        raise ValueError(f"Expected an installed Python package, but got {package!r}. It must be a folder of modules.")
+    return Path(spec.origin).parent
 
 
 def _docstrings(path: Path) -> list[str]:

@@ -62,12 +62,16 @@ def weighted_kmeans(
         Codebook `[k, d]`, codes `[n]` (int64), the loss of exactly this pair, and the updates done.
 
     Raises:
-        ValueError: there are fewer points than codewords.
+        ValueError: there are fewer points than codewords, or the given codebook has another shape.
     """
     if num_codewords > len(points):
         raise ValueError(
             f"Expected at most as many codewords as subvectors, but got {num_codewords} codewords for "
             f"{len(points)} subvectors. Use a smaller codebook_size."
+        )
+    if codebook is not None and codebook.shape != (num_codewords, points.shape[1]):
+        raise ValueError(
+            f"Expected a codebook of shape {(num_codewords, points.shape[1])}, but got {tuple(codebook.shape)}."
         )
     chunk_size = chunk_size or (CPU_CHUNK_SIZE if points.device.type == "cpu" else CUDA_CHUNK_SIZE)
     weighted = weights * points

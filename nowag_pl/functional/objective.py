@@ -32,5 +32,5 @@ def normalized_loss(
 
 
 def _weighted_sum_of_squares(matrix: Tensor, column_weights: Tensor) -> float:
-    columns = matrix.float().square().sum(dim=0, dtype=torch.float64)  # [in]
+    columns = matrix.detach().float().square().sum(dim=0, dtype=torch.float64)  # [in]
     return float(columns @ column_weights.double())

@@ -46,7 +46,7 @@ def pack(values: Int[Tensor, "n"] | UInt8[Tensor, "n"], bits: int) -> UInt8[Tens
     """
     _check_bits(bits)
     if len(values) and not 0 <= int(values.min()) <= int(values.max()) < 2**bits:
-        raise ValueError(f"Expected values in [0, 2^{bits}), but got up to {int(values.max())}.")
+        raise ValueError(f"Expected values in [0, 2^{bits}), but got {int(values.min())} to {int(values.max())}.")
     slots = torch.nn.functional.pad(values.to(torch.int32), (0, -len(values) % _SLOTS)).view(-1, _SLOTS)
     packed = torch.zeros(len(slots), bits, dtype=torch.int32, device=values.device)  # [n / 8, bits]
     for slot in range(_SLOTS if bits else 0):
@@ -110,10 +110,11 @@ def pack_keep(keep: Bool[Tensor, "out in"], pattern: tuple[int, int] | None = No
         pattern: (N, M) if the mask has exactly N kept in every M weights.
 
     Raises:
-        ValueError: the mask does not follow the pattern.
+        ValueError: the mask does not follow the pattern, or M does not divide its rows.
     """
     if pattern is None:
         return pack(keep.flatten().to(torch.uint8), bits=1)
+    _check_row(keep.shape[1], pattern)
     groups = keep.reshape(-1, pattern[1])
     if (groups.sum(dim=1) != pattern[0]).any():
         raise ValueError(f"Expected a mask with {pattern[0]} kept of every {pattern[1]} weights.")
@@ -135,9 +136,11 @@ def unpack_keep(
         pattern: as given to :func:`pack_keep`.
 
     Raises:
-        ValueError: the number of bytes does not belong to the shape.
+        ValueError: the number of bytes does not belong to the shape, or M does not divide the rows.
     """
     count = shape[0] * shape[1]
+    if pattern is not None:
+        _check_row(shape[1], pattern)
     if pattern is None or pattern[1] > MAX_TABLE_GROUP:
         return unpack(packed, 1, count).bool().view(shape)
     masks, _ = _pattern_tables(pattern)
@@ -154,6 +157,11 @@ def _pattern_tables(pattern: tuple[int, int]) -> tuple[Tensor, Tensor]:
     number_of = torch.zeros(2**group_size, dtype=torch.int64)
     number_of[(masks * 2 ** torch.arange(group_size)).sum(dim=1)] = torch.arange(len(masks))
     return masks, number_of
+
+
+def _check_row(num_columns: int, pattern: tuple[int, int]) -> None:
+    if num_columns % pattern[1]:
+        raise ValueError(f"Expected rows divisible by {pattern[1]} for the pattern {pattern}, but got {num_columns}.")
 
 
 def _check_bits(bits: int) -> None:

@@ -56,6 +56,18 @@ class CompressedLinear(nn.Module, ABC):
     def empty(cls, settings: Mapping[str, Any]) -> "CompressedLinear":
         """Return a module with the right shapes and no meaningful values."""
 
+    @property
+    def bias_dtype(self) -> str | None:
+        """Type of the bias by name, or None where there is none; what :meth:`empty_bias` needs."""
+        return None if self.bias is None else dtype_name(self.bias.dtype)
+
+    @staticmethod
+    def empty_bias(settings: Mapping[str, Any]) -> Tensor | None:
+        """Return zeros for the bias that settings describe, or None."""
+        if settings["bias"] is None:
+            return None
+        return torch.zeros(settings["out_features"], dtype=getattr(torch, settings["bias"]))
+
     def storage(self) -> dict[str, Tensor]:
         """Return the state in the types in which it is stored. Loading it restores this module."""
         return dict(self.state_dict())
@@ -94,7 +106,8 @@ class CompressedLinear(nn.Module, ABC):
         Returns:
             `[..., out]`, in the type of the activations.
         """
-        return F.linear(activations, self.weight.to(activations.dtype), self.bias)
+        bias = None if self.bias is None else self.bias.to(activations.dtype)
+        return F.linear(activations, self.weight.to(activations.dtype), bias)
 
     def extra_repr(self) -> str:
         """Describe the module in one line."""

@@ -71,7 +71,7 @@ class MaskedLinear(CompressedLinear):
             "out_features": self.out_features,
             "num_kept": len(self.values),
             "pattern": None if self.pattern is None else list(self.pattern),
-            "bias": self.bias is not None,
+            "bias": self.bias_dtype,
             "dtype": dtype_name(self.values.dtype),
         }
 
@@ -85,5 +85,4 @@ class MaskedLinear(CompressedLinear):
             num_kept, group_size = pattern
         keep = torch.zeros(shape, dtype=torch.bool).view(-1, group_size)
         keep[:, :num_kept] = True
-        bias = torch.zeros(shape[0], dtype=dtype) if settings["bias"] else None
-        return cls(torch.zeros(shape, dtype=dtype), keep.view(shape), bias, pattern)
+        return cls(torch.zeros(shape, dtype=dtype), keep.view(shape), cls.empty_bias(settings), pattern)

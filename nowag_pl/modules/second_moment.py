@@ -47,7 +47,13 @@ class SecondMoment(nn.Module):
 
     @torch.no_grad()
     def merge(self, other: "SecondMoment") -> None:
-        """Add the tokens that another one has seen."""
+        """Add the tokens that another one has seen.
+
+        Raises:
+            ValueError: the other one has another number of features.
+        """
+        if len(other.total) != len(self.total):
+            raise ValueError(f"Expected second moments of {len(self.total)} features, but got {len(other.total)}.")
         self.total += other.total
         self.num_tokens += other.num_tokens
 

@@ -49,6 +49,10 @@ class VQLinear(CompressedLinear):
         self._codes_shape = (self.out_features, ceil(self.in_features / self.subvector_dim))
         if codes.shape != self._codes_shape:
             raise ValueError(f"Expected codes of shape {self._codes_shape}, but got {tuple(codes.shape)}.")
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook_size:
+            raise ValueError(
+                f"Expected codes in [0, {self.codebook_size}), but got {int(codes.min())} to {int(codes.max())}."
+            )
         self.dtype = dtype
         self.codebook = nn.Parameter(_round(codebook))
         self.in_scale = nn.Parameter(_round(in_scale))
@@ -94,7 +98,7 @@ class VQLinear(CompressedLinear):
             "out_features": self.out_features,
             "subvector_dim": self.subvector_dim,
             "codebook_size": self.codebook_size,
-            "bias": None if self.bias is None else dtype_name(self.bias.dtype),
+            "bias": self.bias_dtype,
             "dtype": dtype_name(self.dtype),
         }
 
@@ -103,13 +107,12 @@ class VQLinear(CompressedLinear):
         """Return a module with the right shapes and zeros."""
         in_features, out_features = settings["in_features"], settings["out_features"]
         dim = settings["subvector_dim"]
-        bias = settings["bias"] and torch.zeros(out_features, dtype=getattr(torch, settings["bias"]))
         return cls(
             torch.zeros(settings["codebook_size"], dim),
             torch.zeros(out_features, ceil(in_features / dim), dtype=torch.int32),
             torch.zeros(in_features),
             torch.zeros(out_features),
-            bias,
+            cls.empty_bias(settings),
             getattr(torch, settings["dtype"]),
         )
 

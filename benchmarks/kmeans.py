@@ -1,0 +1,109 @@
+"""Weighted k-means against a plain Lloyd from the same start, and against its own matrix multiplication.
+
+python -m benchmarks.kmeans            a 1024 x 1024 matrix, d = 6, k = 4096, 100 iterations; the naive one's time is
+                                       measured on 2 iterations and multiplied
+python -m benchmarks.kmeans --full     the naive one runs to the end too, so that losses compare (about an hour)
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.naive import lloyd
+from nowag_pl.functional.kmeans import CPU_CHUNK_SIZE, kmeans_plus_plus, weighted_kmeans
+from nowag_pl.functional.normalization import normalize
+
+
+def problem(size: int, dim: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return subvectors and weights `[n, d]` of a random square matrix with heavy-tailed second moments."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = normalize(torch.randn(size, size, generator=generator)).weight
+    second_moment = torch.exp(2 * torch.randn(size, generator=generator))
+    padding = (0, -size % dim)
+    points = F.pad(weight, padding).reshape(-1, dim)
+    weights = F.pad(second_moment, padding).view(-1, dim).repeat(size, 1)
+    return points, weights
+
+
+def timed(function: Callable[[], Any]) -> tuple[Any, float, float]:
+    """Return a function's result, its wall-clock seconds and its CPU seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = function()
+    return result, time.perf_counter() - wall, time.process_time() - cpu
+
+
+def distance_product(points: torch.Tensor, weights: torch.Tensor, codebook: torch.Tensor) -> None:
+    """Multiply as one assignment does, chunk by chunk, and nothing else."""
+    left = torch.cat([weights, weights * points], dim=1)
+    right = torch.cat([codebook.square(), -2 * codebook], dim=1).T.contiguous()
+    out = torch.empty(CPU_CHUNK_SIZE, len(codebook))
+    for chunk in left.split(CPU_CHUNK_SIZE):
+        torch.mm(chunk, right, out=out[: len(chunk)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=1024, help="rows and columns of the matrix")
+    parser.add_argument("--dim", type=int, default=6, help="weights per codeword")
+    parser.add_argument("--codewords", type=int, default=4096)
+    parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--full", action="store_true", help="run the naive implementation to the end")
+    args = parser.parse_args()
+
+    points, weights = problem(args.size, args.dim, args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    start, start_wall, start_cpu = timed(lambda: kmeans_plus_plus(points, weights, args.codewords, generator))
+    _, product_wall, product_cpu = min(
+        (timed(lambda: distance_product(points, weights, start)) for _ in range(5)), key=lambda row: row[1]
+    )
+    ours, our_wall, our_cpu = timed(
+        lambda: weighted_kmeans(points, weights, args.codewords, generator, args.iterations, codebook=start)
+    )
+    naive_iterations = args.iterations if args.full else 2
+    naive, naive_wall, naive_cpu = timed(lambda: lloyd(points, weights, start, naive_iterations))
+    scale = args.iterations / naive_iterations
+    assignments = ours.num_iters + 1
+
+    table = Table(
+        title=f"{args.size} x {args.size}, d = {args.dim}, k = {args.codewords}, {args.iterations} iterations, "
+        f"{torch.get_num_threads()} threads"
+    )
+    for column in ("what", "seconds", "CPU seconds", "s per iteration", "ratio to the product", "loss"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    rows = [
+        ("matrix multiplication of one assignment", product_wall, product_cpu, product_wall, None),
+        ("k-means++ start", start_wall, start_cpu, None, None),
+        (f"nowag_pl, {ours.num_iters} iterations", our_wall, our_cpu, our_wall / assignments, ours.loss),
+        (
+            f"naive, {args.iterations} iterations" + ("" if args.full else " (2 measured)"),
+            naive_wall * scale,
+            naive_cpu * scale,
+            naive_wall / naive_iterations,
+            naive[2] if args.full else None,
+        ),
+    ]
+    for what, wall, cpu, per_iteration, loss in rows:
+        table.add_row(
+            what,
+            f"{wall:.2f}",
+            f"{cpu:.2f}",
+            "" if per_iteration is None else f"{per_iteration:.3f}",
+            "" if per_iteration is None else f"{per_iteration / product_wall:.2f}",
+            "" if loss is None else f"{loss:.5f}",
+        )
+    console = Console(width=120)
+    console.print(table)
+    console.print(f"CPU time, naive / nowag_pl: {naive_cpu * scale / our_cpu:.1f}")
+    if args.full:
+        console.print(f"loss, nowag_pl / naive: {ours.loss / naive[2]:.6f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nowag_pl.functional.objective import normalized_loss
+
+
+def scalar_loss(weight, reconstruction, second_moment):
+    error = total = 0.0
+    for i, row in enumerate(weight):
+        for j, value in enumerate(row):
+            error += second_moment[j] * (value - reconstruction[i][j]) ** 2
+            total += second_moment[j] * value**2
+    return error / total
+
+
+@given(rows=st.integers(1, 7), columns=st.integers(1, 7), seed=st.integers(0, 99))
+def test_equals_scalar_loops_and_inputs_stay(rows, columns, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight, other = (torch.randn(rows, columns, generator=generator) for _ in range(2))
+    second_moment = torch.rand(columns, generator=generator) + 0.1
+    before = [tensor.clone() for tensor in (weight, other, second_moment)]
+    expected = scalar_loss(weight.tolist(), other.tolist(), second_moment.tolist())
+    assert normalized_loss(weight, other, second_moment) == pytest.approx(expected, rel=1e-5)
+    assert all(map(torch.equal, before, (weight, other, second_moment)))
+
+
+def test_exact_is_zero_and_nothing_kept_is_one(generator):
+    weight = torch.randn(4, 6, generator=generator)
+    second_moment = torch.rand(6, generator=generator)
+    assert normalized_loss(weight, weight, second_moment) == 0
+    assert normalized_loss(weight, torch.zeros(4, 6), second_moment) == 1
+
+
+def test_error_in_dead_channels_does_not_count():
+    weight = torch.tensor([[1.0, 2.0]])
+    assert normalized_loss(weight, torch.tensor([[1.0, 9.0]]), torch.tensor([1.0, 0.0])) == 0
+
+
+def test_weight_that_counts_for_nothing_gives_zero():
+    assert normalized_loss(torch.ones(2, 3), torch.zeros(2, 3), torch.zeros(3)) == 0
+    assert normalized_loss(torch.zeros(2, 3), torch.ones(2, 3), torch.ones(3)) == 0

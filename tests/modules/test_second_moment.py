@@ -1,0 +1,109 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nowag_pl.modules import SecondMoment
+
+
+def observe(*batches):
+    moment = SecondMoment(batches[0].shape[-1])
+    for batch in batches:
+        moment.update(batch)
+    return moment
+
+
+@given(
+    sequences=st.integers(1, 4),
+    tokens=st.integers(1, 5),
+    features=st.integers(1, 6),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 99),
+)
+def test_equals_scalar_loops_and_input_stays(sequences, tokens, features, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    activations = torch.randn(sequences, tokens, features, generator=generator).to(dtype)
+    before = activations.clone()
+    expected = [
+        sum(float(activations[s, t, j]) ** 2 for s in range(sequences) for t in range(tokens)) / (sequences * tokens)
+        for j in range(features)
+    ]
+    mean = observe(activations).compute()
+    assert mean.dtype == torch.float32
+    assert mean.tolist() == pytest.approx(expected, rel=1e-6)
+    assert torch.equal(activations, before)
+
+
+def test_batches_count_by_their_tokens_in_any_order(generator):
+    tokens = torch.randint(-9, 9, (17, 3), generator=generator).float()
+    batches = tokens.split([1, 9, 2, 5])
+    whole = observe(tokens).compute()
+    assert torch.equal(observe(*batches).compute(), whole)
+    assert torch.equal(observe(*reversed(batches)).compute(), whole)
+
+
+def test_merge_equals_one_pass_and_leaves_the_other(generator):
+    tokens = torch.randint(-9, 9, (11, 3), generator=generator).float()
+    first, second = observe(tokens[:2]), observe(tokens[2:])
+    before = second.compute()
+    first.merge(second)
+    assert torch.equal(first.compute(), observe(tokens).compute())
+    assert torch.equal(second.compute(), before)
+
+
+def test_merge_of_other_features_is_refused():
+    moment = observe(torch.ones(2, 3))
+    with pytest.raises(ValueError, match="3 features, but got 1"):
+        moment.merge(observe(torch.ones(2, 1)))
+
+
+def test_small_squares_are_not_lost_beside_large_ones():
+    tokens = torch.ones(1, 1)
+    moment = observe(torch.full((1, 1), 2.0**13))
+    for _ in range(64):
+        moment.update(tokens)
+    assert moment.total.item() == 2.0**26 + 64
+
+
+def test_all_reduce_without_a_process_group_changes_nothing():
+    moment = observe(torch.ones(2, 3))
+    moment.all_reduce()
+    assert moment.compute().tolist() == [1.0, 1.0, 1.0]
+    assert moment.num_tokens == 2
+
+
+def test_all_reduce_adds_sums_and_tokens(monkeypatch):
+    moment, other_rank = observe(torch.tensor([[1.0], [3.0]])), observe(torch.tensor([[5.0]]))
+    partners = {id(moment.total): other_rank.total, id(moment.num_tokens): other_rank.num_tokens}
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(partners[id(tensor)]))
+    moment.all_reduce()
+    assert moment.compute().item() == pytest.approx(35 / 3)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_infinity_are_refused_and_counted(bad):
+    moment = observe(torch.tensor([[1.0, bad, 2.0]]), torch.ones(1, 3))
+    with pytest.raises(ValueError, match="NaN or infinity in 1 of 3 input features"):
+        moment.compute()
+
+
+def test_nothing_observed_is_refused():
+    with pytest.raises(RuntimeError, match="at least one update before compute"):
+        SecondMoment(3).compute()
+
+
+def test_other_features_are_refused():
+    with pytest.raises(ValueError, match="activations of 3 features, but got 4"):
+        SecondMoment(3).update(torch.ones(2, 4))
+
+
+def test_keeps_no_graph():
+    moment = observe(torch.ones(2, 3, requires_grad=True))
+    assert not moment.compute().requires_grad
+
+
+def test_state_restores():
+    restored = SecondMoment(2)
+    restored.load_state_dict(observe(torch.tensor([[1.0, 2.0], [3.0, 0.0]])).state_dict())
+    assert restored.compute().tolist() == [5.0, 2.0]

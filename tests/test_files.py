@@ -1,0 +1,154 @@
+import errno
+import json
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from nowag_pl import files
+from nowag_pl.files import read_metadata, read_tensors, replacing, write_json, write_tensors
+
+
+def disk_full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def save_half_then_disk_full(tensors, filename, metadata):
+    save_file(tensors, filename, metadata)
+    os.truncate(filename, os.path.getsize(filename) // 2)
+    disk_full()
+
+
+def safetensors_fails(tensors, filename, metadata):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def folder_content(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@settings(max_examples=8)
+@given(metadata=st.dictionaries(st.text("abcé", min_size=1), st.none() | st.integers() | st.lists(st.text())))
+def test_metadata_of_any_json_value_comes_back(tmp_path_factory, metadata):
+    path = tmp_path_factory.mktemp("files") / "a.safetensors"
+    write_tensors(path, {"a": torch.ones(1)}, metadata)
+    assert read_metadata(path) == metadata
+    assert read_tensors(path)[1] == metadata
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int32, torch.bool])
+def test_tensors_come_back(tmp_path, dtype):
+    path = tmp_path / "new" / "folder" / "a.safetensors"
+    tensors = {"matrix": torch.arange(6).view(2, 3).to(dtype), "empty": torch.zeros(0, dtype=dtype)}
+    write_tensors(path, tensors)
+    restored, metadata = read_tensors(path)
+    assert metadata == {}
+    assert restored.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert restored[name].dtype == dtype
+        assert torch.equal(restored[name], tensor)
+
+
+def test_views_and_parameters_are_written(tmp_path):
+    parameter = torch.nn.Parameter(torch.arange(6.0).view(2, 3))
+    write_tensors(tmp_path / "a.safetensors", {"transposed": parameter.T})
+    assert torch.equal(read_tensors(tmp_path / "a.safetensors")[0]["transposed"], parameter.T)
+
+
+def test_json_comes_back_and_is_replaced(tmp_path):
+    path = tmp_path / "folder" / "a.json"
+    for content in ({"a": [1, None]}, {"b": "é"}):
+        write_json(path, content)
+        assert json.loads(path.read_text(encoding="utf-8")) == content
+    assert folder_content(path.parent) == ["a.json"]
+
+
+@pytest.mark.parametrize("failing", [save_half_then_disk_full, safetensors_fails])
+def test_tensors_that_do_not_fit_leave_the_old_file(tmp_path, monkeypatch, failing):
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"a": torch.zeros(9)})
+    monkeypatch.setattr(files, "save_file", failing)
+    with pytest.raises(OSError, match=r"Could not write .*a\.safetensors .*No space left"):
+        write_tensors(path, {"a": torch.ones(9)})
+    assert read_tensors(path)[0]["a"].tolist() == [0.0] * 9
+    assert folder_content(tmp_path) == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_disk_full_at_the_end_leaves_the_old_file(tmp_path, monkeypatch, function):
+    path = tmp_path / "a.json"
+    write_json(path, 1)
+    monkeypatch.setattr(files.os, function, disk_full)
+    with pytest.raises(OSError, match=r"Could not write .*a\.json \(No space left on device\)") as caught:
+        write_json(path, 2)
+    assert caught.value.errno == errno.ENOSPC
+    assert path.read_text() == "1\n"
+    assert folder_content(tmp_path) == ["a.json"]
+
+
+def test_any_exception_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, 1)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        write_json(path, {"a": object()})
+    assert path.read_text() == "1\n"
+    assert folder_content(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("exception", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupt_leaves_nothing_behind(tmp_path, exception):
+    def interrupted():
+        with replacing(tmp_path / "a") as temporary:
+            temporary.write_text("half")
+            raise exception
+
+    with pytest.raises(exception):
+        interrupted()
+    assert folder_content(tmp_path) == []
+
+
+def test_file_appears_only_when_whole(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+        assert temporary.parent == path.parent  # a rename is atomic only within one file system
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+def test_data_reach_the_disk_before_the_name(tmp_path, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(files.os, "fsync", lambda fd: (events.append("fsync"), fsync(fd)))
+    monkeypatch.setattr(files.os, "replace", lambda a, b: (events.append("replace"), replace(a, b)))
+    write_json(tmp_path / "a.json", 1)
+    assert events == ["fsync", "replace", "fsync"]
+
+
+def test_folder_that_is_a_file_is_an_os_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        write_json(tmp_path / "file" / "a.json", 1)
+
+
+@pytest.mark.parametrize("size", [0, 4, 20, -1])
+@pytest.mark.parametrize("read", [read_tensors, read_metadata])
+def test_file_that_was_cut_short_is_refused(tmp_path, size, read):
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"a": torch.ones(100)}, {"b": 1})
+    os.truncate(path, size % path.stat().st_size)
+    with pytest.raises(ValueError, match=r"Expected .*a\.safetensors to be a whole safetensors file.*cut short"):
+        read(path)
+
+
+@pytest.mark.parametrize("read", [read_tensors, read_metadata])
+def test_file_that_is_missing_or_something_else_is_refused(tmp_path, read):
+    (tmp_path / "text").write_text("no tensors here, but more than eight bytes")
+    save_file({"a": torch.ones(1)}, tmp_path / "foreign", {"format": "pt"})  # not JSON
+    for name in ("missing", "text", "foreign"):
+        with pytest.raises(ValueError, match=f"Expected .*{name} to be a whole safetensors file"):
+            read(tmp_path / name)
