@@ -53,6 +53,8 @@ class CompressionCLI(LightningCLI):
             "null: runs/<model>-<method>",
         )
         parser.link_arguments("run_dir", "model.run_dir")
+        parser.link_arguments("compression.enabled", "calibration.enabled")
+        parser.set_defaults({"compression.compressor": {"class_path": "nowag_pl.NoWagPruner"}})
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -78,7 +80,7 @@ def _run_name(config: Any, subcommand: str) -> str:
     compressor = config.compression.compressor
     if subcommand != "fit":
         method = subcommand
-    elif compressor is None:
+    elif not config.compression.enabled:
         method = "dense"
     else:
         values = [str(value) for value in (compressor.get("init_args") or {}).values() if value is not None]
@@ -90,7 +92,9 @@ def main(args: ArgsType = None) -> CompressionCLI:
     """Parse the command line and run it."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("nowag_pl").setLevel(logging.INFO)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
+    warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")  # values are reduced already
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
     return CompressionCLI(
         LitCausalLM,
@@ -118,4 +122,6 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         if os.environ.get("NOWAG_PL_TRACEBACK"):
             raise
-        sys.exit(f"error: {error}\n(NOWAG_PL_TRACEBACK=1 shows where)")
+        ours = isinstance(error, OSError) and error.strerror and error.filename is None
+        message = error.strerror if ours else error
+        sys.exit(f"error: {message}\n(NOWAG_PL_TRACEBACK=1 shows where)")

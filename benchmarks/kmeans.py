@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.naive import lloyd
-from nowag_pl.functional.kmeans import CPU_CHUNK_SIZE, kmeans_plus_plus, weighted_kmeans
+from nowag_pl.functional.kmeans import CPU_CHUNK_ELEMENTS, kmeans_plus_plus, weighted_kmeans
 from nowag_pl.functional.normalization import normalize
 
 
@@ -42,8 +42,9 @@ def distance_product(points: torch.Tensor, weights: torch.Tensor, codebook: torc
     """Multiply as one assignment does, chunk by chunk, and nothing else."""
     left = torch.cat([weights, weights * points], dim=1)
     right = torch.cat([codebook.square(), -2 * codebook], dim=1).T.contiguous()
-    out = torch.empty(CPU_CHUNK_SIZE, len(codebook))
-    for chunk in left.split(CPU_CHUNK_SIZE):
+    chunk_size = CPU_CHUNK_ELEMENTS // len(codebook)
+    out = torch.empty(chunk_size, len(codebook))
+    for chunk in left.split(chunk_size):
         torch.mm(chunk, right, out=out[: len(chunk)])
 
 

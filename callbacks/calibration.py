@@ -18,6 +18,7 @@ class ModelCalibration(Callback):
         mode: "dense" for the inputs that linears have in the dense model, as in the paper; "propagated" for those
             they have behind the blocks that are compressed already.
         batch_size: sequences that pass a block together on each device; less memory where it is smaller.
+        enabled: whether to calibrate; on the command line, compression.enabled says it.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class ModelCalibration(Callback):
         seed: int = 0,
         mode: Literal["dense", "propagated"] = "dense",
         batch_size: int = 8,
+        enabled: bool = True,
     ) -> None:
         for name, value in {"num_sequences": num_sequences, "batch_size": batch_size}.items():
             if value < 1:
@@ -34,12 +36,13 @@ class ModelCalibration(Callback):
         self.seed = seed
         self.mode: Literal["dense", "propagated"] = mode
         self.batch_size = batch_size
+        self.enabled = enabled
         self._done = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Calibrate, once, if this run compresses."""
         module = cast(LitCausalLM, pl_module)
-        if self._done or module.run is None or not is_compressing(trainer, stage):
+        if not self.enabled or self._done or not is_compressing(trainer, stage):
             return
         data = cast(TokenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
         windows = data.calibration_windows(self.num_sequences, self.seed)

@@ -16,18 +16,20 @@ class ModelCompression(Callback):
 
     Args:
         compressor: the method, by class_path and init_args: NoWagPruner, NoWagQuantizer, WandaPruner,
-            MagnitudePruner, or any class with their `compress`. null: compress nothing.
+            MagnitudePruner, or any class with their `compress`.
+        enabled: whether to compress at all; false to train or measure a model as it is.
     """
 
-    def __init__(self, compressor: Compressor | None = _DEFAULT) -> None:
+    def __init__(self, compressor: Compressor = _DEFAULT, enabled: bool = True) -> None:
         self.compressor = compressor
+        self.enabled = enabled
         self._done = False
         self._logged = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Compress, once, and let the module build its model from the result."""
         module = cast(LitCausalLM, pl_module)
-        if self._done or module.run is None or self.compressor is None or not is_compressing(trainer, stage):
+        if not self.enabled or self._done or not is_compressing(trainer, stage):
             return
         module.run.compress(self.compressor)
         module.assemble = module.run.assemble
@@ -36,7 +38,7 @@ class ModelCompression(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log every linear once, with the block as the step, so that depth is the horizontal axis."""
         module = cast(LitCausalLM, pl_module)
-        if not self._done or self._logged or module.run is None or not trainer.is_global_zero:
+        if not self._done or self._logged or not trainer.is_global_zero:
             return
         for row in module.run.statistics():
             linear = row["name"].partition(f".{row['block']}.")[2]

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -36,9 +35,7 @@ class ModelReport(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Record the dense model's predictions, once, if this run compresses."""
         module = cast(LitCausalLM, pl_module)
-        if module.reference is not None or module.run is None or module.run.method is None:
-            return
-        if is_compressing(trainer, stage):
+        if module.reference is None and module.is_compressed_here and is_compressing(trainer, stage):
             started = time.perf_counter()
             data = cast(TokenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
             module.reference = module.run.reference(data.eval_windows, self.batch_size)
@@ -56,12 +53,11 @@ class ModelReport(Callback):
         self._keep(phase, module, data)
         if not trainer.is_global_zero:
             return
-        run = module.run
-        compressed = run is not None and run.method is not None
+        compressed = module.is_compressed_here
         _show(_perplexity_table(self._metrics, data, compressed))
-        if run is not None and compressed and getattr(trainer, "is_last_validation", False):
-            report = build_report(run, data.seq_len, self._metrics, {"evaluation": self._evaluation_seconds})
-            path = Path(run.store.folder) / REPORT_FILE
+        if compressed and getattr(trainer, "is_last_validation", False):
+            report = build_report(module.run, data.seq_len, self._metrics, {"evaluation": self._evaluation_seconds})
+            path = module.run.store.folder / REPORT_FILE
             write_json(path, report)
             _show(_summary_table(report))
             _log.info("Report written to %s", path)

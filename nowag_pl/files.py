@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+_METADATA_KEY = "nowag_pl"
 
 
 @contextmanager
@@ -24,9 +26,9 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be written or the disk is full. `path` is then what it was before.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -38,7 +40,8 @@ def replacing(path: Path) -> Iterator[Path]:
             "free space or choose another folder, and run the same command again",
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
     _fsync_folder(path.parent)
 
 
@@ -62,16 +65,28 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: the file is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Expected {path} to be a JSON file, but it is missing or damaged: {error}.") from error
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
     """Write named tensors as one safetensors file, atomically.
 
     Args:
         path: the file to create or replace.
         tensors: name to tensor, on any device.
-        metadata: name to any JSON value; kept in the file's header.
+        metadata: JSON values; kept in the file's header, beside the "format" that other readers look for.
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {name: json.dumps(value) for name, value in (metadata or {}).items()}
+    header = {"format": "pt"} | ({_METADATA_KEY: json.dumps(metadata)} if metadata else {})
     with replacing(path) as temporary:
         try:
             save_file(contiguous, temporary, header)
@@ -115,4 +130,4 @@ def _opened(path: Path, device: torch.device | str) -> Iterator[Any]:
 
 
 def _metadata(file: Any) -> dict[str, Any]:
-    return {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+    return json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CPU_CHUNK_SIZE = 1024  # points whose distances stay in the cache
-CUDA_CHUNK_SIZE = 32768
+CPU_CHUNK_ELEMENTS = 2**20  # distances at a time: as many as stay in the cache
+CUDA_CHUNK_ELEMENTS = 2**27
+PLAIN_ARGMIN_CODEWORDS = 256  # up to here one argmin is faster than one in two steps
 START_POINTS_PER_CODEWORD = 64  # the start is drawn from a random sample of at most so many points
 
 
@@ -56,7 +57,8 @@ def weighted_kmeans(
         max_iters: updates of the codebook at the most.
         tolerance: least relative gain of the loss to go on; 0 to go on until the codes settle.
         codebook: start from these codewords instead of k-means++.
-        chunk_size: points whose k distances are in memory at a time. None: 1024 on a CPU, 32768 elsewhere.
+        chunk_size: points whose k distances are in memory at a time. None: as many as make 2^20 distances on a CPU,
+            2^27 elsewhere.
 
     Returns:
         Codebook `[k, d]`, codes `[n]` (int64), the loss of exactly this pair, and the updates done.
@@ -73,7 +75,9 @@ def weighted_kmeans(
         raise ValueError(
             f"Expected a codebook of shape {(num_codewords, points.shape[1])}, but got {tuple(codebook.shape)}."
         )
-    chunk_size = chunk_size or (CPU_CHUNK_SIZE if points.device.type == "cpu" else CUDA_CHUNK_SIZE)
+    if chunk_size is None:
+        elements = CPU_CHUNK_ELEMENTS if points.device.type == "cpu" else CUDA_CHUNK_ELEMENTS
+        chunk_size = max(elements // num_codewords, 1)
     weighted = weights * points
     prepared = _Points(torch.cat([weights, weighted], dim=1), (weighted * points).sum(dim=1))
     if codebook is None:
@@ -154,16 +158,19 @@ def _assign(points: _Points, codebook: Tensor, chunk_size: int) -> tuple[Tensor,
 
 
 def _argmin_group(num_columns: int) -> int:
-    """Return the largest power of two up to 64 that divides a number of columns."""
-    return min(num_columns & -num_columns, 64)
+    """Return the number of groups for :func:`_row_minima`: a power of two up to 64 that divides the columns."""
+    return 1 if num_columns <= PLAIN_ARGMIN_CODEWORDS else min(num_columns & -num_columns, 64)
 
 
 def _row_minima(matrix: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Return the minimum of each row and its column.
+    """Return the minimum of each row and its column; of equal ones always the same.
 
     Minima without indices are several times faster on a CPU than an argmin, so the row is first reduced to the
     minima of `group_size` interleaved groups; only the winning group is searched.
     """
+    if group_size == 1:
+        minimum, column = matrix.min(dim=1)
+        return minimum, column
     rows = matrix.view(len(matrix), -1, group_size)  # [n, k / g, g]
     group = rows.amin(dim=1).argmin(dim=1)  # [n]
     members = rows.gather(2, group[:, None, None].expand(-1, rows.shape[1], 1)).squeeze(2)  # [n, k / g]

@@ -139,7 +139,14 @@ class TokenDataModule(LightningDataModule):
         return list(python_docs("train", self.python_packages))
 
     def _tokenize(self, documents: Sequence[str]) -> Tensor:
-        return tokenize(documents, self.checkpoint.tokenizer, self.cache_dir)
+        tokens = tokenize(documents, self.checkpoint.tokenizer, self.cache_dir)
+        size = self.checkpoint.vocab_size
+        if len(tokens) and int(tokens.max()) >= size:
+            raise ValueError(
+                f"Expected token ids under {size}, the vocabulary of {self.checkpoint.path}, but its tokenizer gave "
+                f"{int(tokens.max())}: it belongs to another model."
+            )
+        return tokens
 
     @property
     def calibration_tokens(self) -> Tensor:

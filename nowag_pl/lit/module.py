@@ -64,11 +64,26 @@ class LitCausalLM(LightningModule):
         self._divergence: dict[str, Divergence] = {}
 
     @cached_property
-    def run(self) -> CompressionRun | None:
-        """The stages over this module's dense checkpoint, in its run directory."""
-        if self.run_dir is None or self.random_init or is_compressed(self.checkpoint.folder):
-            return None
+    def run(self) -> CompressionRun:
+        """The stages over this module's dense checkpoint, in its run directory.
+
+        Raises:
+            ValueError: there is no run directory, or no dense model to compress.
+        """
+        if self.run_dir is None:
+            raise ValueError("Expected a run_dir for the artefacts of a compression, but got none.")
+        if self.random_init or is_compressed(self.checkpoint.folder):
+            state = "has random weights" if self.random_init else "is compressed already"
+            raise ValueError(
+                f"Expected a dense model to compress, but {self.checkpoint.path} {state}. Set compression.enabled "
+                "to false to train or measure it as it is."
+            )
         return CompressionRun(self.checkpoint, self.run_dir, self.trainer.strategy.root_device)
+
+    @property
+    def is_compressed_here(self) -> bool:
+        """Whether the model was compressed by this module's run, from which it can be compared and reported."""
+        return self.assemble is not None
 
     def configure_model(self) -> None:
         """Build the model: compressed by this run, stored compressed, dense, or random."""

@@ -37,18 +37,24 @@ def assemble(checkpoint: Checkpoint, linears: Mapping[str, CompressedLinear]) ->
     return model.eval()
 
 
-def fill(model: "PreTrainedModel", tensors: Mapping[str, Tensor]) -> None:
+def fill(model: "PreTrainedModel", tensors: Mapping[str, Tensor], required: tuple[str, ...] = ()) -> None:
     """Give a model on the meta device its tensors.
+
+    Args:
+        model: model whose parameters are on the meta device, but for compressed linears.
+        tensors: name to tensor. A tied weight may be there under one of its names only.
+        required: beginnings of names that must be there although their place is not on the meta device.
 
     Raises:
         ValueError: a tensor is missing, unknown, or of another shape.
     """
     try:
-        _, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+        absent, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:  # shapes
         raise ValueError(f"Expected weights that fit {type(model).__name__}, but got: {error}") from error
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    missing += [name for name in absent if name.startswith(required or (" ",))]
     if missing or unexpected:
         raise ValueError(
             f"Expected exactly the weights of {type(model).__name__}, but {[*missing, *unexpected][0]!r} is "

@@ -4,14 +4,13 @@ Beside config.json, tokenizer and generation settings lie model.safetensors, wit
 their stored types, and nowag_pl.json, which says what each compressed linear is.
 """
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from nowag_pl.files import read_tensors, write_json, write_tensors
+from nowag_pl.files import read_json, read_tensors, write_json, write_tensors
 from nowag_pl.models.assembly import empty_like_described, fill, parameter_dtype
 from nowag_pl.models.loading import Checkpoint
 from nowag_pl.modules import CompressedLinear
@@ -47,7 +46,7 @@ def save_compressed(model: "PreTrainedModel", folder: str | Path, source: str | 
         tensors |= {f"{name}.{key}": tensor for key, tensor in module.storage().items()}
     if model.config.tie_word_embeddings:
         tensors = _without_aliases(tensors)
-    write_tensors(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
+    write_tensors(folder / WEIGHTS_FILE, tensors)
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
@@ -78,7 +77,7 @@ def load_compressed(folder: str | Path, dtype: torch.dtype | None = None) -> "Pr
             f"Expected {folder} to hold a compressed model ({DESCRIPTION_FILE}), but it does not. "
             "Load dense models with transformers."
         )
-    description = json.loads((folder / DESCRIPTION_FILE).read_text(encoding="utf-8"))
+    description = read_json(folder / DESCRIPTION_FILE)
     if description["format"] > FORMAT:
         raise ValueError(
             f"Expected format {FORMAT} or older in {folder}, but got {description['format']}: update nowag_pl."
@@ -92,7 +91,7 @@ def load_compressed(folder: str | Path, dtype: torch.dtype | None = None) -> "Pr
         if tensor.is_floating_point():
             own = parameter_dtype(model, name) if name.startswith(compressed) else dtype
             tensors[name] = tensor.to(own or tensor.dtype)
-    fill(model, tensors)
+    fill(model, tensors, required=compressed)
     return model.eval()
 
 

@@ -1,7 +1,7 @@
 """Open a model folder or hub id: configuration, tokenizer, weights. Only safetensors are read, never a pickle."""
 
-import json
 import logging
+import re
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from importlib.resources import files
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from nowag_pl.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -52,7 +54,7 @@ def resolve_folder(path: str) -> Path:
     except Exception as error:  # the hub raises many types; each means that the model is not to be had
         raise ValueError(
             f"Expected model.path to be {EMBEDDED!r}, a local folder or a Hugging Face id, but {path!r} is no local "
-            f"folder and could not be fetched from the hub: {type(error).__name__}: {error}."
+            f"folder and could not be fetched from the hub: {_first_sentence(error)}"
         ) from error
 
 
@@ -82,7 +84,7 @@ class Checkpoint:
         try:
             return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"Could not read the configuration in {self.folder}: {error}") from error
+            raise ValueError(f"Could not read the configuration in {self.folder}: {_first_sentence(error)}") from error
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -94,7 +96,7 @@ class Checkpoint:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"Expected {self.folder} to hold the model's tokenizer (tokenizer.json), but it could not be read: "
-                f"{error}"
+                f"{_first_sentence(error)}"
             ) from error
 
     @property
@@ -103,6 +105,20 @@ class Checkpoint:
         if self._dtype != "auto":
             return _DTYPES[self._dtype]
         return getattr(self.config, "dtype", None) or torch.float32
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids that the model knows.
+
+        Raises:
+            ValueError: it is no language model.
+        """
+        size = getattr(self.config.get_text_config(), "vocab_size", None)
+        if size is None:
+            raise ValueError(
+                f"Expected a causal language model in {self.folder}, but got one of type {self.config.model_type!r}."
+            )
+        return size
 
     @property
     def max_seq_len(self) -> int | None:
@@ -114,7 +130,7 @@ class Checkpoint:
         """Name of every tensor to the file that holds it."""
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            files = sorted({self.folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+            files = sorted({self.folder / name for name in read_json(index)["weight_map"].values()})
         else:
             files = sorted(self.folder.glob("*.safetensors"))
         if not files:
@@ -152,8 +168,14 @@ class Checkpoint:
         """
         from transformers import AutoModelForCausalLM
 
-        with context or nullcontext():
-            return AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=False)
+        try:
+            with context or nullcontext():
+                return AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=False)
+        except ValueError as error:
+            raise ValueError(
+                f"Expected a causal language model in {self.folder}, but a model of type "
+                f"{self.config.model_type!r} could not be built as one: {_first_sentence(error)}"
+            ) from error
 
     def load(self) -> "PreTrainedModel":
         """Load the whole dense model.
@@ -162,7 +184,9 @@ class Checkpoint:
             ValueError: a file is damaged, or the weights do not fit the configuration.
         """
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging as transformers_logging
 
+        transformers_logging.disable_progress_bar()
         self.weight_map  # noqa: B018 - checks that the files are whole, with a message of ours
         model: PreTrainedModel
         info: dict[str, Any]
@@ -171,6 +195,7 @@ class Checkpoint:
             dtype=self.dtype,
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are reported below, by name
             output_loading_info=True,
         )
         if info["missing_keys"] or info["mismatched_keys"]:
@@ -180,6 +205,11 @@ class Checkpoint:
                 f"{len(wrong) - 1} others are missing or of another shape."
             )
         return model.eval()
+
+
+def _first_sentence(error: Exception) -> str:
+    """Return the beginning of an error text of another library, which may go on for pages."""
+    return re.split(r"(?<=\w[.:!])\s|\n", str(error).strip())[0][:200].rstrip(".: ") + "."
 
 
 def _tensor_names(file: Path) -> list[str]:

@@ -7,7 +7,6 @@ position embeddings); so nothing here knows a family's conventions. The same tri
 
 import copy
 from collections.abc import Callable
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -52,6 +51,11 @@ class StreamedModel:
     def __len__(self) -> int:
         return len(self.blocks)
 
+    @property
+    def hidden_size(self) -> int:
+        """Length of a hidden state."""
+        return self.skeleton.get_input_embeddings().weight.shape[1]
+
     def block_name(self, index: int) -> str:
         """Return the name of a block in the model, such as "model.layers.3"."""
         return f"{self.blocks_name}.{index}"
@@ -77,9 +81,18 @@ class StreamedModel:
             name.removeprefix(prefix): tensor.to(self.checkpoint.dtype) if tensor.is_floating_point() else tensor
             for name, tensor in tensors.items()
         }
-        module.load_state_dict(state, strict=False, assign=True)
+        try:
+            module.load_state_dict(state, strict=False, assign=True)
+        except RuntimeError as error:
+            raise ValueError(
+                f"Expected weights in {self.checkpoint.folder} of the shapes that its config.json says, but got: "
+                f"{str(error).splitlines()[-1].strip()}"
+            ) from error
         if tied:
             self.skeleton.tie_weights()
+        for name, parameter in module.named_parameters():
+            if parameter.is_meta:
+                raise ValueError(f"Expected {self.checkpoint.folder} to hold {prefix + name!r}, but it is not there.")
         module.to(self.device)
 
     def forward_block(self, block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -131,12 +144,6 @@ class StreamedModel:
             return self.skeleton(input_ids=tokens.to(self.device).long(), use_cache=False).logits
         finally:
             set_module(self.skeleton, self.blocks_name, nn.ModuleList())
-
-    @cached_property
-    def block_bytes(self) -> int:
-        """Size of the largest block."""
-        size = torch.empty((), dtype=self.checkpoint.dtype).element_size()
-        return max(sum(p.numel() for p in block.parameters()) for block in self.blocks) * size
 
 
 class _StandIn(nn.Module):

@@ -5,7 +5,7 @@ import time
 
 from torch import Tensor, nn
 
-from nowag_pl.models.streaming import StreamedModel
+from nowag_pl.models.streaming import StreamedModel, find_linears
 from nowag_pl.pipeline.progress import block_progress
 from nowag_pl.pipeline.store import ArtefactStore
 from nowag_pl.pipeline.stream import HiddenStream, observed_inputs
@@ -33,11 +33,10 @@ def calibrate(model: StreamedModel, windows: Tensor, store: ArtefactStore, batch
     stream = HiddenStream(model, windows[ranks.rank :: ranks.world_size], batch_size)
     with block_progress("Calibrating", max(missing) + 1, ranks.is_zero) as report:
         for index in range(max(missing) + 1):
-            block = model.load_block(index)
             if index in missing:
-                calibrate_block(model, stream, block, index, store, advance=True)
+                calibrate_block(model, stream, model.load_block(index), index, store, advance=True)
             else:
-                stream.run(block, index)
+                stream.run(model.load_block(index), index)
             report("" if index in missing else "(already there)")
 
 
@@ -63,6 +62,9 @@ def calibrate_block(
         Second moment `[in]` of each linear by its name in the block, float32.
     """
     started = time.perf_counter()
+    for name, linear in find_linears(block).items():
+        if not linear.weight.isfinite().all():
+            raise ValueError(f"{model.block_name(index)}.{name}: Expected finite weights, but got NaN or infinity.")
     with observed_inputs(block) as moments:
         stream.run(block, index, advance)
     means: dict[str, Tensor] = {}

@@ -27,7 +27,7 @@ _log = logging.getLogger("nowag_pl")
 
 def describe(compressor: Compressor) -> dict[str, Any]:
     """Return class name and settings of a compressor as JSON values, for the manifest."""
-    settings = dataclasses.asdict(compressor) if dataclasses.is_dataclass(compressor) else {"repr": repr(compressor)}
+    settings = dataclasses.asdict(compressor) if dataclasses.is_dataclass(compressor) else dict(vars(compressor))
     return {"compressor": type(compressor).__name__, **settings}
 
 
@@ -58,20 +58,32 @@ def compress(
             if index not in missing and stream is None:
                 report("(already there)")
                 continue
-            block = model.load_block(index)
-            if index in missing:
-                if stream is None:
-                    moments, _ = store.read(calibration.STAGE, index)
-                else:
-                    moments = calibration.calibrate_block(model, stream, block, index, store, advance=False)
-                _compress_block(model, block, index, compressor, moments, store)
-            linears, statistics = read_block(store, index)
-            if stream is not None:
-                for name, linear in linears.items():
-                    set_module(block, name, linear.to(model.device))
-                stream.run(block, index)
-            mean_loss = sum(row["loss"] for row in statistics.values()) / max(len(statistics), 1)
-            report(f"mean loss {mean_loss:.4f}")
+            losses = _process_block(model, index, compressor, store, stream, is_missing=index in missing)
+            report(f"mean loss {sum(losses) / max(len(losses), 1):.4f}")
+
+
+def _process_block(
+    model: StreamedModel,
+    index: int,
+    compressor: Compressor,
+    store: ArtefactStore,
+    stream: HiddenStream | None,
+    is_missing: bool,
+) -> list[float]:
+    """Compress a block if it is missing, move the stream behind it, and return the losses of its linears."""
+    block = model.load_block(index)
+    if is_missing:
+        if stream is None:
+            moments, _ = store.read(calibration.STAGE, index)
+        else:
+            moments = calibration.calibrate_block(model, stream, block, index, store, advance=False)
+        _compress_block(model, block, index, compressor, moments, store)
+    linears, statistics = read_block(store, index)
+    if stream is not None:
+        for name, linear in linears.items():
+            set_module(block, name, linear.to(model.device))
+        stream.run(block, index)
+    return [row["loss"] for row in statistics.values()]
 
 
 def _compress_block(
@@ -87,17 +99,21 @@ def _compress_block(
     linears = find_linears(block)
     mine = _share(linears, store.ranks)
     results: dict[str, tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]] = {}
+    problem = None
     for name in mine:
         try:
             compressed = compressor.compress(linears[name], moments[name].to(model.device))
-        except ValueError as error:
-            raise ValueError(f"{model.block_name(index)}.{name}: {error}") from error
+        except ValueError as error:  # told to all ranks, so that none waits for one that has gone
+            problem = f"{model.block_name(index)}.{name}: {error}"
+            break
         if not isinstance(compressed, CompressedLinear):
             raise TypeError(f"Expected {compressor!r} to return a CompressedLinear, but got {type(compressed)}.")
         statistics = measure(linears[name], compressed, moments[name])
         storage = {key: tensor.cpu() for key, tensor in compressed.storage().items()}
         results[name] = (storage, compressed.description(), statistics)
-    for others in store.ranks.gather(results):
+    for others, their_problem in store.ranks.gather((results, problem)):
+        if their_problem is not None:
+            raise ValueError(their_problem)
         results |= others
     ordered = [(name, *results[name]) for name in linears]
     store.write(

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nowag_pl.files import read_metadata, read_tensors, write_json, write_tensors
+from nowag_pl.files import read_json, read_metadata, read_tensors, write_json, write_tensors
 from nowag_pl.pipeline.ranks import Ranks
 
 FORMAT = 1
@@ -68,6 +68,8 @@ class ArtefactStore:
 
     def _claim(self, section: str, settings: dict[str, Any]) -> str | None:
         settings = json.loads(json.dumps(settings))
+        for stray in self.folder.glob("*/.*.tmp"):  # of a process that was killed
+            stray.unlink(missing_ok=True)
         manifest = self._read_manifest()
         if manifest.setdefault("format", FORMAT) != FORMAT:
             return (
@@ -78,7 +80,9 @@ class ArtefactStore:
         if known != settings:
             names = sorted(known.keys() | settings.keys())
             differing = [name for name in names if known.get(name) != settings.get(name)]
-            found = "; ".join(f"{section}.{n} = {known.get(n)!r}, not {settings.get(n)!r}" for n in differing)
+            found = "; ".join(
+                f"{section}.{name} = {_short(known.get(name))}, not {_short(settings.get(name))}" for name in differing
+            )
             return (
                 f"Run directory {self.folder} holds a run with {found}. Runs are never mixed: choose another "
                 "run_dir, or delete this one to start again."
@@ -89,8 +93,14 @@ class ArtefactStore:
     def _read_manifest(self) -> dict[str, Any]:
         path = self.folder / MANIFEST
         if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+            return read_json(path)
         strays = sorted(self.folder.glob("*/block_*.safetensors"))
         if strays:
             raise ValueError(f"Expected {path} beside {strays[0]}, but it is not there. Choose another run_dir.")
         return {}
+
+
+def _short(value: Any) -> str:
+    """Show a setting, and only the beginning of a hash."""
+    text = repr(value)
+    return f"{text[:9]}...'" if isinstance(value, str) and len(value) == 64 else text

@@ -22,6 +22,7 @@ class HiddenStream:
 
     def __init__(self, model: StreamedModel, windows: Tensor, batch_size: int) -> None:
         self._model = model
+        self._empty = torch.empty(0, windows.shape[1], model.hidden_size, dtype=model.checkpoint.dtype)
         self._hidden: list[Tensor] = []
         self._arguments: dict[int, list[dict[str, Any]]] = {}  # by batch size; they do not depend on the tokens
         for tokens in windows.split(batch_size) if len(windows) else ():
@@ -46,7 +47,7 @@ class HiddenStream:
 
     def gathered(self) -> Tensor:
         """Return the hidden states of all sequences, `[num_sequences, seq_len, hidden]`."""
-        return torch.cat(self._hidden)
+        return torch.cat([self._empty, *self._hidden])
 
 
 @contextmanager

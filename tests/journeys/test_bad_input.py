@@ -1,0 +1,379 @@
+"""Bad input ends in one or two sentences on the command line and an exit code, never in a traceback.
+
+`command_line` lets exceptions through that main.py does not turn into a message: such a test fails with the traceback
+that a user would see.
+"""
+
+import errno
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import (
+    SEQ_LEN,
+    Outcome,
+    copy_model,
+    edit_json,
+    edit_tensors,
+    fit_arguments,
+    save_tiny_model,
+    validate_arguments,
+)
+
+from nowag_pl.files import read_tensors
+
+pytest_plugins = ["tiny_fixtures"]
+
+MOST_CHARACTERS = 600  # of a message, a path counting as little
+
+
+@pytest.fixture
+def fit(command_line, model_folder, workplace, tmp_path):
+    """Run a fit of the tiny Llama in tmp_path/run; arguments replace the usual ones."""
+
+    def run(*more: str, model: Path | str | None = None) -> Outcome:
+        return command_line(fit_arguments(workplace, model or model_folder(), tmp_path / "run", *more))
+
+    return run
+
+
+@pytest.fixture
+def own_model(model_folder, tmp_path):
+    """Return a copy of the tiny Llama that a test may damage."""
+    return copy_model(model_folder(), tmp_path / "own_model")
+
+
+def assert_refused(outcome: Outcome, *patterns: str) -> None:
+    """Check for a short error that says all of `patterns`, and nothing that smells of a traceback."""
+    message = outcome.message
+    assert outcome.code != 0, outcome.output
+    for pattern in patterns:
+        assert re.search(pattern, message, re.DOTALL), f"no {pattern!r} in {message!r}"
+    assert "Traceback" not in message
+    assert 'File "' not in message
+    shortened = re.sub(r"/[\w./-]+", "/path", message)
+    assert len(shortened) <= MOST_CHARACTERS, message
+
+
+def test_no_such_model_folder(fit):
+    assert_refused(fit(model="/no/such/folder"), "no folder", "/no/such/folder")
+
+
+def test_relative_folder_that_is_not_there(fit):
+    assert_refused(fit(model="./typo"), "no folder", "typo")
+
+
+def test_hub_id_that_cannot_be_fetched(fit, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert_refused(fit(model="nobody/no-such-model"), "nobody/no-such-model", "could not be fetched")
+
+
+def test_folder_without_config(fit, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert_refused(fit(model=tmp_path / "empty"), "empty", "config.json")
+
+
+def test_model_of_pickles_is_refused_by_name_and_never_opened(fit, own_model, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    (own_model / "model.safetensors").unlink()
+    torch.save({"weight": Bomb()}, own_model / "pytorch_model.bin")
+    assert_refused(fit(model=own_model), "pickle", "pytorch_model.bin", "safetensors")
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_truncated_weights(command, command_line, own_model, workplace, tmp_path):
+    file = own_model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    arguments = {"fit": fit_arguments, "validate": validate_arguments}[command](workplace, own_model, tmp_path / "run")
+    assert_refused(command_line(arguments), "model.safetensors", "cut short")
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_weights_of_another_shape_than_the_configuration_says(command, command_line, own_model, workplace, tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_tensors(own_model, {name: torch.zeros(44, 32)})
+    arguments = {"fit": fit_arguments, "validate": validate_arguments}[command](workplace, own_model, tmp_path / "run")
+    assert_refused(command_line(arguments), r"mlp\.up_proj\.weight")
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_missing_tensor_is_named(command, command_line, own_model, workplace, tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_tensors(own_model, {name: None})
+    arguments = {"fit": fit_arguments, "validate": validate_arguments}[command](workplace, own_model, tmp_path / "run")
+    assert_refused(command_line(arguments), re.escape(name))
+
+
+def test_missing_tensor_of_a_tied_model_is_named(fit, tmp_path):
+    folder = save_tiny_model(tmp_path / "tied", tied=True)
+    edit_tensors(folder, {"model.norm.weight": None})
+    assert_refused(fit(model=folder), r"model\.norm\.weight")
+
+
+def test_configuration_that_is_no_json(fit, own_model):
+    (own_model / "config.json").write_text('{"model_type": "llama", ')
+    assert_refused(fit(model=own_model), "config", str(own_model))
+
+
+def test_family_that_transformers_does_not_know(fit, own_model):
+    edit_json(own_model / "config.json", model_type="imaginary")
+    assert_refused(fit(model=own_model), "imaginary")
+
+
+def test_model_that_is_no_causal_language_model(fit, own_model):
+    (own_model / "config.json").write_text('{"model_type": "vit"}')
+    assert_refused(fit(model=own_model), "(?i)vit")
+
+
+def test_model_without_tokenizer(fit, own_model):
+    (own_model / "tokenizer.json").unlink()
+    (own_model / "tokenizer_config.json").unlink()
+    assert_refused(fit(model=own_model), "tokenizer", str(own_model))
+
+
+def test_tokenizer_of_another_model(fit, tmp_path):
+    folder = save_tiny_model(tmp_path / "small_vocabulary", vocab_size=100)
+    assert_refused(fit(model=folder), "vocabulary|tokenizer", "100")
+
+
+def test_nan_weights_name_their_linear(fit, own_model):
+    name = "model.layers.1.mlp.down_proj"
+    weight = load_file(own_model / "model.safetensors")[f"{name}.weight"]
+    weight[3, 5] = float("nan")
+    edit_tensors(own_model, {f"{name}.weight": weight})
+    assert_refused(fit(model=own_model), re.escape(name), "NaN")
+
+
+def test_nan_embedding_names_the_first_linear_that_meets_it(fit, own_model):
+    weight = load_file(own_model / "model.safetensors")["model.embed_tokens.weight"]
+    edit_tensors(own_model, {"model.embed_tokens.weight": weight * float("nan")})
+    assert_refused(fit(model=own_model), r"model\.layers\.0\.self_attn\.q_proj", "NaN")
+
+
+def test_calibration_text_shorter_than_a_sequence(fit, tmp_path):
+    (tmp_path / "short.txt").write_text("too short")
+    outcome = fit(f"--data.calibration_files=[{tmp_path / 'short.txt'}]")
+    assert_refused(outcome, f"seq_len = {SEQ_LEN}", "more text|smaller")
+
+
+def test_evaluation_text_shorter_than_a_window(fit, tmp_path):
+    (tmp_path / "short.txt").write_text("too short")
+    outcome = fit(f"--data.eval_files={{mine: {tmp_path / 'short.txt'}}}")
+    assert_refused(outcome, f"seq_len = {SEQ_LEN}", "more text|smaller")
+
+
+def test_sequences_longer_than_the_context(fit):
+    assert_refused(fit("--data.seq_len=65"), "seq_len", "64", "65")
+
+
+@pytest.mark.parametrize("option", ["calibration_files", "eval_files"])
+def test_text_that_is_not_there(option, fit):
+    value = {"calibration_files": "[/no/such.txt]", "eval_files": "{mine: /no/such.txt}"}[option]
+    assert_refused(fit(f"--data.{option}={value}"), r"/no/such\.txt")
+
+
+@pytest.mark.parametrize("option", ["calibration_files", "eval_files"])
+def test_text_that_is_not_utf8(option, fit, tmp_path):
+    path = tmp_path / "latin1.txt"
+    path.write_bytes("déjà vu ".encode("latin-1") * 500)
+    value = {"calibration_files": f"[{path}]", "eval_files": f"{{mine: {path}}}"}[option]
+    assert_refused(fit(f"--data.{option}={value}"), r"latin1\.txt", "UTF-8")
+
+
+def test_pattern_that_does_not_divide_names_the_linear(fit):
+    outcome = fit("--compression.compressor.sparsity=null", "--compression.compressor.pattern=[2, 5]")
+    assert_refused(outcome, r"model\.layers\.0\.\S+proj", "divisible by 5")
+
+
+@pytest.mark.parametrize(
+    ("setting", "patterns"),
+    [
+        ("sparsity=1.5", ["sparsity", r"1\.5"]),
+        ("sparsity=-0.1", ["sparsity", r"-0\.1"]),
+        ("pattern=[4, 2]", ["pattern"]),
+        ("sparsity=half", ["sparsity", "half"]),
+    ],
+)
+def test_setting_out_of_range(setting, patterns, fit):
+    assert_refused(fit(f"--compression.compressor.{setting}"), *patterns)
+
+
+def test_sparsity_beside_a_pattern(fit):
+    outcome = fit("--compression.compressor.sparsity=0.5", "--compression.compressor.pattern=[2, 4]")
+    assert_refused(outcome, "sparsity or pattern")
+
+
+def test_more_codewords_than_subvectors_names_the_linear(fit):
+    outcome = fit(
+        "--compression.compressor=nowag_pl.NoWagQuantizer",
+        "--compression.compressor.subvector_dim=4",
+        "--compression.compressor.codebook_size=256",
+    )
+    assert_refused(outcome, r"model\.layers\.0\.self_attn\.[kv]_proj", "256", "128")
+
+
+def test_more_codewords_than_subvectors_is_said_before_anything_is_written(fit, tmp_path):
+    fit(
+        "--compression.compressor=nowag_pl.NoWagQuantizer",
+        "--compression.compressor.subvector_dim=4",
+        "--compression.compressor.codebook_size=256",
+    )
+    assert not list((tmp_path / "run").glob("compressed/*.safetensors"))
+
+
+def test_run_dir_below_a_file(command_line, model_folder, workplace, tmp_path):
+    (tmp_path / "file").write_text("")
+    outcome = command_line(fit_arguments(workplace, model_folder(), tmp_path / "file" / "run"))
+    assert_refused(outcome, "file/run|run_dir", "(?i)could not|cannot|not a directory")
+
+
+def test_full_disk_keeps_what_is_finished_and_the_run_goes_on_afterwards(fit, tmp_path, monkeypatch):
+    replace = os.replace
+
+    def full(source, target):
+        if "compressed/block_001" in str(target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        outcome = fit()
+    assert_refused(outcome, "No space left", "same command again")
+    assert "Errno" not in outcome.message
+    run_dir = tmp_path / "run"
+    assert [file.name for file in run_dir.glob("compressed/*")] == ["block_000.safetensors"]
+    assert not list(run_dir.glob("**/*.tmp"))
+    before = (run_dir / "compressed/block_000.safetensors").stat().st_mtime_ns
+    read_tensors(run_dir / "compressed/block_000.safetensors")
+    assert fit().code == 0
+    assert (run_dir / "compressed/block_000.safetensors").stat().st_mtime_ns == before
+    assert (run_dir / "report.json").is_file()
+
+
+def test_full_disk_while_tensors_are_written(fit, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert_refused(fit(), "No space left", "Could not write")
+    assert not list((tmp_path / "run").glob("**/*.tmp"))
+
+
+def test_full_disk_while_the_model_is_exported(fit, tmp_path, monkeypatch):
+    replace = os.replace
+
+    def full(source, target):
+        if "export" in str(target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    assert_refused(fit(), "No space left", "export")
+    assert (tmp_path / "run" / "report.json").is_file()
+
+
+def test_damaged_artefact_is_named(fit, tmp_path):
+    assert fit().code == 0
+    file = tmp_path / "run" / "compressed" / "block_001.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert_refused(fit(), r"compressed/block_001\.safetensors", "delete it")
+    file.unlink()
+    assert fit().code == 0
+
+
+def test_misspelt_key_on_the_command_line(fit, tmp_path):
+    outcome = fit("--compression.compressor.sparsty=0.5")
+    assert_refused(outcome, "sparsty")
+    assert not (tmp_path / "run").exists()
+
+
+def test_misspelt_key_in_a_file(fit, tmp_path):
+    (tmp_path / "mine.yaml").write_text("calibration:\n  num_sequence: 4\n")
+    outcome = fit(f"--config={tmp_path / 'mine.yaml'}")
+    assert_refused(outcome, "num_sequence")
+    assert not (tmp_path / "run").exists()
+
+
+def test_config_file_that_is_not_there(fit):
+    assert_refused(fit("--config=/no/such.yaml"), r"/no/such\.yaml")
+
+
+def test_unknown_compressor(fit):
+    assert_refused(fit("--compression.compressor=nowag_pl.NoWagPrunner"), "NoWagPrunner")
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ("--calibration.num_sequences=0", "num_sequences"),
+        ("--calibration.batch_size=0", "batch_size"),
+        ("--calibration.mode=sparse", "mode"),
+        ("--data.seq_len=1", "seq_len"),
+        ("--data.max_eval_windows=0", "max_eval_windows"),
+        ("--report.batch_size=0", "batch_size"),
+        ("--model.dtype=int4", "dtype"),
+    ],
+)
+def test_number_out_of_range_names_its_setting(setting, name, fit):
+    assert_refused(fit(setting), name)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ("--calibration.num_sequences=7", r"calibration\.num_sequences = 6, not 7"),
+        ("--calibration.seed=1", r"calibration\.seed = 0, not 1"),
+        ("--calibration.mode=propagated", r"calibration\.mode = 'dense', not 'propagated'"),
+        ("--data.seq_len=16", r"calibration\.seq_len = 32, not 16"),
+        ("--compression.compressor.sparsity=0.6", r"compression\.sparsity = 0\.5, not 0\.6"),
+        ("--compression.compressor=nowag_pl.WandaPruner", r"compression\.compressor = 'NoWagPruner'"),
+        ("--model.dtype=bfloat16", r"model\.dtype = 'float32', not 'bfloat16'"),
+    ],
+)
+def test_changed_setting_in_the_same_run_dir_is_named(change, name, finished_run, fit, tmp_path):
+    before = {file: file.read_bytes() for file in (tmp_path / "run").glob("*/*.safetensors")}
+    assert_refused(fit(change), name, "choose another run_dir")
+    assert {file: file.read_bytes() for file in (tmp_path / "run").glob("*/*.safetensors")} == before
+
+
+def test_another_model_in_the_same_run_dir(finished_run, fit, model_folder):
+    assert_refused(fit(model=model_folder(seed=1)), r"model", "choose another run_dir")
+
+
+def test_artefacts_without_a_manifest(finished_run, fit, tmp_path):
+    (tmp_path / "run" / "manifest.json").unlink()
+    assert_refused(fit(), r"manifest\.json", "run_dir")
+
+
+@pytest.fixture
+def finished_run(model_folder, workplace, tmp_path, tmp_path_factory):
+    """Put a finished run of the tiny Llama into tmp_path/run."""
+    from nowag_pl import NoWagPruner
+    from nowag_pl.data.sources import read_text_file
+    from nowag_pl.data.tokens import random_windows, tokenize
+    from nowag_pl.models.loading import Checkpoint
+    from nowag_pl.pipeline.run import CompressionRun
+
+    checkpoint = Checkpoint(str(model_folder()))
+    tokens = tokenize([read_text_file(workplace / "calibration.txt")], checkpoint.tokenizer)
+    run = CompressionRun(checkpoint, tmp_path / "run")
+    run.calibrate(random_windows(tokens, SEQ_LEN, 6, 0), "dense", 0, 8)
+    run.compress(NoWagPruner())
+    return tmp_path / "run"
+
+
+def test_damaged_export_is_refused(command_line, fit, workplace, tmp_path):
+    assert fit().code == 0
+    export = tmp_path / "run" / "export"
+    (export / "nowag_pl.json").write_text("{")
+    outcome = command_line(validate_arguments(workplace, export, tmp_path / "validation"))
+    assert_refused(outcome, r"nowag_pl\.json")

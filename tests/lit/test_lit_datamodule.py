@@ -1,0 +1,136 @@
+"""Windows for calibration, training and evaluation."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import SEQ_LEN, save_tiny_model
+
+from nowag_pl.data.sources import HubDataset, read_text_file
+from nowag_pl.lit.datamodule import TokenDataModule
+from nowag_pl.models.loading import Checkpoint
+
+pytest_plugins = ["tiny_fixtures"]
+
+
+@pytest.fixture
+def datamodule(model_folder, workplace):
+    """Make a data module that stands before a trainer of `world_size` processes."""
+
+    def make(rank=0, world_size=1, model=None, **settings):
+        settings = {
+            "calibration_files": [str(workplace / "calibration.txt")],
+            "eval_files": {"held_out": str(workplace / "eval.txt")},
+            "seq_len": SEQ_LEN,
+            "cache_dir": str(workplace / "cache"),
+        } | settings
+        module = TokenDataModule(**settings)
+        lightning_module = SimpleNamespace(checkpoint=Checkpoint(str(model or model_folder())))
+        module.trainer = SimpleNamespace(lightning_module=lightning_module, global_rank=rank, world_size=world_size)
+        module.prepare_data()
+        module.setup("validate")
+        return module
+
+    return make
+
+
+def tokens_of(path, checkpoint) -> torch.Tensor:
+    tokenizer = checkpoint.tokenizer
+    ids = tokenizer(read_text_file(path), add_special_tokens=False)["input_ids"]
+    return torch.tensor([tokenizer.bos_token_id, *ids])
+
+
+def test_evaluation_windows_are_the_text_without_its_tail(datamodule, workplace):
+    module = datamodule()
+    tokens = tokens_of(workplace / "eval.txt", module.checkpoint)
+    windows = module.eval_windows["held_out"]
+    assert windows.shape == (len(tokens) // SEQ_LEN, SEQ_LEN)
+    assert torch.equal(windows.flatten().long(), tokens[: windows.numel()])
+    assert len(tokens) % SEQ_LEN  # there is a tail
+
+
+def test_ranks_see_every_window_once(datamodule):
+    seen, windows = [], datamodule().eval_windows["held_out"]
+    for rank in range(3):
+        (loader,) = datamodule(rank, 3, eval_batch_size=2).val_dataloader()
+        for batch in loader:
+            assert torch.equal(batch["tokens"], windows[batch["index"]].long())
+            seen += batch["index"].tolist()
+    assert sorted(seen) == list(range(len(windows)))
+
+
+def test_only_the_first_windows_where_fewer_are_wanted(datamodule):
+    whole, few = datamodule(), datamodule(max_eval_windows=3)
+    assert torch.equal(few.eval_windows["held_out"], whole.eval_windows["held_out"][:3])
+
+
+def test_calibration_windows_are_parts_of_the_text(datamodule, workplace):
+    module = datamodule()
+    tokens = tokens_of(workplace / "calibration.txt", module.checkpoint)
+    places = tokens.unfold(0, SEQ_LEN, 1)
+    windows = module.calibration_windows(5, seed=0)
+    assert windows.shape == (5, SEQ_LEN)
+    for window in windows.long():
+        assert (places == window).all(dim=1).any()
+
+
+def test_calibration_windows_follow_the_seed(datamodule):
+    module = datamodule()
+    assert torch.equal(module.calibration_windows(5, 0), datamodule().calibration_windows(5, 0))
+    assert not torch.equal(module.calibration_windows(5, 0), module.calibration_windows(5, 1))
+
+
+def test_calibration_windows_are_the_same_on_every_rank(datamodule):
+    assert torch.equal(datamodule(0, 2).calibration_windows(5, 0), datamodule(1, 2).calibration_windows(5, 0))
+
+
+def test_several_texts_keep_their_names_and_order(datamodule, workplace):
+    files = {"second": str(workplace / "calibration.txt"), "first": str(workplace / "eval.txt")}
+    module = datamodule(eval_files=files)
+    assert module.eval_names == ["second", "first"]
+    assert list(module.eval_windows) == ["second", "first"]
+    sizes = [len(loader.dataset) for loader in module.val_dataloader()]
+    assert sizes == [len(module.eval_windows["second"]), len(module.eval_windows["first"])]
+
+
+def test_training_batches_are_windows_of_the_calibration_text(datamodule):
+    module = datamodule(train_batch_size=3)
+    torch.manual_seed(0)
+    batches = [batch["tokens"] for batch in module.train_dataloader()]
+    assert {tuple(batch.shape) for batch in batches} == {(3, SEQ_LEN)}
+    tokens = module.calibration_tokens.long()
+    starts = [int(batch[0, 0]) for batch in batches]
+    assert starts != [int(tokens[index * 3 * SEQ_LEN]) for index in range(len(batches))] or len(batches) < 3
+
+
+def test_length_defaults_to_the_models_context(datamodule):
+    assert datamodule(seq_len=None).seq_len == 64
+
+
+def test_length_defaults_to_2048_under_a_longer_context(datamodule, tmp_path, workplace):
+    folder = save_tiny_model(tmp_path / "long", max_position_embeddings=8192)
+    long = {"calibration_files": [str(workplace / "calibration.txt")] * 3, "eval_files": {"long": ""}}
+    long["eval_files"] = {"long": str(tmp_path / "long.txt")}
+    (tmp_path / "long.txt").write_text(read_text_file(workplace / "calibration.txt") * 3)
+    assert datamodule(model=folder, seq_len=None, **long).seq_len == 2048
+
+
+def test_length_over_the_context_is_refused(datamodule):
+    with pytest.raises(ValueError, match=r"at most 64.*got 65"):
+        datamodule(seq_len=65)
+
+
+def test_files_and_dataset_together_are_refused(workplace):
+    with pytest.raises(ValueError, match=r"calibration_files or data\.calibration_dataset"):
+        TokenDataModule(calibration_files=["a"], calibration_dataset=HubDataset("b"))
+
+
+@pytest.mark.parametrize("name", ["seq_len", "eval_batch_size", "train_batch_size", "max_eval_windows"])
+def test_numbers_below_one_are_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"data.{name} of at least"):
+        TokenDataModule(**{name: 0})
+
+
+def test_one_token_predicts_nothing():
+    with pytest.raises(ValueError, match=r"data\.seq_len of at least 2"):
+        TokenDataModule(seq_len=1)

@@ -1,0 +1,143 @@
+"""Blocks read one at a time compute what the whole model computes."""
+
+import pytest
+import torch
+from tiny_models import FAMILIES, edit_json, load_whole, num_linears, random_tokens
+from torch import nn
+
+from nowag_pl.models.loading import Checkpoint
+from nowag_pl.models.streaming import StreamedModel, find_blocks, find_linears
+
+pytest_plugins = ["tiny_fixtures"]
+
+TOKENS = random_tokens(3, seq_len=24)  # three windows of Mistral's sliding attention
+
+
+@torch.no_grad()
+def streamed_logits(model: StreamedModel, tokens: torch.Tensor) -> torch.Tensor:
+    hidden, arguments = model.embed(tokens)
+    for index in range(len(model)):
+        hidden = model.forward_block(model.load_block(index), hidden, arguments[index])
+    return model.head(hidden)
+
+
+@torch.no_grad()
+def whole_logits(folder, tokens: torch.Tensor, **settings) -> torch.Tensor:
+    return load_whole(folder, **settings)(tokens, use_cache=False).logits
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_logits_are_the_whole_models(family, sharded, tied, model_folder):
+    folder = model_folder(family, sharded=sharded, tied=tied)
+    assert len(list(folder.glob("*.safetensors"))) > 1 if sharded else True
+    expected = whole_logits(folder, TOKENS)
+    actual = streamed_logits(StreamedModel(Checkpoint(str(folder))), TOKENS)
+    assert expected.std() > 0.1  # a model that says something
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_logits_under_eager_attention(family, model_folder):
+    folder = model_folder(family)
+    checkpoint = Checkpoint(str(folder))
+    checkpoint.config._attn_implementation = "eager"
+    expected = whole_logits(folder, TOKENS, attn_implementation="eager")
+    torch.testing.assert_close(streamed_logits(StreamedModel(checkpoint), TOKENS), expected, atol=1e-5, rtol=0)
+
+
+def test_sliding_window_reaches_the_blocks(model_folder, tmp_path):
+    narrow = whole_logits(model_folder("mistral"), TOKENS)
+    wide = whole_logits(model_folder("mistral", sliding_window=None), TOKENS)
+    assert not torch.allclose(narrow[:, 12:], wide[:, 12:], atol=1e-3)  # else the tests above prove nothing
+
+
+def test_blocks_take_any_batch_size(model_folder):
+    model = StreamedModel(Checkpoint(str(model_folder("qwen3"))))
+    together = streamed_logits(model, TOKENS)
+    alone = torch.cat([streamed_logits(model, tokens[None]) for tokens in TOKENS])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_come_in_the_wanted_type(dtype, model_folder):
+    model = StreamedModel(Checkpoint(str(model_folder()), dtype))
+    types = {p.dtype for module in (model.skeleton, model.load_block(1)) for p in module.parameters()}
+    assert types == {getattr(torch, dtype)}
+
+
+def test_loaded_block_is_the_models_own(model_folder):
+    folder = model_folder("qwen2")
+    model, whole = StreamedModel(Checkpoint(str(folder))), load_whole(folder)
+    for index in range(len(model)):
+        actual, expected = model.load_block(index).state_dict(), whole.model.layers[index].state_dict()
+        assert actual.keys() == expected.keys()
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_loaded_blocks_are_fresh_and_frozen(model_folder):
+    model = StreamedModel(Checkpoint(str(model_folder())))
+    first = model.load_block(0)
+    with torch.no_grad():
+        first.mlp.up_proj.weight.zero_()
+    assert model.load_block(0).mlp.up_proj.weight.abs().sum() > 0
+    assert not any(p.requires_grad for p in first.parameters())
+    assert not first.training
+
+
+def test_skeleton_never_holds_a_block(model_folder):
+    model = StreamedModel(Checkpoint(str(model_folder())))
+    streamed_logits(model, TOKENS)
+    assert not find_linears(model.skeleton.model)
+    assert all(p.is_meta for block in model.blocks for p in block.parameters())
+
+
+def test_skeleton_is_whole_after_a_failing_block(model_folder):
+    model = StreamedModel(Checkpoint(str(model_folder())))
+    with pytest.raises(IndexError):
+        model.embed(torch.full((1, 4), 10**6))
+    torch.testing.assert_close(streamed_logits(model, TOKENS), whole_logits(model_folder(), TOKENS), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_find_blocks(family, model_folder):
+    assert find_blocks(load_whole(model_folder(family))) == "model.layers"
+
+
+def test_find_linears_gives_names_in_order(model_folder):
+    model = StreamedModel(Checkpoint(str(model_folder())))
+    attention = [f"self_attn.{name}_proj" for name in "qkvo"]
+    mlp = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    assert list(model.linears(1)) == attention + mlp
+    assert sum(len(model.linears(index)) for index in range(len(model))) == num_linears(model_folder())
+
+
+def test_find_blocks_refuses_two_candidates(model_folder):
+    model = load_whole(model_folder())
+    model.other = nn.ModuleList([nn.Identity()] * len(model.model.layers))
+    with pytest.raises(ValueError, match=r"one list of 3 decoder blocks.*model\.layers.*other"):
+        find_blocks(model)
+
+
+def test_find_blocks_refuses_none(model_folder):
+    model = load_whole(model_folder())
+    model.config.num_hidden_layers = 5
+    with pytest.raises(ValueError, match="one list of 5 decoder blocks, but found none"):
+        find_blocks(model)
+
+
+def test_find_blocks_takes_the_outer_of_nested_lists(model_folder):
+    model = load_whole(model_folder())
+    model.model.layers[0].experts = nn.ModuleList([nn.Identity()] * 3)
+    assert find_blocks(model) == "model.layers"
+
+
+def test_missing_tensor_of_a_block_is_named(model_folder, tmp_path):
+    from tiny_models import copy_model
+
+    folder = copy_model(model_folder(), tmp_path / "model")
+    edit_json(folder / "config.json", num_hidden_layers=4)
+    model = StreamedModel(Checkpoint(str(folder)))
+    with pytest.raises(ValueError, match=r"model\.layers\.3\.\S+weight"):
+        model.load_block(3)

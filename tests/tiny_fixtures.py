@@ -1,0 +1,57 @@
+"""Fixtures over tiny models, for the test files that name this module in `pytest_plugins`."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tiny_models import Outcome, call, save_tiny_model, write_text
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return the folder of a tiny model, which tests only read."""
+    made: dict[tuple, Path] = {}
+
+    def get(family: str = "llama", **settings) -> Path:
+        key = (family, *sorted(settings.items(), key=str))
+        if key not in made:
+            made[key] = save_tiny_model(tmp_path_factory.mktemp(family) / "model", family, **settings)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with texts to calibrate and evaluate on, and the token cache."""
+    folder = tmp_path_factory.mktemp("workplace")
+    write_text(folder / "calibration.txt", 2000, seed=0)
+    write_text(folder / "eval.txt", 500, seed=1)
+    return folder
+
+
+@pytest.fixture
+def command_line(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Callable[..., Outcome]]:
+    """Run `python main.py` in this process, in an empty folder, and put back what it changes globally."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(name, "0")  # so that what seed_everything sets is undone
+    names = ["", "nowag_pl", "lightning.pytorch", "lightning.fabric"]
+    before = {name: (list(logging.getLogger(name).handlers), logging.getLogger(name).level) for name in names}
+    for name in names[1:]:
+        logging.getLogger(name).handlers[:] = []  # they write to a stderr that pytest has closed since
+    rank = getattr(rank_zero_only, "rank", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a user does not see deprecations of libraries
+        yield lambda arguments: call(arguments, capfd, monkeypatch)
+    for name, (handlers, level) in before.items():
+        logging.getLogger(name).handlers[:] = handlers
+        logging.getLogger(name).setLevel(level)
+    rank_zero_only.rank = rank

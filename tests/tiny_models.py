@@ -1,0 +1,230 @@
+"""Tiny random models of the supported families, texts for them, and ways to call the command line."""
+
+import json
+import os
+import random
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nowag_pl.files import read_tensors
+from nowag_pl.models.loading import Checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+EMBEDDED = ROOT / "nowag_pl" / "assets" / "embedded"
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+VOCABULARY = 2048
+SEQ_LEN = 32
+HARD_TIMEOUT = 120
+
+
+def save_tiny_model(
+    folder: Path,
+    family: str = "llama",
+    *,
+    tied: bool = False,
+    sharded: bool = False,
+    num_blocks: int = 3,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **overrides: Any,
+) -> Path:
+    """Save a random model with its tokenizer. Every parameter is random, also norms and biases."""
+    import transformers
+
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": num_blocks,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+    }
+    if family == "mistral":
+        settings["sliding_window"] = 8
+    if family == "qwen3":
+        settings["head_dim"] = 8
+    names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+    config = getattr(transformers, f"{names[family]}Config")(**settings | overrides)
+    torch_state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{names[family]}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            else:
+                parameter.normal_(0, 0.15)
+    torch.set_rng_state(torch_state)
+    model.to(dtype).save_pretrained(folder, max_shard_size="60KB" if sharded else "5GB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EMBEDDED / name, folder)
+    return folder
+
+
+def edit_tensors(folder: Path, changes: Mapping[str, Tensor | None]) -> Path:
+    """Replace tensors of a single-file model, or drop those that are None."""
+    file = folder / "model.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    for name, tensor in changes.items():
+        del tensors[name]
+        if tensor is not None:
+            tensors[name] = tensor
+    save_file(tensors, file, metadata)
+    return folder
+
+
+def edit_json(file: Path, **changes: Any) -> None:
+    """Change some keys of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def copy_model(source: Path, folder: Path) -> Path:
+    """Copy a model folder, so that a test can damage it."""
+    shutil.copytree(source, folder)
+    return folder
+
+
+def load_whole(folder: Path, **settings: Any) -> nn.Module:
+    """Load a model with transformers alone: the oracle."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **settings).eval()
+
+
+def random_tokens(num_sequences: int, seq_len: int = SEQ_LEN, seed: int = 0) -> Tensor:
+    """Return token ids `[num_sequences, seq_len]`."""
+    return torch.randint(2, VOCABULARY, (num_sequences, seq_len), generator=torch.Generator().manual_seed(seed))
+
+
+def num_linears(folder: Path) -> int:
+    """Return how many linears the blocks of a tiny model have."""
+    return 7 * Checkpoint(str(folder)).config.num_hidden_layers
+
+
+def write_text(path: Path, num_words: int, seed: int) -> Path:
+    """Write text of random English words."""
+    words = ["the", "of", "model", "and", "weight", "in", "is", "block", "matrix", "row", "column", "class", "returns"]
+    chosen = random.Random(seed).choices(words, k=num_words)
+    path.write_text(" ".join(chosen), encoding="utf-8")
+    return path
+
+
+def fit_arguments(workplace: Path, model: Path, run_dir: Path, *more: str) -> list[str]:
+    """Return the arguments of a `fit` of a few seconds; later ones win."""
+    return _arguments("fit", workplace, model, run_dir, "--calibration.num_sequences=6", *more)
+
+
+def validate_arguments(workplace: Path, model: Path, run_dir: Path, *more: str) -> list[str]:
+    """Return the arguments of a `validate` on the same text as `fit_arguments`."""
+    return _arguments("validate", workplace, model, run_dir, *more)
+
+
+def _arguments(command: str, workplace: Path, model: Path, run_dir: Path, *more: str) -> list[str]:
+    return [
+        command,
+        f"--model.path={model}",
+        f"--run_dir={run_dir}",
+        f"--data.calibration_files=[{workplace / 'calibration.txt'}]",
+        f"--data.eval_files={json.dumps({'held_out': str(workplace / 'eval.txt')})}",
+        f"--data.seq_len={SEQ_LEN}",
+        f"--data.cache_dir={workplace / 'cache'}",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        *more,
+    ]
+
+
+class Outcome:
+    """What a command gave: exit code, the error that it ended with, and what it printed."""
+
+    def __init__(self, code: int, message: str, output: str = "") -> None:
+        self.code = code
+        self.message = message.removeprefix("error: ").partition("\n(NOWAG_PL_TRACEBACK")[0].strip()
+        self.output = output
+
+
+def call(arguments: Sequence[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Outcome:
+    """Run `python main.py` inside this process: same code from the first line to the exit code, no start-up time.
+
+    An exception that main.py lets through, which a user would see as a traceback, is raised.
+    """
+    monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
+    capfd.readouterr()
+    code: Any = 0
+    said = ""
+    try:
+        runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
+    except SystemExit as exit_:
+        code = exit_.code or 0
+        if isinstance(code, str):  # what the interpreter does with it
+            said, code = code, 1
+    captured = capfd.readouterr()
+    return Outcome(code, said or captured.err, captured.out)
+
+
+def subprocess_environment() -> dict[str, str]:
+    """Return an environment without this process's own Lightning settings."""
+    own = ("PL_", "NOWAG", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(own)}
+    return environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160"}
+
+
+def start(arguments: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
+    """Start `python main.py` in its own process group; what it says goes to `log`."""
+    with open(log, "wb") as file:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "main.py"), *map(str, arguments)],
+            cwd=log.parent,
+            env=subprocess_environment(),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def finish(process: "subprocess.Popen[bytes]", log: Path, timeout: float = HARD_TIMEOUT) -> str:
+    """Wait for a started command and return what it said; it must succeed in time."""
+    try:
+        code = process.wait(timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, 9)
+            process.wait()
+    said = log.read_text()
+    assert code == 0, said[-3000:]
+    return said
+
+
+def artefacts(run_dir: Path) -> dict[str, tuple[dict[str, bytes], dict[str, Any]]]:
+    """Return bytes of every tensor and the metadata of every artefact, without times."""
+    found = {}
+    for file in sorted(run_dir.glob("*/*.safetensors")):
+        if file.parent.name == "export":
+            continue
+        tensors, metadata = read_tensors(file)
+        metadata.pop("seconds", None)
+        content = {
+            f"{name} {tensor.dtype} {tuple(tensor.shape)}": tensor.contiguous().view(torch.uint8).numpy().tobytes()
+            for name, tensor in tensors.items()
+        }
+        found[f"{file.parent.name}/{file.name}"] = (content, metadata)
+    return found
