@@ -122,6 +122,7 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         if os.environ.get("NOWAG_PL_TRACEBACK"):
             raise
-        ours = isinstance(error, OSError) and error.strerror and error.filename is None
-        message = error.strerror if ours else error
+        message: object = error
+        if isinstance(error, OSError) and error.filename is None and error.strerror:
+            message = error.strerror  # without the number
         sys.exit(f"error: {message}\n(NOWAG_PL_TRACEBACK=1 shows where)")

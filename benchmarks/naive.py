@@ -7,7 +7,7 @@ the clusters.
 from torch import Tensor
 
 
-def lloyd(points: Tensor, weights: Tensor, codebook: Tensor, num_iters: int) -> tuple[Tensor, Tensor, float]:
+def lloyd(points: Tensor, weights: Tensor, codebook: Tensor, num_iters: int) -> tuple[Tensor, Tensor]:
     """Run Lloyd's iterations from a given start.
 
     Args:
@@ -17,7 +17,7 @@ def lloyd(points: Tensor, weights: Tensor, codebook: Tensor, num_iters: int) -> 
         num_iters: assignments and updates to do.
 
     Returns:
-        Codebook `[k, d]`, codes `[n]` and the weighted sum of squared distances between them.
+        Codebook `[k, d]` and codes `[n]`.
     """
     codebook = codebook.clone()
     for _ in range(num_iters):
@@ -27,10 +27,7 @@ def lloyd(points: Tensor, weights: Tensor, codebook: Tensor, num_iters: int) -> 
             mass = weights[members].sum(dim=0)
             if members.any() and bool((mass > 0).all()):
                 codebook[cluster] = (weights[members] * points[members]).sum(dim=0) / mass
-    distances = _distances(points, weights, codebook)
-    codes = distances.argmin(dim=1)
-    loss = (weights * (points - codebook[codes]).square()).double().sum().item()
-    return codebook, codes, loss
+    return codebook, _distances(points, weights, codebook).argmin(dim=1)
 
 
 def _distances(points: Tensor, weights: Tensor, codebook: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nowag_pl.compressors.protocol import check_inputs
 from nowag_pl.compressors.pruner import Pruner
 from nowag_pl.functional.kmeans import weighted_kmeans
-from nowag_pl.functional.normalization import normalize
+from nowag_pl.functional.normalization import Normalized, normalize
 from nowag_pl.functional.pruning import keep_structured, nowag_scores
 from nowag_pl.modules import VQLinear
 
@@ -63,13 +63,16 @@ class NoWagQuantizer:
         max_iters: Lloyd iterations at the most.
         tolerance: stop when an iteration lowers the loss by less than this fraction; 0 to stop only when the codes
             settle.
+        weighting: what an error of the normalised weight counts. "output": as much as it moves the linear's output,
+            `h_j r1_j^2 r2_i^2`; "normalized": the paper's `h_j`.
     """
 
     subvector_dim: int = 6
     codebook_size: int = 4096
     seed: int = 0
     max_iters: int = 100
-    tolerance: float = 1e-4
+    tolerance: float = 5e-4
+    weighting: Literal["output", "normalized"] = "output"
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -80,6 +83,8 @@ class NoWagQuantizer:
         for name, least in {"subvector_dim": 1, "codebook_size": 1, "max_iters": 0, "tolerance": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"Expected {name} of at least {least}, but got {getattr(self, name)}.")
+        if self.weighting not in ("output", "normalized"):
+            raise ValueError(f"Expected weighting to be 'output' or 'normalized', but got {self.weighting!r}.")
 
     @torch.no_grad()
     def compress(self, linear: nn.Linear, second_moment: Tensor) -> nn.Module:
@@ -90,7 +95,7 @@ class NoWagQuantizer:
         num_groups = ceil(linear.in_features / dim)
         padding = (0, num_groups * dim - linear.in_features)
         points = F.pad(normalized.weight, padding).view(-1, dim)  # [out * groups, d]
-        weights = F.pad(second_moment.to(points.device), padding).view(num_groups, dim).repeat(out_features, 1)
+        weights = F.pad(self._weights(normalized, second_moment), padding).view(-1, dim)
         fit = weighted_kmeans(
             points,
             weights,
@@ -107,3 +112,11 @@ class NoWagQuantizer:
             linear.bias,
             linear.weight.dtype,
         )
+
+    def _weights(self, normalized: Normalized, second_moment: Tensor) -> Tensor:
+        """Return the weight of each coordinate in the k-means objective, `[out, in]`."""
+        weights = second_moment.to(normalized.weight.device).expand_as(normalized.weight)
+        if self.weighting == "output":
+            weights = weights * (normalized.in_scale * normalized.out_scale[:, None]).square()
+            weights = weights / weights.mean().clamp(min=torch.finfo(weights.dtype).tiny)
+        return weights

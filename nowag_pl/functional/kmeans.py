@@ -13,7 +13,7 @@ from torch import Tensor
 
 CPU_CHUNK_ELEMENTS = 2**20  # distances at a time: as many as stay in the cache
 CUDA_CHUNK_ELEMENTS = 2**27
-PLAIN_ARGMIN_CODEWORDS = 256  # up to here one argmin is faster than one in two steps
+INTERLEAVED_COLUMNS = 64
 START_POINTS_PER_CODEWORD = 64  # the start is drawn from a random sample of at most so many points
 
 
@@ -61,7 +61,7 @@ def weighted_kmeans(
             2^27 elsewhere.
 
     Returns:
-        Codebook `[k, d]`, codes `[n]` (int64), the loss of exactly this pair, and the updates done.
+        Codebook `[k, d]`, codes `[n]` (int64), the loss of exactly this pair, and the updates that led to it.
 
     Raises:
         ValueError: there are fewer points than codewords, or the given codebook has another shape.
@@ -84,19 +84,17 @@ def weighted_kmeans(
         codebook = kmeans_plus_plus(points, weights, num_codewords, generator)
     codes, distances = _assign(prepared, codebook, chunk_size)
     loss = _total(distances)
-    num_iters = 0
-    while num_iters < max_iters:
-        candidate = _update(prepared, codes, codebook, distances)
-        new_codes, new_distances = _assign(prepared, candidate, chunk_size)
-        new_loss = _total(new_distances)
-        if new_loss > loss:  # only rounding can do this: the last pair is as good as it gets
+    best = KMeansResult(codebook, codes, loss, 0)
+    for iteration in range(1, max_iters + 1):
+        codebook = _update(prepared, codes, codebook, distances)
+        previous_codes, previous_loss = codes, loss
+        codes, distances = _assign(prepared, codebook, chunk_size)
+        loss = _total(distances)
+        if loss <= best.loss:  # near the end, rounding can let it rise
+            best = KMeansResult(codebook, codes, loss, iteration)
+        if torch.equal(codes, previous_codes) or (tolerance > 0 and previous_loss - loss <= tolerance * previous_loss):
             break
-        num_iters += 1
-        settled = bool((new_codes == codes).all()) or loss - new_loss <= tolerance * loss
-        codebook, codes, distances, loss = candidate, new_codes, new_distances, new_loss
-        if settled:
-            break
-    return KMeansResult(codebook, codes, loss, num_iters)
+    return best
 
 
 def kmeans_plus_plus(
@@ -144,7 +142,6 @@ def _codeword_features(codebook: Tensor) -> Tensor:
 def _assign(points: _Points, codebook: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
     """Return the nearest codeword of every point and its distance, `[n]` and `[n]`."""
     num_points, num_codewords = len(points.offset), len(codebook)
-    group_size = _argmin_group(num_codewords)
     right = _codeword_features(codebook).contiguous()
     codes = torch.empty(num_points, dtype=torch.int64, device=codebook.device)
     nearest = torch.empty(num_points, dtype=codebook.dtype, device=codebook.device)
@@ -153,29 +150,28 @@ def _assign(points: _Points, codebook: Tensor, chunk_size: int) -> tuple[Tensor,
         left = points.features[start : start + chunk_size]
         chunk = torch.mm(left, right, out=products[: len(left)])
         stop = start + len(left)
-        nearest[start:stop], codes[start:stop] = _row_minima(chunk, group_size)
+        nearest[start:stop], codes[start:stop] = _row_minima(chunk)
     return codes, (nearest + points.offset).clamp_(min=0)
 
 
-def _argmin_group(num_columns: int) -> int:
-    """Return the number of groups for :func:`_row_minima`: a power of two up to 64 that divides the columns."""
-    return 1 if num_columns <= PLAIN_ARGMIN_CODEWORDS else min(num_columns & -num_columns, 64)
+def _row_minima(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the minimum of each row and a column that has it, always the same one.
 
-
-def _row_minima(matrix: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Return the minimum of each row and its column; of equal ones always the same.
-
-    Minima without indices are several times faster on a CPU than an argmin, so the row is first reduced to the
-    minima of `group_size` interleaved groups; only the winning group is searched.
+    On a CPU, torch's minima without indices are many times faster than those with, and so is NumPy's argmin on one
+    thread: wide rows are first reduced to the minima of interleaved columns, and then only the winners are searched.
     """
-    if group_size == 1:
+    num_rows, num_columns = matrix.shape
+    if matrix.device.type != "cpu":
         minimum, column = matrix.min(dim=1)
         return minimum, column
-    rows = matrix.view(len(matrix), -1, group_size)  # [n, k / g, g]
-    group = rows.amin(dim=1).argmin(dim=1)  # [n]
-    members = rows.gather(2, group[:, None, None].expand(-1, rows.shape[1], 1)).squeeze(2)  # [n, k / g]
+    if num_columns < INTERLEAVED_COLUMNS**2 or num_columns % INTERLEAVED_COLUMNS:
+        column = torch.from_numpy(matrix.numpy().argmin(axis=1))
+        return matrix.gather(1, column[:, None]).squeeze(1), column
+    rows = matrix.view(num_rows, -1, INTERLEAVED_COLUMNS)  # [n, k / 64, 64]
+    residue = rows.amin(dim=1).argmin(dim=1)  # [n]
+    members = rows.gather(2, residue[:, None, None].expand(-1, rows.shape[1], 1)).squeeze(2)  # [n, k / 64]
     minimum, member = members.min(dim=1)
-    return minimum, member * group_size + group
+    return minimum, member * INTERLEAVED_COLUMNS + residue
 
 
 def _update(points: _Points, codes: Tensor, codebook: Tensor, distances: Tensor) -> Tensor:

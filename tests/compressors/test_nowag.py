@@ -1,3 +1,4 @@
+from functools import partial
 from math import sqrt
 
 import pytest
@@ -116,15 +117,22 @@ def test_quantizer_beats_nothing_kept(in_features, dim):
     assert more < loss
 
 
-def test_codes_are_the_nearest_codewords_in_the_weighted_norm():
+@pytest.mark.parametrize("weighting", ["output", "normalized"])
+def test_codes_are_the_nearest_codewords_in_the_weighted_norm(weighting):
     linear, second_moment = make_linear(6, 7)
-    compressed = NoWagQuantizer(subvector_dim=3, codebook_size=5).compress(linear, second_moment)
-    normalized = normalize(linear.weight.detach()).weight
+    compressed = NoWagQuantizer(3, 5, weighting=weighting).compress(linear, second_moment)
+    normalized, in_scale, out_scale = normalize(linear.weight.detach())
+    if weighting == "normalized":
+        in_scale, out_scale = torch.ones(7), torch.ones(6)
     for i in range(6):
         for group in range(3):
             columns = range(3 * group, min(3 * group + 3, 7))
             distances = [
-                sum(float(second_moment[j]) * (float(normalized[i, j]) - codeword[j % 3]) ** 2 for j in columns)
+                sum(
+                    float(second_moment[j])
+                    * (float(out_scale[i] * in_scale[j]) * (float(normalized[i, j]) - codeword[j % 3])) ** 2
+                    for j in columns
+                )
                 for codeword in compressed.codebook.tolist()
             ]
             chosen = distances[compressed.unpacked_codes[i, group]]
@@ -150,10 +158,16 @@ def test_same_seed_gives_the_same_bytes():
 
 def test_max_iters_and_tolerance_reach_the_fit():
     linear, second_moment = make_linear(24, 12)
-    start = quantized_loss(linear, second_moment, NoWagQuantizer(3, 8, max_iters=0))
-    rough = quantized_loss(linear, second_moment, NoWagQuantizer(3, 8, tolerance=0.5))
-    fine = quantized_loss(linear, second_moment, NoWagQuantizer(3, 8, tolerance=0.0))
+    quantizer = partial(NoWagQuantizer, 3, 8, weighting="normalized")
+    start = quantized_loss(linear, second_moment, quantizer(max_iters=0))
+    rough = quantized_loss(linear, second_moment, quantizer(tolerance=0.5))
+    fine = quantized_loss(linear, second_moment, quantizer(tolerance=0.0))
     assert fine < rough < start
+
+
+def test_unknown_weighting_is_refused():
+    with pytest.raises(ValueError, match="Expected weighting to be 'output' or 'normalized', but got 'rows'"):
+        NoWagQuantizer(weighting="rows")
 
 
 def test_more_codewords_than_subvectors_are_refused():
