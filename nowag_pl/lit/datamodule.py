@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from nowag_pl.data.python_docs import STANDARD_LIBRARY, python_docs
 from nowag_pl.data.sources import HubDataset, read_text_file
@@ -162,7 +162,7 @@ class TokenDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return shuffled windows of the calibration text, `{"tokens": [batch, seq_len]}`."""
         windows = whole_windows(self.calibration_tokens, self.seq_len)
-        dataset = _Windows(windows)
+        dataset = _Windows(windows, range(len(windows)))
         world_size = self.trainer.world_size  # type: ignore[union-attr]
         sampler: DistributedSampler[Any] | None = (
             DistributedSampler(dataset, drop_last=True) if world_size > 1 else None
@@ -173,29 +173,28 @@ class TokenDataModule(LightningDataModule):
         """Return one loader per evaluation text, `{"tokens": [batch, seq_len], "index": [batch]}`.
 
         Each rank takes every n-th window; nothing is repeated to make the ranks even, so that the perplexity is the
-        same on any number of them.
+        same on any number of them. A rank without any window gets one with index -1, which does not count.
         """
         rank, world_size = self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
         return [
-            DataLoader(
-                Subset(_Windows(windows), range(rank, len(windows), world_size)),
-                self.eval_batch_size,
-            )
+            DataLoader(_Windows(windows, range(rank, len(windows), world_size)), self.eval_batch_size)
             for windows in self.eval_windows.values()
         ]
 
 
 class _Windows(Dataset[dict[str, Tensor]]):
-    """Windows with their index."""
+    """Some windows with their index; where there are none, the first with the index -1."""
 
-    def __init__(self, windows: Tensor) -> None:
-        self._windows = TensorDataset(windows)
+    def __init__(self, windows: Tensor, indices: range) -> None:
+        self._windows = windows
+        self._indices = indices
 
     def __len__(self) -> int:
-        return len(self._windows)
+        return max(len(self._indices), 1)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"tokens": self._windows[index][0].long(), "index": torch.tensor(index)}
+    def __getitem__(self, item: int) -> dict[str, Tensor]:
+        index = self._indices[item] if self._indices else -1
+        return {"tokens": self._windows[max(index, 0)].long(), "index": torch.tensor(index)}
 
 
 def _user_cache() -> Path:

@@ -146,6 +146,8 @@ class LitCausalLM(LightningModule):
         """Add windows to the metrics of their text."""
         name, tokens = self._eval_names[dataloader_idx], batch["tokens"]
         logits = self(tokens)
+        if (batch["index"] < 0).any():
+            return  # a rank without windows takes part, but counts nothing
         self._perplexity[name].update(logits, tokens)
         if self.reference is not None:
             reference_logits = self.reference.logits(name, batch["index"]).to(logits.device)
