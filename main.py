@@ -64,6 +64,14 @@ class CompressionCLI(LightningCLI):
             "validate": {"model", "dataloaders", "datamodule", "verbose", "weights_only"},
         }
 
+    def after_fit(self) -> None:
+        """Show the figures when the progress bars are gone."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ModelReport):
+                callback.show()
+
+    after_validate = after_fit
+
     def before_instantiate_classes(self) -> None:
         """Settle the run directory."""
         config = self.config[self.subcommand]
@@ -100,7 +108,13 @@ def main(args: ArgsType = None) -> CompressionCLI:
         LitCausalLM,
         TokenDataModule,
         trainer_class=CompressionTrainer,
-        trainer_defaults={"max_epochs": 0, "use_distributed_sampler": False, "num_sanity_val_steps": 0},
+        trainer_defaults={
+            "max_epochs": 0,
+            "use_distributed_sampler": False,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 10,
+            "enable_model_summary": False,
+        },
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={
@@ -123,6 +137,6 @@ if __name__ == "__main__":
         if os.environ.get("NOWAG_PL_TRACEBACK"):
             raise
         message: object = error
-        if isinstance(error, OSError) and error.filename is None and error.strerror:
-            message = error.strerror  # without the number
+        if isinstance(error, OSError) and error.strerror:  # without the number
+            message = error.strerror + (f": {error.filename}" if error.filename else "")
         sys.exit(f"error: {message}\n(NOWAG_PL_TRACEBACK=1 shows where)")

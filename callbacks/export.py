@@ -1,10 +1,11 @@
-"""When the result is written as a model folder: after the last validation of a fit."""
+"""When the result is written as a model folder: after each validation of a fit."""
 
 import logging
 from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.models.checkpoint import save_compressed
@@ -13,7 +14,7 @@ _log = logging.getLogger("nowag_pl")
 
 
 class ModelExport(Callback):
-    """Write the compressed (or trained) model to <run_dir>/export.
+    """Write the compressed model to <run_dir>/export, and after training another to <run_dir>/export_finetuned.
 
     Args:
         enabled: whether to write it.
@@ -23,11 +24,14 @@ class ModelExport(Callback):
         self.enabled = enabled
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the folder on rank zero, at the end of a fit."""
+        """Write the folder on rank zero, if this run changed the model."""
         module = cast(LitCausalLM, pl_module)
-        last = getattr(trainer, "is_last_validation", False)
-        if not (self.enabled and last and trainer.is_global_zero and module.run_dir):
+        finetuned = getattr(trainer, "phase", "one_shot") == "finetuned"
+        changed = finetuned or module.is_compressed_here
+        if trainer.state.fn != TrainerFn.VALIDATING:  # one of those inside training
             return
-        folder = Path(module.run_dir) / "export"
+        if not (self.enabled and changed and trainer.is_global_zero and module.run_dir):
+            return
+        folder = Path(module.run_dir) / ("export_finetuned" if finetuned else "export")
         save_compressed(cast(Any, module.model), folder, source=module.checkpoint.path)
         _log.info("Model written to %s", folder)

@@ -5,6 +5,7 @@ import time
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
 
@@ -30,7 +31,10 @@ class ModelReport(Callback):
         self.batch_size = batch_size
         self._metrics: dict[str, dict[str, dict[str, float]]] = {}
         self._evaluation_seconds = 0.0
-        self._started = 0.0
+        self._training_seconds = 0.0
+        self._validation_started = 0.0
+        self._training_started = 0.0
+        self._tables: list[Table] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Record the dense model's predictions, once, if this run compresses."""
@@ -43,24 +47,39 @@ class ModelReport(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        self._started = time.perf_counter()
+        self._validation_started = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the figures of this phase; after the last one, write and show them."""
         module, data = cast(LitCausalLM, pl_module), cast(TokenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
-        self._evaluation_seconds += time.perf_counter() - self._started
-        phase = getattr(trainer, "phase", "one_shot")
-        self._keep(phase, module, data)
+        if trainer.state.fn != TrainerFn.VALIDATING:  # one of those inside training
+            return
+        self._evaluation_seconds += time.perf_counter() - self._validation_started
+        self._keep(getattr(trainer, "phase", "one_shot"), module, data)
         if not trainer.is_global_zero:
             return
-        compressed = module.is_compressed_here
-        _show(_perplexity_table(self._metrics, data, compressed))
-        if compressed and getattr(trainer, "is_last_validation", False):
-            report = build_report(module.run, data.seq_len, self._metrics, {"evaluation": self._evaluation_seconds})
+        self._tables = [_perplexity_table(self._metrics, data, module.is_compressed_here)]
+        if module.is_compressed_here:
+            seconds = {"finetuning": self._training_seconds, "evaluation": self._evaluation_seconds}
+            report = build_report(module.run, data.seq_len, self._metrics, seconds)
             path = module.run.store.folder / REPORT_FILE
             write_json(path, report)
-            _show(_summary_table(report))
+            self._tables.append(_summary_table(report))
             _log.info("Report written to %s", path)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._training_started = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
+        self._training_seconds += time.perf_counter() - self._training_started
+
+    def show(self) -> None:
+        """Print the tables of the last validation; to be called when no progress bar is drawn any more."""
+        console = Console()
+        for table in self._tables:
+            console.print(table)
 
     def _keep(self, phase: str, module: LitCausalLM, data: TokenDataModule) -> None:
         figures: dict[str, dict[str, float]] = {}
@@ -75,25 +94,19 @@ class ModelReport(Callback):
 def _perplexity_table(metrics: dict[str, Any], data: TokenDataModule, compressed: bool) -> Table:
     """Lay out the figures of all phases so far, with the protocol in the title."""
     table = Table(
-        title="Perplexity: documents joined by a blank line, tokenised once, whole windows of "
-        f"{data.seq_len} tokens, {data.seq_len - 1} predictions each"
+        title=f"Perplexity in whole windows of {data.seq_len} tokens, {data.seq_len - 1} predictions each",
+        caption="documents joined by a blank line, tokenised once, tail dropped; KL and top-1 against the dense model",
     )
-    titles = {"one_shot": "one-shot" if compressed else "perplexity", "finetuned": "finetuned"}
-    phases = [phase for phase in ("dense", "one_shot", "finetuned") if phase in metrics]
-    table.add_column("text")
-    for title in ("windows", "predictions", *(titles.get(phase, phase) for phase in phases)):
-        table.add_column(title, justify="right")
-    divergent = [phase for phase in phases if "kl_divergence" in metrics[phase]]
-    for phase in divergent:
-        table.add_column(f"KL {titles[phase]} (nats)", justify="right")
-        table.add_column("top-1", justify="right")
+    for column in ("text", "windows", "model", "perplexity", "KL (nats)", "top-1"):
+        table.add_column(column, justify="left" if column in ("text", "model") else "right", no_wrap=column != "text")
+    titles = {"dense": "dense", "one_shot": "one-shot" if compressed else "as loaded", "finetuned": "finetuned"}
     for name, windows in data.eval_windows.items():
-        cells = [name, str(len(windows)), str(len(windows) * (data.seq_len - 1))]
-        cells += [f"{metrics[phase]['perplexity'][name]:.3f}" for phase in phases]
-        for phase in divergent:
-            cells.append(f"{metrics[phase]['kl_divergence'][name]:.4f}")
-            cells.append(f"{metrics[phase]['top1_agreement'][name]:.3f}")
-        table.add_row(*cells)
+        for phase, title in titles.items():
+            if phase in metrics:
+                figures = {key: values[name] for key, values in metrics[phase].items()}
+                divergence = f"{figures['kl_divergence']:.4f}" if "kl_divergence" in figures else ""
+                agreement = f"{figures['top1_agreement']:.3f}" if "top1_agreement" in figures else ""
+                table.add_row(name, str(len(windows)), title, f"{figures['perplexity']:.3f}", divergence, agreement)
     return table
 
 
@@ -109,13 +122,9 @@ def _summary_table(report: dict[str, Any]) -> Table:
         "sparsity": f"{report['sparsity']:.1%}",
         "normalised loss": f"{sum(losses) / len(losses):.4f} (from {min(losses):.4f} to {max(losses):.4f})",
         "calibration": f"{calibration['num_sequences']} sequences, {calibration['num_tokens']:,} tokens",
-        "seconds": ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()),
+        "seconds": ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if value),
         "peak memory": f"{report['peak_memory_bytes'] / 2**20:.0f} MiB",
     }
     for name, value in rows.items():
         table.add_row(name, value)
     return table
-
-
-def _show(table: Table) -> None:
-    Console().print(table)

@@ -54,4 +54,5 @@ def read_text_file(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"Expected {path} to be a readable UTF-8 text file, but got: {error}.") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"Expected {path} to be a readable UTF-8 text file, but got: {reason}.") from error

@@ -41,7 +41,11 @@ def tokenize(documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase", cac
             return read_tensors(cached)[0]["tokens"]
         except ValueError:
             _log.warning("Tokenising again: the cached file %s is damaged.", cached)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    limit, tokenizer.model_max_length = tokenizer.model_max_length, len(text) + 1  # or it warns: this is not one input
+    try:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    finally:
+        tokenizer.model_max_length = limit
     if tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id, *ids]
     tokens = torch.tensor(ids, dtype=torch.int32)

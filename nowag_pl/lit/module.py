@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from nowag_pl.lit.metrics import Divergence, Perplexity
 from nowag_pl.models.checkpoint import is_compressed, load_compressed
 from nowag_pl.models.loading import EMBEDDED, Checkpoint
+from nowag_pl.modules import CompressedLinear
 from nowag_pl.pipeline.run import CompressionRun
 
 
@@ -134,6 +135,16 @@ class LitCausalLM(LightningModule):
             cycle_momentum=False,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Switch dropout and the like to training."""
+        self.train()
+
+    def on_fit_end(self) -> None:
+        """Round what is stored in 16 bits, so that what is measured is what is saved."""
+        for module in self.modules():
+            if isinstance(module, CompressedLinear):
+                module.load_state_dict(module.storage())
 
     def on_validation_start(self) -> None:
         """Make the metrics of each evaluation text."""

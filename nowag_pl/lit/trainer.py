@@ -14,12 +14,10 @@ class CompressionTrainer(Trainer):
     Attributes:
         compressing: whether this is a `fit`.
         phase: what the running validation measures.
-        is_last_validation: whether another one follows in this `fit`.
     """
 
     compressing = False
     phase: Literal["one_shot", "finetuned"] = "one_shot"
-    is_last_validation = False
 
     def fit(  # type: ignore[override]
         self,
@@ -32,14 +30,11 @@ class CompressionTrainer(Trainer):
     ) -> None:
         """Run the compression stages, validate, train for `max_epochs`, validate."""
         self.compressing = True
-        trains = self.max_epochs != 0 and self.max_steps != 0
-        self.is_last_validation = not trains
         self.validate(model, val_dataloaders, datamodule=datamodule)
-        if not trains:
+        if self.max_epochs == 0 or self.max_steps == 0:
             return
         self.phase = "finetuned"
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
-        self.is_last_validation = True
         self.validate(model, val_dataloaders, datamodule=datamodule)
 
     def validate(self, *args: Any, verbose: bool = False, **kwargs: Any) -> Any:

@@ -51,7 +51,7 @@ def build_report(
         "bytes_on_disk": sum(row["bytes"] for row in rows),
         "perplexity": phases("perplexity", ("dense", "one_shot", "finetuned")),
         "kl_divergence": phases("kl_divergence", ("one_shot", "finetuned")),
-        "seconds": {**run.stage_seconds(), "finetuning": 0.0, **seconds},
+        "seconds": {**run.stage_seconds(), **seconds},
         "peak_memory_bytes": peak_memory_bytes(run.device),
         "linears": [{key: row[key] for key in kept} for row in rows],
     }

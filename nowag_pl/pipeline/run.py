@@ -81,7 +81,8 @@ class CompressionRun:
             "sha256": tokens_digest(windows),
         }
         settings = {"num_sequences": len(windows), "seq_len": windows.shape[1], "mode": mode, "seed": seed}
-        self.store.claim("calibration", settings | {"tokens_sha256": self.calibration["sha256"]})
+        settings |= {"tokens_sha256": self.calibration["sha256"]}
+        self.store.claim("calibration", settings, calibration.STAGE)
         self._windows, self._mode, self._batch_size = windows, mode, batch_size
         if mode == "dense":
             calibration.calibrate(self.model, windows, self.store, batch_size)
@@ -94,7 +95,7 @@ class CompressionRun:
         """
         if self._windows is None:
             raise RuntimeError("Expected calibrate before compress.")
-        self.store.claim("compression", compression.describe(compressor))
+        self.store.claim("compression", compression.describe(compressor), compression.STAGE)
         self.method = repr(compressor)
         stream = None
         if self._mode == "propagated" and self.store.missing(compression.STAGE, len(self.model)):

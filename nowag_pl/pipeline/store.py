@@ -51,22 +51,23 @@ class ArtefactStore:
         """Return the metadata of an artefact."""
         return read_metadata(self.path(stage, index))
 
-    def claim(self, section: str, settings: Mapping[str, Any]) -> None:
+    def claim(self, section: str, settings: Mapping[str, Any], stage: str | None = None) -> None:
         """Enter the settings of a stage in the manifest, or check that they are those of the artefacts.
 
         Args:
             section: name of the settings, such as "calibration".
             settings: JSON values that the artefacts depend on.
+            stage: the stage that makes those artefacts; as long as it has made none, its settings may change.
 
         Raises:
             ValueError: the run directory holds artefacts made with other settings; the message names them.
             OSError: the run directory cannot be written.
         """
-        problem = self.ranks.broadcast(self._claim(section, dict(settings)) if self.ranks.is_zero else None)
+        problem = self.ranks.broadcast(self._claim(section, dict(settings), stage) if self.ranks.is_zero else None)
         if problem:
             raise ValueError(problem)
 
-    def _claim(self, section: str, settings: dict[str, Any]) -> str | None:
+    def _claim(self, section: str, settings: dict[str, Any], stage: str | None) -> str | None:
         settings = json.loads(json.dumps(settings))
         for stray in self.folder.glob("*/.*.tmp"):  # of a process that was killed
             stray.unlink(missing_ok=True)
@@ -76,6 +77,8 @@ class ArtefactStore:
                 f"Expected a run directory of format {FORMAT}, but {self.folder} has format {manifest['format']}, "
                 "of another version of nowag_pl. Choose another run_dir."
             )
+        if stage is not None and not any((self.folder / stage).glob("block_*.safetensors")):
+            manifest[section] = settings
         known = manifest.setdefault(section, settings)
         if known != settings:
             names = sorted(known.keys() | settings.keys())

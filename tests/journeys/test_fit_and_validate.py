@@ -191,22 +191,43 @@ def test_used_codewords_are_logged_for_the_quantizer(fit, tmp_path):
     assert all(0.5 < value <= 1 for value in values)
 
 
+SHORT_TRAINING = (
+    "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=3",
+    "--data.train_batch_size=2",
+    "--model.learning_rate=0.01",
+    "--trainer.enable_checkpointing=false",
+)
+
+
 def test_training_afterwards_keeps_masks_and_reports_both(fit, model_folder, workplace, tmp_path):
-    outcome = fit(
-        "--trainer.max_epochs=1",
-        "--trainer.limit_train_batches=3",
-        "--data.train_batch_size=2",
-        "--model.learning_rate=0.01",
-        "--trainer.enable_checkpointing=false",
-    )
+    outcome = fit(*SHORT_TRAINING)
     assert outcome.code == 0
     figures = read_report(tmp_path / "run")["perplexity"]["held_out"]
     assert figures["finetuned"] < figures["one_shot"]
-    model = load_compressed(tmp_path / "run" / "export")
-    assert perplexity(model, text_windows(workplace, model_folder())) == pytest.approx(figures["finetuned"], rel=1e-4)
+    windows = text_windows(workplace, model_folder())
+    one_shot = load_compressed(tmp_path / "run" / "export")
+    assert perplexity(one_shot, windows) == pytest.approx(figures["one_shot"], rel=1e-4)
+    model = load_compressed(tmp_path / "run" / "export_finetuned")
+    assert perplexity(model, windows) == pytest.approx(figures["finetuned"], rel=1e-4)
     weight, dense = model.model.layers[0].mlp.up_proj.weight, load_whole(model_folder()).model.layers[0].mlp.up_proj
     assert float((weight == 0).float().mean()) == 0.5
     assert not torch.equal(weight[weight != 0], dense.weight[weight != 0])
+
+
+def test_trained_codebooks_are_measured_as_they_are_stored(fit, model_folder, workplace, tmp_path):
+    quantizer = ("--compression.compressor=nowag_pl.NoWagQuantizer", "--compression.compressor.codebook_size=16")
+    assert fit(*quantizer, *SHORT_TRAINING).code == 0
+    figures = read_report(tmp_path / "run")
+    measured = figures["perplexity"]["held_out"]["finetuned"]
+    model = load_compressed(tmp_path / "run" / "export_finetuned")
+    assert perplexity(model, text_windows(workplace, model_folder())) == pytest.approx(measured, rel=1e-7)
+    assert figures["seconds"]["finetuning"] > 0
+
+
+def test_setting_that_failed_can_be_corrected_in_the_same_run_dir(fit, tmp_path):
+    assert fit("--compression.compressor.pattern=[2,5]").code != 0
+    assert fit("--compression.compressor.pattern=[2,4]").code == 0
 
 
 def test_bfloat16_costs_half_and_comes_back(fit, command_line, model_folder, workplace, tmp_path):

@@ -52,22 +52,22 @@ class Phases(Callback):
         self.seen = []
 
     def on_validation_end(self, trainer, pl_module):
-        self.seen.append((trainer.phase, trainer.is_last_validation, is_compressing(trainer, "validate")))
+        self.seen.append((trainer.phase, trainer.state.fn, is_compressing(trainer, "validate")))
 
 
 def test_fit_without_epochs_validates_once(data, model_folder, tmp_path):
     phases = Phases()
     trainer(tmp_path, phases).fit(LitCausalLM(str(model_folder())), datamodule=data)
-    assert phases.seen == [("one_shot", True, True)]
+    assert phases.seen == [("one_shot", "validate", True)]
 
 
 def test_fit_with_epochs_validates_before_and_after(data, model_folder, tmp_path):
     phases = Phases()
     settings = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1, "num_sanity_val_steps": 0}
     trainer(tmp_path, phases, **settings).fit(LitCausalLM(str(model_folder())), datamodule=data)
-    assert phases.seen[0] == ("one_shot", False, True)
-    assert phases.seen[-1] == ("finetuned", True, True)
-    assert [last for _, last, _ in phases.seen].count(True) == 1
+    assert phases.seen[0] == ("one_shot", "validate", True)
+    assert phases.seen[-1] == ("finetuned", "validate", True)
+    assert [function for _, function, _ in phases.seen].count("validate") == 2
 
 
 def test_validate_compresses_nothing(data, model_folder, tmp_path):
