@@ -1,7 +1,7 @@
 """When the dense model is recorded, and when the report is written and shown."""
 
-import logging
 import time
+from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,8 +14,6 @@ from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.trainer import is_compressing
 from nowag_pl.pipeline.report import REPORT_FILE, build_report
-
-_log = logging.getLogger("nowag_pl")
 
 
 class ModelReport(Callback):
@@ -35,6 +33,7 @@ class ModelReport(Callback):
         self._validation_started = 0.0
         self._training_started = 0.0
         self._tables: list[Table] = []
+        self._path: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Record the dense model's predictions, once, if this run compresses."""
@@ -65,7 +64,7 @@ class ModelReport(Callback):
             path = module.run.store.folder / REPORT_FILE
             write_json(path, report)
             self._tables.append(_summary_table(report))
-            _log.info("Report written to %s", path)
+            self._path = path
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -80,6 +79,8 @@ class ModelReport(Callback):
         console = Console()
         for table in self._tables:
             console.print(table)
+        if self._path is not None:
+            console.print(f"Report written to {self._path}", soft_wrap=True)
 
     def _keep(self, phase: str, module: LitCausalLM, data: TokenDataModule) -> None:
         figures: dict[str, dict[str, float]] = {}
