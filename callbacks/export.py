@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 
 from nowag_pl.lit.module import LitCausalLM
+from nowag_pl.lit.trainer import validated_phase
 from nowag_pl.models.checkpoint import save_compressed
 
 _log = logging.getLogger("nowag_pl")
@@ -26,12 +26,10 @@ class ModelExport(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder on rank zero, if this run changed the model."""
         module = cast(LitCausalLM, pl_module)
-        finetuned = getattr(trainer, "phase", "one_shot") == "finetuned"
-        changed = finetuned or module.is_compressed_here
-        if trainer.state.fn != TrainerFn.VALIDATING:  # one of those inside training
-            return
+        phase = validated_phase(trainer)
+        changed = phase == "finetuned" or (phase == "one_shot" and module.is_compressed_here)
         if not (self.enabled and changed and trainer.is_global_zero and module.run_dir):
             return
-        folder = Path(module.run_dir) / ("export_finetuned" if finetuned else "export")
+        folder = Path(module.run_dir) / ("export_finetuned" if phase == "finetuned" else "export")
         save_compressed(cast(Any, module.model), folder, source=module.checkpoint.path)
         _log.info("Model written to %s", folder)

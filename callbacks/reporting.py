@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
 
 from nowag_pl.files import write_json
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
-from nowag_pl.lit.trainer import is_compressing
+from nowag_pl.lit.trainer import is_compressing, validated_phase
 from nowag_pl.pipeline.report import REPORT_FILE, build_report
 
 
@@ -49,12 +48,13 @@ class ModelReport(Callback):
         self._validation_started = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the figures of this phase; after the last one, write and show them."""
+        """Keep the figures of this phase and write the report of all so far."""
         module, data = cast(LitCausalLM, pl_module), cast(TokenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
-        if trainer.state.fn != TrainerFn.VALIDATING:  # one of those inside training
+        phase = validated_phase(trainer)
+        if phase is None:
             return
         self._evaluation_seconds += time.perf_counter() - self._validation_started
-        self._keep(getattr(trainer, "phase", "one_shot"), module, data)
+        self._keep(phase, module, data)
         if not trainer.is_global_zero:
             return
         self._tables = [_perplexity_table(self._metrics, data, module.is_compressed_here)]

@@ -78,8 +78,7 @@ def weighted_kmeans(
     if chunk_size is None:
         elements = CPU_CHUNK_ELEMENTS if points.device.type == "cpu" else CUDA_CHUNK_ELEMENTS
         chunk_size = max(elements // num_codewords, 1)
-    weighted = weights * points
-    prepared = _Points(torch.cat([weights, weighted], dim=1), (weighted * points).sum(dim=1))
+    prepared = _prepare(points, weights)
     if codebook is None:
         codebook = kmeans_plus_plus(points, weights, num_codewords, generator)
     codes, distances = _assign(prepared, codebook, chunk_size)
@@ -119,9 +118,7 @@ def kmeans_plus_plus(
         sample = torch.randperm(len(points), generator=generator)[:sample_size].sort().values.to(points.device)
         points, weights = points[sample], weights[sample]
     draws = torch.rand(num_codewords, generator=generator, dtype=torch.float64).to(points.device)
-    weighted = weights * points
-    features = torch.cat([weights, weighted], dim=1)
-    offset = (weighted * points).sum(dim=1)
+    features, offset = _prepare(points, weights)
     distances = torch.ones_like(offset)  # equal chances for the first
     chosen = []
     for draw in draws:
@@ -132,6 +129,11 @@ def kmeans_plus_plus(
         new = (offset + features @ _codeword_features(codeword[None]).squeeze(1)).clamp(min=0)
         distances = new if len(chosen) == 1 else torch.minimum(distances, new)
     return torch.stack(chosen)
+
+
+def _prepare(points: Tensor, weights: Tensor) -> _Points:
+    weighted = weights * points
+    return _Points(torch.cat([weights, weighted], dim=1), (weighted * points).sum(dim=1))
 
 
 def _codeword_features(codebook: Tensor) -> Tensor:

@@ -3,6 +3,9 @@
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+Phase = Literal["one_shot", "finetuned"]
 
 
 class CompressionTrainer(Trainer):
@@ -17,7 +20,7 @@ class CompressionTrainer(Trainer):
     """
 
     compressing = False
-    phase: Literal["one_shot", "finetuned"] = "one_shot"
+    phase: Phase = "one_shot"
 
     def fit(  # type: ignore[override]
         self,
@@ -45,3 +48,8 @@ class CompressionTrainer(Trainer):
 def is_compressing(trainer: Trainer, stage: str) -> bool:
     """Tell whether a callback's `setup` belongs to a `fit`, also where that only validates."""
     return stage == "fit" or getattr(trainer, "compressing", False)
+
+
+def validated_phase(trainer: Trainer) -> Phase | None:
+    """Return what a validation measured, or None for those that run inside training."""
+    return getattr(trainer, "phase", "one_shot") if trainer.state.fn == TrainerFn.VALIDATING else None

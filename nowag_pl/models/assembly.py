@@ -23,9 +23,7 @@ def assemble(checkpoint: Checkpoint, linears: Mapping[str, CompressedLinear]) ->
     Returns:
         A transformers model in evaluation mode.
     """
-    from accelerate import init_empty_weights
-
-    model = checkpoint.build(init_empty_weights(include_buffers=False))
+    model = checkpoint.build(empty=True)
     for name, linear in linears.items():
         set_module(model, name, linear)
     replaced = tuple(f"{name}." for name in linears)
@@ -54,7 +52,7 @@ def fill(model: "PreTrainedModel", tensors: Mapping[str, Tensor], required: tupl
         raise ValueError(f"Expected weights that fit {type(model).__name__}, but got: {error}") from error
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    missing += [name for name in absent if name.startswith(required or (" ",))]
+    missing += [name for name in absent if name.startswith(required)]
     if missing or unexpected:
         raise ValueError(
             f"Expected exactly the weights of {type(model).__name__}, but {[*missing, *unexpected][0]!r} is "

@@ -69,8 +69,6 @@ def load_compressed(folder: str | Path, dtype: torch.dtype | None = None) -> "Pr
     Raises:
         ValueError: the folder holds no compressed model, one of a newer format, or a damaged one.
     """
-    from accelerate import init_empty_weights
-
     folder = Path(folder)
     if not is_compressed(folder):
         raise ValueError(
@@ -83,7 +81,7 @@ def load_compressed(folder: str | Path, dtype: torch.dtype | None = None) -> "Pr
             f"Expected format {FORMAT} or older in {folder}, but got {description['format']}: update nowag_pl."
         )
     checkpoint = Checkpoint(str(folder))
-    model = checkpoint.build(init_empty_weights(include_buffers=False))
+    model = checkpoint.build(empty=True)
     empty_like_described(model, description["linears"])
     compressed = tuple(f"{name}." for name in description["linears"])
     tensors, _ = read_tensors(folder / WEIGHTS_FILE)

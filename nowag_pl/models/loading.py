@@ -1,8 +1,7 @@
 """Open a model folder or hub id: configuration, tokenizer, weights. Only safetensors are read, never a pickle."""
 
-import logging
 import re
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -16,8 +15,6 @@ from nowag_pl.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-_log = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
 _SAFE_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -160,16 +157,17 @@ class Checkpoint:
                 tensors |= {name: opened.get_tensor(name) for name in names if self.weight_map[name] == file}
         return tensors
 
-    def build(self, context: AbstractContextManager[Any] | None = None) -> "PreTrainedModel":
-        """Build the model from its configuration, with random weights, inside `context`.
+    def build(self, empty: bool = False) -> "PreTrainedModel":
+        """Build the model from its configuration alone.
 
         Args:
-            context: where to build, such as accelerate's `init_empty_weights()`.
+            empty: with parameters on the meta device, which take no memory, and real buffers; else random weights.
         """
+        from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
         try:
-            with context or nullcontext():
+            with init_empty_weights(include_buffers=False) if empty else nullcontext():
                 return AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=False)
         except ValueError as error:
             raise ValueError(

@@ -37,11 +37,9 @@ class StreamedModel:
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
-        from accelerate import init_empty_weights
-
         self.checkpoint = checkpoint
         self.device = torch.device(device)
-        self.skeleton = checkpoint.build(init_empty_weights(include_buffers=False)).eval()
+        self.skeleton = checkpoint.build(empty=True).eval()
         self.blocks_name = find_blocks(self.skeleton)
         self.blocks = list(self.skeleton.get_submodule(self.blocks_name).children())  # on meta, never filled
         set_module(self.skeleton, self.blocks_name, nn.ModuleList())

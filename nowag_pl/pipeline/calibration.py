@@ -30,7 +30,7 @@ def calibrate(model: StreamedModel, windows: Tensor, store: ArtefactStore, batch
     if not missing:
         return
     ranks = store.ranks
-    stream = HiddenStream(model, windows[ranks.rank :: ranks.world_size], batch_size)
+    stream = HiddenStream(model, ranks.share(windows), batch_size)
     with block_progress("Calibrating", max(missing) + 1, ranks.is_zero) as report:
         for index in range(max(missing) + 1):
             if index in missing:

@@ -1,7 +1,6 @@
 """Compression: every linear of every block by one method, a block at a time."""
 
 import dataclasses
-import logging
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +21,6 @@ from nowag_pl.pipeline.store import ArtefactStore
 from nowag_pl.pipeline.stream import HiddenStream
 
 STAGE = "compressed"
-_log = logging.getLogger("nowag_pl")
 
 
 def describe(compressor: Compressor) -> dict[str, Any]:
@@ -78,12 +76,11 @@ def _process_block(
         else:
             moments = calibration.calibrate_block(model, stream, block, index, store, advance=False)
         _compress_block(model, block, index, compressor, moments, store)
-    linears, statistics = read_block(store, index)
     if stream is not None:
-        for name, linear in linears.items():
+        for name, linear in read_block(store, index).items():
             set_module(block, name, linear.to(model.device))
         stream.run(block, index)
-    return [row["loss"] for row in statistics.values()]
+    return [row["loss"] for row in store.read_metadata(STAGE, index)["statistics"].values()]
 
 
 def _compress_block(
@@ -131,7 +128,7 @@ def _compress_block(
 def _share(linears: Mapping[str, nn.Linear], ranks: Ranks) -> list[str]:
     """Return this rank's linears: the largest first, in turn."""
     by_size = sorted(linears, key=lambda name: -linears[name].weight.numel())
-    return by_size[ranks.rank :: ranks.world_size]
+    return ranks.share(by_size)
 
 
 @torch.no_grad()
@@ -157,8 +154,8 @@ def measure(linear: nn.Linear, compressed: CompressedLinear, second_moment: Tens
     return statistics
 
 
-def read_block(store: ArtefactStore, index: int) -> tuple[dict[str, CompressedLinear], dict[str, dict[str, Any]]]:
-    """Return the compressed linears of a block and their statistics, by their name in the block."""
+def read_block(store: ArtefactStore, index: int) -> dict[str, CompressedLinear]:
+    """Return the compressed linears of a block by their name in it."""
     tensors, metadata = store.read(STAGE, index)
     linears = {}
     for name, description in metadata["linears"].items():
@@ -167,4 +164,4 @@ def read_block(store: ArtefactStore, index: int) -> tuple[dict[str, CompressedLi
         linear.load_state_dict(
             {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         )
-    return linears, metadata["statistics"]
+    return linears

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
+Shareable = TypeVar("Shareable", Tensor, list[str])
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,10 @@ class Ranks:
     def is_zero(self) -> bool:
         """Whether this process writes files and draws progress."""
         return self.rank == 0
+
+    def share(self, items: Shareable) -> Shareable:
+        """Return this process's share of what every process has: every n-th item."""
+        return items[self.rank :: self.world_size]
 
     def broadcast(self, value: T) -> T:
         """Return rank zero's value on every rank."""

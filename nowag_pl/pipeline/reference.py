@@ -45,7 +45,7 @@ class DenseReference:
 
     def _record(self, name: str, windows: Tensor, batch_size: int) -> Tensor:
         """Return the hidden states of this rank's windows behind the last block, `[num, seq_len, hidden]`."""
-        stream = HiddenStream(self._model, windows[self._ranks.rank :: self._ranks.world_size], batch_size)
+        stream = HiddenStream(self._model, self._ranks.share(windows), batch_size)
         with block_progress(f"Dense model on {name}", len(self._model), self._ranks.is_zero) as report:
             for index in range(len(self._model)):
                 stream.run(self._model.load_block(index), index)

@@ -99,15 +99,14 @@ class CompressionRun:
         self.method = repr(compressor)
         stream = None
         if self._mode == "propagated" and self.store.missing(compression.STAGE, len(self.model)):
-            ranks = self.store.ranks
-            stream = HiddenStream(self.model, self._windows[ranks.rank :: ranks.world_size], self._batch_size)
+            stream = HiddenStream(self.model, self.store.ranks.share(self._windows), self._batch_size)
         compression.compress(self.model, compressor, self.store, stream)
 
     def assemble(self) -> nn.Module:
         """Build the whole model from the newest artefacts."""
         linears: dict[str, CompressedLinear] = {}
         for index in range(len(self.model)):
-            block, _ = compression.read_block(self.store, index)
+            block = compression.read_block(self.store, index)
             linears |= {f"{self.model.block_name(index)}.{name}": linear for name, linear in block.items()}
         return assemble(self.checkpoint, linears)
 

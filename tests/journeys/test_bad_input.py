@@ -236,16 +236,20 @@ def test_run_dir_below_a_file(command_line, model_folder, workplace, tmp_path):
     assert_refused(outcome, "file/run|run_dir", "(?i)could not|cannot|not a directory")
 
 
-def test_full_disk_keeps_what_is_finished_and_the_run_goes_on_afterwards(fit, tmp_path, monkeypatch):
+def replace_on_a_disk_that_is_full_at(part):
     replace = os.replace
 
     def full(source, target):
-        if "compressed/block_001" in str(target):
+        if part in str(target):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         replace(source, target)
 
+    return full
+
+
+def test_full_disk_keeps_what_is_finished_and_the_run_goes_on_afterwards(fit, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", full)
+        patch.setattr(os, "replace", replace_on_a_disk_that_is_full_at("compressed/block_001"))
         outcome = fit()
     assert_refused(outcome, "No space left", "same command again")
     assert "Errno" not in outcome.message
@@ -269,14 +273,7 @@ def test_full_disk_while_tensors_are_written(fit, tmp_path, monkeypatch):
 
 
 def test_full_disk_while_the_model_is_exported(fit, tmp_path, monkeypatch):
-    replace = os.replace
-
-    def full(source, target):
-        if "export" in str(target):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(os, "replace", replace_on_a_disk_that_is_full_at("export"))
     assert_refused(fit(), "No space left", "export")
     assert (tmp_path / "run" / "report.json").is_file()
 

@@ -86,7 +86,7 @@ def test_propagated_moments_are_those_behind_the_compressed_prefix(model_folder,
         prefix = f"model.layers.{index}."
         names = [name for name in expected if name.startswith(prefix)]
         assert_equal_moments({name: actual[name] for name in names}, {name: expected[name] for name in names})
-        linears, _ = compression.read_block(run.store, index)
+        linears = compression.read_block(run.store, index)
         with torch.no_grad():
             for name, linear in linears.items():
                 block.get_submodule(name).weight.copy_(linear.weight)

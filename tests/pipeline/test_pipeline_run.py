@@ -221,7 +221,7 @@ def test_assembled_model_holds_what_the_artefacts_hold(model_folder, tmp_path):
     run = everything(model_folder("qwen3"), tmp_path / "run")
     model, whole = run.assemble(), load_whole(model_folder("qwen3"))
     for index in range(3):
-        linears, _ = read_block(run.store, index)
+        linears = read_block(run.store, index)
         for name, linear in linears.items():
             assert torch.equal(model.model.layers[index].get_submodule(name).weight, linear.weight)
             with torch.no_grad():
