@@ -2,6 +2,7 @@
 
 python main.py fit                                        the embedded model, NoWag-P 50 %, perplexity
 python main.py fit --config configs/method/nowag_vq_2bit_small.yaml
+python main.py fit --config configs/method/nowag_p_2_4.yaml --config configs/finetuning/embedded.yaml
 python main.py fit --model.path <folder or hub id> --config configs/data/wikitext2_c4.yaml
 python main.py validate --model.path <folder or hub id>   perplexity of a dense or compressed model
 """
@@ -16,19 +17,25 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import DefaultHelpFormatter
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks.calibration import ModelCalibration
 from callbacks.compression import ModelCompression
 from callbacks.export import ModelExport
+from callbacks.finetuning import ModelFinetuning
 from callbacks.reporting import ModelReport
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
-from nowag_pl.lit.trainer import CompressionTrainer
+from nowag_pl.lit.preemption import EXIT_CODE, Preemption, install
+from nowag_pl.lit.trainer import CHECKPOINT, CompressionTrainer
 
 CALLBACKS = {
     "calibration": ModelCalibration,
     "compression": ModelCompression,
+    "finetuning": ModelFinetuning,
     "report": ModelReport,
     "export": ModelExport,
 }
@@ -45,6 +52,14 @@ class CompressionCLI(LightningCLI):
         """Add the groups of the stages."""
         for group, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, group)
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        defaults = {
+            "save_last": True,
+            "save_top_k": 0,
+            "save_on_train_epoch_end": True,
+            "enable_version_counter": False,
+        }
+        parser.set_defaults({f"checkpoint.{name}": value for name, value in defaults.items()})
         parser.add_argument(
             "--run_dir",
             type=str | None,
@@ -64,6 +79,15 @@ class CompressionCLI(LightningCLI):
             "validate": {"model", "dataloaders", "datamodule", "verbose", "weights_only"},
         }
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add what stops a training in good order."""
+        config = self.config_init[self.subcommand]
+        trainer: Any = super().instantiate_trainer(**kwargs, enable_checkpointing=None)
+        if config.trainer.enable_checkpointing is False:
+            trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, ModelCheckpoint)]
+        trainer.callbacks.insert(0, Preemption(Path(config.run_dir) / CHECKPOINT))
+        return trainer
+
     def after_fit(self) -> None:
         """Show the figures when the progress bars are gone."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
@@ -78,6 +102,8 @@ class CompressionCLI(LightningCLI):
         if config.run_dir is None:
             config.run_dir = str(Path("runs") / _run_name(config, str(self.subcommand)))
         config.model.run_dir = config.run_dir
+        if config.checkpoint.dirpath is None:
+            config.checkpoint.dirpath = str((Path(config.run_dir) / CHECKPOINT).parent)
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = config.run_dir
 
@@ -131,8 +157,12 @@ def main(args: ArgsType = None) -> CompressionCLI:
 
 
 if __name__ == "__main__":
+    install()
     try:
         main()
+    except SIGTERMException:
+        print("Stopped by SIGTERM; the same command goes on from here.", file=sys.stderr)  # noqa: T201
+        sys.exit(EXIT_CODE)
     except (ValueError, OSError) as error:
         if os.environ.get("NOWAG_PL_TRACEBACK"):
             raise

@@ -14,7 +14,7 @@ _log = logging.getLogger("nowag_pl")
 
 
 class ModelExport(Callback):
-    """Write the compressed model to <run_dir>/export, and after training another to <run_dir>/export_finetuned.
+    """Write the compressed model to <run_dir>/export, and after finetuning another to <run_dir>/export_finetuned.
 
     Args:
         enabled: whether to write it.
@@ -27,9 +27,11 @@ class ModelExport(Callback):
         """Write the folder on rank zero, if this run changed the model."""
         module = cast(LitCausalLM, pl_module)
         phase = validated_phase(trainer)
-        changed = phase == "finetuned" or (phase == "one_shot" and module.is_compressed_here)
-        if not (self.enabled and changed and trainer.is_global_zero and module.run_dir):
+        trained = phase in ("blockwise", "finetuned")
+        if not (self.enabled and module.run_dir and (trained or (phase == "one_shot" and module.is_compressed_here))):
             return
-        folder = Path(module.run_dir) / ("export_finetuned" if phase == "finetuned" else "export")
-        save_compressed(cast(Any, module.model), folder, source=module.checkpoint.path)
-        _log.info("Model written to %s", folder)
+        model = module.whole_model()
+        if trainer.is_global_zero:
+            folder = Path(module.run_dir) / ("export_finetuned" if trained else "export")
+            save_compressed(cast(Any, model), folder, source=module.checkpoint.path)
+            _log.info("Model written to %s", folder)

@@ -55,6 +55,8 @@ class ModelReport(Callback):
             return
         self._evaluation_seconds += time.perf_counter() - self._validation_started
         self._keep(phase, module, data)
+        if phase != "one_shot" and module.is_compressed_here:
+            module.run.check_fixed(cast(Any, module.model))
         if not trainer.is_global_zero:
             return
         self._tables = [_perplexity_table(self._metrics, data, module.is_compressed_here)]
@@ -100,7 +102,8 @@ def _perplexity_table(metrics: dict[str, Any], data: TokenDataModule, compressed
     )
     for column in ("text", "windows", "model", "perplexity", "KL (nats)", "top-1"):
         table.add_column(column, justify="left" if column in ("text", "model") else "right", no_wrap=column != "text")
-    titles = {"dense": "dense", "one_shot": "one-shot" if compressed else "as loaded", "finetuned": "finetuned"}
+    titles = {"dense": "dense", "one_shot": "one-shot" if compressed else "as loaded"}
+    titles |= {"blockwise": "blockwise finetuned", "finetuned": "finetuned"}
     for name, windows in data.eval_windows.items():
         for phase, title in titles.items():
             if phase in metrics:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -127,6 +128,41 @@ def _opened(path: Path, device: torch.device | str) -> Iterator[Any]:
             f"Expected {path} to be a whole safetensors file, but got: {error}. It is missing, damaged or cut short; "
             "delete it and run the same command again."
         ) from error
+
+
+@contextmanager
+def new_array(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield a memory-mapped tensor to fill; `path` appears, as a NumPy file, when that has succeeded.
+
+    Args:
+        path: the file to create or replace.
+        shape: its shape; an empty one is fine.
+        dtype: its type. bfloat16, which NumPy lacks, is kept as its bits.
+    """
+    with replacing(path) as temporary:
+        mapped = np.lib.format.open_memmap(temporary, "w+", _numpy_dtype(dtype), shape)
+        yield torch.from_numpy(mapped).view(dtype)
+        mapped.flush()
+
+
+def read_array(path: Path, dtype: torch.dtype) -> Tensor:
+    """Return what :func:`new_array` wrote, memory-mapped: parts are read when they are used.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    try:
+        mapped = np.lib.format.open_memmap(path, "c")
+        return torch.from_numpy(mapped).view(dtype)
+    except (OSError, ValueError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"Expected {path} to be a whole array of {dtype}, but got: {error}. It is missing, damaged or cut short; "
+            "delete it and run the same command again."
+        ) from error
+
+
+def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    return torch.empty(0, dtype=torch.int16 if dtype == torch.bfloat16 else dtype).numpy().dtype
 
 
 def _metadata(file: Any) -> dict[str, Any]:

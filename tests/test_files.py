@@ -151,3 +151,29 @@ def test_file_that_is_missing_or_something_else_is_refused(tmp_path, read):
     for name in ("missing", "text"):
         with pytest.raises(ValueError, match=f"Expected .*{name} to be a whole safetensors file"):
             read(tmp_path / name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32])
+@pytest.mark.parametrize("shape", [(4, 3, 2), (0, 3)])
+def test_array_comes_back(dtype, shape, tmp_path):
+    values = torch.arange(torch.Size(shape).numel()).view(shape).to(dtype)
+    with files.new_array(tmp_path / "folder" / "array.npy", shape, dtype) as array:
+        array[:] = values
+    back = files.read_array(tmp_path / "folder" / "array.npy", dtype)
+    assert back.dtype == dtype
+    assert torch.equal(back, values)
+
+
+def test_array_appears_only_when_it_is_whole(tmp_path):
+    with pytest.raises(RuntimeError, match="dies"), files.new_array(tmp_path / "array.npy", (3,), torch.float32):
+        raise RuntimeError("the process dies")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"no array", None])
+def test_damaged_array_is_refused_by_name(content, tmp_path):
+    path = tmp_path / "array.npy"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"array\.npy to be a whole array of torch\.float32"):
+        files.read_array(path, torch.float32)

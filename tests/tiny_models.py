@@ -227,4 +227,6 @@ def artefacts(run_dir: Path) -> dict[str, tuple[dict[str, bytes], dict[str, Any]
             for name, tensor in tensors.items()
         }
         found[f"{file.parent.name}/{file.name}"] = (content, metadata)
+    for file in sorted(run_dir.glob("*/*.npy")):
+        found[f"{file.parent.name}/{file.name}"] = ({"array": file.read_bytes()}, {})
     return found

@@ -4,16 +4,16 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset
 
 from nowag_pl.data.python_docs import STANDARD_LIBRARY, python_docs
 from nowag_pl.data.sources import HubDataset, read_text_file
 from nowag_pl.data.tokens import random_windows, tokenize, whole_windows
+from nowag_pl.lit.batches import ResumableLoader, Share, SharedBatches
 from nowag_pl.models.loading import Checkpoint
 
 _log = logging.getLogger(__name__)
@@ -36,11 +36,12 @@ class TokenDataModule(LightningDataModule):
         seq_len: tokens per window. null: the model's maximum, or 2048 where that is less.
         eval_batch_size: windows evaluated at a time on each device.
         train_batch_size: windows per training step on each device.
+        max_train_windows: train end to end on the first windows of the text only. null: all.
         max_eval_windows: evaluate only the first windows of each text. null: all.
         cache_dir: folder for tokens, kept under a hash of text and tokenizer. null: nowag_pl in the user's cache.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is an option of the command line
         self,
         calibration_files: list[str] | None = None,
         eval_files: dict[str, str] | None = None,
@@ -50,6 +51,7 @@ class TokenDataModule(LightningDataModule):
         seq_len: int | None = None,
         eval_batch_size: int = 8,
         train_batch_size: int = 8,
+        max_train_windows: int | None = None,
         max_eval_windows: int | None = None,
         cache_dir: str | None = None,
     ) -> None:
@@ -60,6 +62,7 @@ class TokenDataModule(LightningDataModule):
             "seq_len": seq_len,
             "eval_batch_size": eval_batch_size,
             "train_batch_size": train_batch_size,
+            "max_train_windows": max_train_windows,
             "max_eval_windows": max_eval_windows,
         }.items():
             least = 2 if name == "seq_len" else 1
@@ -73,6 +76,7 @@ class TokenDataModule(LightningDataModule):
         self._seq_len = seq_len
         self.eval_batch_size = eval_batch_size
         self.train_batch_size = train_batch_size
+        self.max_train_windows = max_train_windows
         self.max_eval_windows = max_eval_windows
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else _user_cache()
         self._calibration_tokens: Tensor | None = None
@@ -159,42 +163,64 @@ class TokenDataModule(LightningDataModule):
         """Return calibration sequences `[num_sequences, seq_len]`, the same on every rank."""
         return random_windows(self.calibration_tokens, self.seq_len, num_sequences, seed)
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Return shuffled windows of the calibration text, `{"tokens": [batch, seq_len]}`."""
-        windows = whole_windows(self.calibration_tokens, self.seq_len)
-        dataset = _Windows(windows, range(len(windows)))
-        world_size = self.trainer.world_size  # type: ignore[union-attr]
-        sampler: DistributedSampler[Any] | None = (
-            DistributedSampler(dataset, drop_last=True) if world_size > 1 else None
-        )
-        return DataLoader(dataset, self.train_batch_size, shuffle=sampler is None, sampler=sampler, drop_last=True)
+    def finetuning_windows(self, num_train: int, num_held_out: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Return sequences to train blocks on and to hold out, from parts of the text that do not overlap.
 
-    def val_dataloader(self) -> list[DataLoader[Any]]:
-        """Return one loader per evaluation text, `{"tokens": [batch, seq_len], "index": [batch]}`.
+        Args:
+            num_train: sequences from the first part of the calibration text.
+            num_held_out: sequences from the rest; the text is divided in proportion.
+            seed: which places.
 
-        Each rank takes every n-th window; nothing is repeated to make the ranks even, so that the perplexity is the
-        same on any number of them. A rank without any window gets one with index -1, which does not count.
+        Returns:
+            `[num_train, seq_len]`, `[num_held_out, seq_len]`, the same on every rank.
         """
+        tokens = self.calibration_tokens
+        cut = len(tokens) * num_train // (num_train + num_held_out)
+        cut = min(max(cut, self.seq_len), len(tokens) - self.seq_len)
+        if cut < self.seq_len:
+            raise ValueError(
+                f"Expected calibration text of at least two windows of {self.seq_len} tokens to finetune on, but got "
+                f"{len(tokens)} tokens. Give more text or a smaller data.seq_len."
+            )
+        train = random_windows(tokens[:cut], self.seq_len, num_train, seed)
+        return train, random_windows(tokens[cut:], self.seq_len, num_held_out, seed)
+
+    @property
+    def train_windows(self) -> Tensor:
+        """Windows of the calibration text to train end to end on, `[num_windows, seq_len]`."""
+        return whole_windows(self.calibration_tokens, self.seq_len)[: self.max_train_windows]
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Return shuffled windows of the calibration text, `{"tokens", "index", "weight"}`.
+
+        Their order and batches are the same on any number of ranks if `train_batch_size` times the ranks is.
+        """
+        windows = self.train_windows
+        return self._loader(windows, self.train_batch_size, seed=0)
+
+    def val_dataloader(self) -> list[ResumableLoader]:
+        """Return one loader per evaluation text, `{"tokens": [batch, seq_len], "index": [batch], "weight": [batch]}`.
+
+        Each rank takes every n-th window. Every rank has equally many batches, as sharded models need; what pads them
+        has weight 0 and does not count, so that the perplexity is the same on any number of ranks.
+        """
+        return [self._loader(windows, self.eval_batch_size, seed=None) for windows in self.eval_windows.values()]
+
+    def _loader(self, windows: Tensor, batch_size: int, seed: int | None) -> ResumableLoader:
         rank, world_size = self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
-        return [
-            DataLoader(_Windows(windows, range(rank, len(windows), world_size)), self.eval_batch_size)
-            for windows in self.eval_windows.values()
-        ]
+        batches = SharedBatches(len(windows), batch_size * world_size, rank, world_size, seed)
+        return ResumableLoader(_Windows(windows), batches)
 
 
 class _Windows(Dataset[dict[str, Tensor]]):
-    """Some windows with their index; where there are none, the first with the index -1."""
+    """Windows with their indices and weights, a whole batch at a time."""
 
-    def __init__(self, windows: Tensor, indices: range) -> None:
+    def __init__(self, windows: Tensor) -> None:
         self._windows = windows
-        self._indices = indices
 
-    def __len__(self) -> int:
-        return max(len(self._indices), 1)
-
-    def __getitem__(self, item: int) -> dict[str, Tensor]:
-        index = self._indices[item] if self._indices else -1
-        return {"tokens": self._windows[max(index, 0)].long(), "index": torch.tensor(index)}
+    def __getitem__(self, share: Share) -> dict[str, Tensor]:
+        index = torch.tensor(share.indices)
+        return {"tokens": self._windows[index].long(), "index": index, "weight": torch.tensor(share.weights)}
 
 
 def _user_cache() -> Path:

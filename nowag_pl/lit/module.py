@@ -1,20 +1,26 @@
 """The causal language model under Lightning: training, and perplexity validation."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
+from nowag_pl.data.tokens import tokens_digest
 from nowag_pl.lit.metrics import Divergence, Perplexity
+from nowag_pl.lit.sharding import gathered_state, shard
 from nowag_pl.models.checkpoint import is_compressed, load_compressed
 from nowag_pl.models.loading import EMBEDDED, Checkpoint
 from nowag_pl.modules import CompressedLinear
+from nowag_pl.pipeline.reference import Distillation, Teacher
 from nowag_pl.pipeline.run import CompressionRun
 
 
@@ -36,6 +42,7 @@ class LitCausalLM(LightningModule):
         learning_rate: highest learning rate of AdamW when trainer.max_epochs > 0.
         weight_decay: decay of AdamW for matrices; vectors (norms, biases, scales) are not decayed.
         warmup_fraction: share of the steps in which the learning rate rises, before it falls along a cosine.
+        distillation: train a compressed model towards the dense model's predictions. null: towards the next token.
         run_dir: folder of artefacts and report; without it nothing can be compressed.
     """
 
@@ -47,6 +54,7 @@ class LitCausalLM(LightningModule):
         learning_rate: float = 1e-4,
         weight_decay: float = 0.1,
         warmup_fraction: float = 0.05,
+        distillation: Distillation | None = None,
         run_dir: str | None = None,
     ) -> None:
         super().__init__()
@@ -56,10 +64,13 @@ class LitCausalLM(LightningModule):
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_fraction = warmup_fraction
+        self.distillation = distillation
+        self.teacher: Teacher | None = None
         self.model: nn.Module | None = None
         self.assemble: Callable[[], nn.Module] | None = None  # set by what compresses
         self.reference: DenseReference | None = None  # set by what compares with the dense model
         self.eval_metrics: dict[str, dict[str, float]] = {}  # of the last validation, by text
+        self._stored_dtypes: dict[str, torch.dtype] = {}  # while parameters are held in float32
         self._perplexity: dict[str, Perplexity] = {}
         self._dense_perplexity: dict[str, Perplexity] = {}
         self._divergence: dict[str, Divergence] = {}
@@ -86,18 +97,100 @@ class LitCausalLM(LightningModule):
         """Whether the model was compressed by this module's run, from which it can be compared and reported."""
         return self.assemble is not None
 
+    def training_settings(self) -> dict[str, Any]:
+        """Return the JSON values, beside the Trainer's, that the result of end-to-end training depends on."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        own = ("random_init", "learning_rate", "weight_decay", "warmup_fraction")
+        settings = {name: getattr(self, name) for name in own}
+        settings["distillation"] = dataclasses.asdict(self.distillation) if self.distillation else None
+        settings["batch_size"] = data.train_batch_size * self.trainer.world_size
+        settings["tokens_sha256"] = tokens_digest(data.train_windows)
+        return settings | (self.run.settings if self.is_compressed_here else {"model": self.checkpoint.path})
+
+    def setup(self, stage: str) -> None:
+        """Check the precision, and record what the dense model says of the training text if it is to teach."""
+        precision = str(self.trainer.precision)
+        if (precision.endswith("-true") and precision != "32-true") or precision == "transformer-engine":
+            raise ValueError(
+                f"Expected trainer.precision of 32-true, bf16-mixed or 16-mixed, but got {precision}: the weights have "
+                "the type that model.dtype says."
+            )
+        if self.distillation is None or self.trainer.state.fn != TrainerFn.FITTING or self.teacher is not None:
+            return
+        if not self.is_compressed_here:
+            raise ValueError("Expected compression.enabled with model.distillation: the dense model is the teacher.")
+        windows = self.trainer.datamodule.train_windows  # type: ignore[attr-defined]
+        self.teacher = self.run.teacher(windows, self.distillation)
+
+    def release(self) -> None:
+        """Let go of the model, so that it can be built anew from newer artefacts."""
+        self.model = None
+
     def configure_model(self) -> None:
         """Build the model: compressed by this run, stored compressed, dense, or random."""
-        if self.model is not None:
-            return
+        if self.model is None:
+            self.model = self._build()
+            if self._is_sharded:
+                if self.trainer.max_epochs != 0:
+                    self._widen()
+                assert self.device_mesh is not None
+                shard(self.model, self.device_mesh["data_parallel"], self.checkpoint.dtype)
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._widen()
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
+
+    def _build(self) -> nn.Module:
         if self.assemble is not None:
-            self.model = self.assemble()
-        elif self.random_init:
-            self.model = self.checkpoint.build()
-        elif is_compressed(self.checkpoint.folder):
-            self.model = load_compressed(self.checkpoint.folder, self.checkpoint.dtype)
-        else:
-            self.model = self.checkpoint.load()
+            return self.assemble()
+        if self.random_init:
+            return self.checkpoint.build()
+        if is_compressed(self.checkpoint.folder):
+            return load_compressed(self.checkpoint.folder, self.checkpoint.dtype)
+        return self.checkpoint.load()
+
+    def _widen(self) -> None:
+        """Hold what is trained in float32; in a compressed model leave embeddings and head as they are."""
+        if self._stored_dtypes:
+            return
+        assert self.model is not None
+        linears = {name: module for name, module in self.model.named_modules() if isinstance(module, CompressedLinear)}
+        stored = {
+            f"{name}.{key}": dtype for name, linear in linears.items() for key, dtype in linear.stored_dtypes.items()
+        }
+        for name, parameter in self.model.named_parameters():
+            self._stored_dtypes[name] = stored.get(name, parameter.dtype)
+            parameter.requires_grad_(not linears or name in stored or parameter.ndim < 2)
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        # The masks and codes are equal on every rank: DDP need not send them around.
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
+
+    def _narrow(self) -> None:
+        """Round what was trained to the types in which it is stored, so that what is measured is what is saved."""
+        assert self.model is not None
+        for name, parameter in self.model.named_parameters():
+            rounded = parameter.data.to(self._stored_dtypes[name])
+            owner = self.model.get_submodule(name.rpartition(".")[0])
+            if self._is_sharded or (isinstance(owner, CompressedLinear) and name.endswith(("codebook", "_scale"))):
+                parameter.data.copy_(rounded)
+            else:
+                parameter.data = rounded
+        self._stored_dtypes = {}
+
+    def whole_model(self) -> nn.Module:
+        """Return the model with whole parameters, those of a sharded one on rank zero only; all ranks must call."""
+        assert self.model is not None
+        if not self._is_sharded:
+            return self.model
+        state = gathered_state(self.model)
+        if not self.trainer.is_global_zero:
+            return self.model
+        model = self._build()
+        model.load_state_dict(state)
+        return model
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits.
@@ -112,11 +205,16 @@ class LitCausalLM(LightningModule):
         return self.model(input_ids=tokens, use_cache=False).logits
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Next-token loss."""
+        """Divergence from the dense model, or next-token loss; in nats per token."""
         tokens = batch["tokens"]
         logits = self(tokens)
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
-        self.log("train/loss", loss, prog_bar=True)
+        if self.teacher is not None:
+            losses = self.teacher.loss(batch["index"], logits)
+        else:
+            losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+            losses = losses.unflatten(0, (len(tokens), -1))
+        loss = (losses.mean(dim=1) * batch["weight"]).sum()
+        self.log("train/loss", loss, prog_bar=True, batch_size=1)
         return loss
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -141,10 +239,8 @@ class LitCausalLM(LightningModule):
         self.train()
 
     def on_fit_end(self) -> None:
-        """Round what is stored in 16 bits, so that what is measured is what is saved."""
-        for module in self.modules():
-            if isinstance(module, CompressedLinear):
-                module.load_state_dict(module.storage())
+        """Round what was trained."""
+        self._narrow()
 
     def on_validation_start(self) -> None:
         """Make the metrics of each evaluation text."""
@@ -155,14 +251,15 @@ class LitCausalLM(LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add windows to the metrics of their text."""
-        name, tokens = self._eval_names[dataloader_idx], batch["tokens"]
-        logits = self(tokens)
-        if (batch["index"] < 0).any():
+        name, tokens, real = self._eval_names[dataloader_idx], batch["tokens"], batch["weight"] > 0
+        with torch.autocast(self.device.type, enabled=False):  # figures are those of the model in its own type
+            logits = self(tokens)[real]
+        if not real.any():
             return  # a rank without windows takes part, but counts nothing
-        self._perplexity[name].update(logits, tokens)
+        self._perplexity[name].update(logits, tokens[real])
         if self.reference is not None:
-            reference_logits = self.reference.logits(name, batch["index"]).to(logits.device)
-            self._dense_perplexity[name].update(reference_logits, tokens)
+            reference_logits = self.reference.logits(name, batch["index"][real]).to(logits.device)
+            self._dense_perplexity[name].update(reference_logits, tokens[real])
             self._divergence[name].update(reference_logits, logits)
 
     def on_validation_epoch_end(self) -> None:

@@ -1,17 +1,23 @@
-"""A Trainer whose `fit` compresses, trains if asked to, and validates."""
+"""A Trainer whose `fit` compresses, finetunes if asked to, and validates after each of these."""
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, cast
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-Phase = Literal["one_shot", "finetuned"]
+from nowag_pl.pipeline.ranks import Ranks
+from nowag_pl.pipeline.store import ArtefactStore
+
+Phase = Literal["one_shot", "blockwise", "finetuned"]
+CHECKPOINT = Path("training") / "last.ckpt"  # of end-to-end training, in the run directory
 
 
 class CompressionTrainer(Trainer):
     """Lightning's Trainer with a `fit` that validates before and after training, and may have no epochs at all.
 
-    The callbacks that compress do so while the first validation is set up: there the processes are up, nothing is
+    The callbacks that compress and finetune do so while a validation is set up: there the processes are up, nothing is
     wrapped, and no gradients or optimizer states are allocated. With `max_epochs=0` that is all.
 
     Attributes:
@@ -31,14 +37,38 @@ class CompressionTrainer(Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Run the compression stages, validate, train for `max_epochs`, validate."""
+        """Run the compression stages and validate; finetune blocks and validate; train end to end and validate."""
         self.compressing = True
         self.validate(model, val_dataloaders, datamodule=datamodule)
+        if any(getattr(callback, "finetunes_blocks", False) for callback in self.callbacks):  # type: ignore[attr-defined]
+            self.phase = "blockwise"
+            cast(Any, model).release()
+            self.validate(model, val_dataloaders, datamodule=datamodule)
         if self.max_epochs == 0 or self.max_steps == 0:
             return
         self.phase = "finetuned"
+        self._claim_training(model)
+        ckpt_path = ckpt_path or self._last_checkpoint(model)
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
         self.validate(model, val_dataloaders, datamodule=datamodule)
+
+    def _claim_training(self, model: LightningModule) -> None:
+        """Enter in the manifest what the end-to-end training depends on, or check that it is what it was."""
+        run_dir, settings = getattr(model, "run_dir", None), getattr(model, "training_settings", None)
+        if run_dir is None or settings is None:
+            return
+        names = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val")
+        described = {name: getattr(self, name) for name in names} | settings()
+        ArtefactStore(Path(run_dir), Ranks.current()).claim("training", described, CHECKPOINT.parent.name)
+
+    def _last_checkpoint(self, model: LightningModule) -> str | None:
+        """Return where an earlier process of the same training stopped."""
+        run_dir = getattr(model, "run_dir", None)
+        path = Path(run_dir) / CHECKPOINT if run_dir else None
+        found = self.strategy.broadcast(str(path) if path is not None and path.exists() else None)
+        if found:
+            rank_zero_info(f"Going on with the training in {found}")
+        return found
 
     def validate(self, *args: Any, verbose: bool = False, **kwargs: Any) -> Any:
         """Validate; the report callback shows the figures, so Lightning's own table is left out."""

@@ -6,7 +6,7 @@ position embeddings); so nothing here knows a family's conventions. The same tri
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -45,6 +45,7 @@ class StreamedModel:
         set_module(self.skeleton, self.blocks_name, nn.ModuleList())
         self._load(self.skeleton, "")
         self.skeleton.requires_grad_(False)
+        self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -62,15 +63,22 @@ class StreamedModel:
         """Return the linears of a block by their name in it. They hold no weights."""
         return find_linears(self.blocks[index])
 
-    def load_block(self, index: int) -> nn.Module:
-        """Read a block from disk."""
+    def load_block(self, index: int, linears: Mapping[str, nn.Module] | None = None) -> nn.Module:
+        """Read a block from disk.
+
+        Args:
+            index: its number.
+            linears: what takes the place of some of its linears, which are not read then.
+        """
         block = copy.deepcopy(self.blocks[index])
-        self._load(block, self.block_name(index) + ".")
+        for name, linear in (linears or {}).items():
+            set_module(block, name, linear)
+        self._load(block, self.block_name(index) + ".", tuple(f"{name}." for name in linears or {}))
         return block.requires_grad_(False).eval()
 
-    def _load(self, module: nn.Module, prefix: str) -> None:
-        """Fill the parameters and persistent buffers of `module` from the checkpoint."""
-        names = set(module.state_dict())
+    def _load(self, module: nn.Module, prefix: str, replaced: tuple[str, ...] = ()) -> None:
+        """Fill the parameters and persistent buffers of `module` from the checkpoint, but for what is replaced."""
+        names = {name for name in module.state_dict() if not name.startswith(replaced)}
         tied = set()
         if not prefix and self.skeleton.config.tie_word_embeddings:
             tied = {name for name in names if name not in self.checkpoint.weight_map}
@@ -119,6 +127,19 @@ class StreamedModel:
 
         self._run([record] * len(self), tokens)
         return BlockInputs(calls[0][0], [arguments for _, arguments in calls])
+
+    def arguments(self, index: int, batch_size: int, seq_len: int) -> dict[str, Any]:
+        """Return what a block is called with beside hidden states; it depends on their shape, not on the tokens.
+
+        Args:
+            index: number of the block.
+            batch_size: sequences.
+            seq_len: tokens in each.
+        """
+        shape = (batch_size, seq_len)
+        if shape not in self._arguments:
+            self._arguments[shape] = self.embed(torch.zeros(shape, dtype=torch.int64)).arguments
+        return self._arguments[shape][index]
 
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:

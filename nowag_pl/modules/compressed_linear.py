@@ -31,6 +31,7 @@ class CompressedLinear(nn.Module, ABC):
         self.in_features = in_features
         self.out_features = out_features
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self._bias_dtype = None if bias is None else bias.dtype
 
     @property
     @abstractmethod
@@ -59,7 +60,7 @@ class CompressedLinear(nn.Module, ABC):
     @property
     def bias_dtype(self) -> str | None:
         """Type of the bias by name, or None where there is none; what :meth:`empty_bias` needs."""
-        return None if self.bias is None else dtype_name(self.bias.dtype)
+        return None if self._bias_dtype is None else dtype_name(self._bias_dtype)
 
     @staticmethod
     def empty_bias(settings: Mapping[str, Any]) -> Tensor | None:
@@ -68,9 +69,19 @@ class CompressedLinear(nn.Module, ABC):
             return None
         return torch.zeros(settings["out_features"], dtype=getattr(torch, settings["bias"]))
 
+    @property
+    def stored_dtypes(self) -> dict[str, torch.dtype]:
+        """Type in which each parameter is stored; while it is trained it may be held in a wider one."""
+        return {} if self._bias_dtype is None else {"bias": self._bias_dtype}
+
     def storage(self) -> dict[str, Tensor]:
         """Return the state in the types in which it is stored. Loading it restores this module."""
-        return dict(self.state_dict())
+        stored = self.stored_dtypes
+        return {name: tensor.to(stored.get(name, tensor.dtype)) for name, tensor in self.state_dict().items()}
+
+    def fixed(self) -> dict[str, Tensor]:
+        """Return what training must not change: masks, codes."""
+        return dict(self.named_buffers())
 
     @property
     def storage_bytes(self) -> int:

@@ -39,6 +39,7 @@ class MaskedLinear(CompressedLinear):
         if keep.shape != weight.shape:
             raise ValueError(f"Expected a mask of shape {tuple(weight.shape)}, but got {tuple(keep.shape)}.")
         self.pattern = pattern
+        self.dtype = weight.dtype
         self.values = nn.Parameter(weight.detach()[keep])  # [num_kept], row-major
         self.register_buffer("mask", pack_keep(keep, pattern))
 
@@ -57,12 +58,17 @@ class MaskedLinear(CompressedLinear):
     def bits_per_weight(self) -> float:
         """Kept values in their own type, and the mask."""
         shape = (self.out_features, self.in_features)
-        return masked_bits_per_weight(shape, len(self.values), self.values.element_size() * 8, self.pattern)
+        return masked_bits_per_weight(shape, len(self.values), self.dtype.itemsize * 8, self.pattern)
 
     @property
     def sparsity(self) -> float:
         """Fraction of weights that are removed."""
         return 1 - len(self.values) / (self.out_features * self.in_features)
+
+    @property
+    def stored_dtypes(self) -> dict[str, torch.dtype]:
+        """Kept values in the type of the weight they come from."""
+        return {**super().stored_dtypes, "values": self.dtype}
 
     def settings(self) -> dict[str, Any]:
         """Return shapes, pattern and type."""
@@ -72,7 +78,7 @@ class MaskedLinear(CompressedLinear):
             "num_kept": len(self.values),
             "pattern": None if self.pattern is None else list(self.pattern),
             "bias": self.bias_dtype,
-            "dtype": dtype_name(self.values.dtype),
+            "dtype": dtype_name(self.dtype),
         }
 
     @classmethod

@@ -116,12 +116,10 @@ class VQLinear(CompressedLinear):
             getattr(torch, settings["dtype"]),
         )
 
-    def storage(self) -> dict[str, Tensor]:
-        """Return the state with codebook and scales in 16 bits."""
-        wide = {"codebook", "in_scale", "out_scale"}
-        return {
-            name: tensor.to(_STORED_DTYPE) if name in wide else tensor for name, tensor in self.state_dict().items()
-        }
+    @property
+    def stored_dtypes(self) -> dict[str, torch.dtype]:
+        """Codebook and scales in 16 bits."""
+        return {**super().stored_dtypes, **dict.fromkeys(("codebook", "in_scale", "out_scale"), _STORED_DTYPE)}
 
 
 def _round(values: Tensor) -> Tensor:

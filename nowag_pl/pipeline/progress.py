@@ -18,7 +18,7 @@ _log = logging.getLogger("nowag_pl")
 
 
 @contextmanager
-def block_progress(stage: str, num_blocks: int, show: bool) -> Iterator[Callable[[str], None]]:
+def block_progress(stage: str, num_blocks: int, show: bool) -> Iterator[Callable[..., None]]:
     """Show how far a stage is.
 
     Args:
@@ -27,16 +27,17 @@ def block_progress(stage: str, num_blocks: int, show: bool) -> Iterator[Callable
         show: False on all ranks but one.
 
     Yields:
-        A function to call after each block, with a few words about it.
+        A function to call after each block, with a few words about it; with them and 0 to call in between, which
+        only a terminal shows.
     """
     console = Console(stderr=True)
     if not show or not console.is_terminal:
         done = 0
 
-        def report(note: str) -> None:
+        def report(note: str, advance: int = 1) -> None:
             nonlocal done
-            done += 1
-            if show:
+            done += advance
+            if show and advance:
                 _log.info("%s: block %d of %d %s", stage, done, num_blocks, note)
 
         yield report
@@ -52,4 +53,4 @@ def block_progress(stage: str, num_blocks: int, show: bool) -> Iterator[Callable
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(stage, total=num_blocks, note="")
-        yield lambda note: progress.update(task, advance=1, note=note)
+        yield lambda note, advance=1: progress.update(task, advance=advance, note=note)

@@ -23,8 +23,8 @@ def build_report(
     Args:
         run: a run whose stages are done.
         seq_len: tokens per evaluation window.
-        metrics: phase ("dense", "one_shot", "finetuned") to metric ("perplexity", "kl_divergence") to evaluation
-            text to value.
+        metrics: phase ("dense", "one_shot", "blockwise", "finetuned") to metric ("perplexity", "kl_divergence") to
+            evaluation text to value.
         seconds: time of the stages that leave no artefacts.
     """
     rows = run.statistics()
@@ -36,7 +36,16 @@ def build_report(
 
     def phases(metric: str, names: tuple[str, ...]) -> dict[str, dict[str, float | None]]:
         texts = metrics["one_shot"].get(metric, {})
-        return {text: {name: metrics.get(name, {}).get(metric, {}).get(text) for name in names} for text in texts}
+        return {text: {name: figures.get(name, {}).get(metric, {}).get(text) for name in names} for text in texts}
+
+    figures = dict(metrics)
+    both: tuple[str, ...] = ()
+    if "blockwise" in metrics:
+        figures.setdefault("finetuned", metrics["blockwise"])
+        both = ("blockwise",) if "finetuned" in metrics else ()
+    finetuned = "blockwise" in metrics
+    stage_seconds = run.stage_seconds()
+    seconds = {**seconds, "finetuning": seconds.get("finetuning", 0.0) + stage_seconds.pop("finetuning")}
 
     kept = ("name", "shape", "loss", "bits_per_weight", "sparsity")
     return {
@@ -49,9 +58,10 @@ def build_report(
         "bits_per_weight": mean("bits_per_weight"),
         "sparsity": mean("sparsity"),
         "bytes_on_disk": sum(row["bytes"] for row in rows),
-        "perplexity": phases("perplexity", ("dense", "one_shot", "finetuned")),
-        "kl_divergence": phases("kl_divergence", ("one_shot", "finetuned")),
-        "seconds": {**run.stage_seconds(), **seconds},
+        "perplexity": phases("perplexity", ("dense", "one_shot", *both, "finetuned")),
+        "kl_divergence": phases("kl_divergence", ("one_shot", *both, "finetuned")),
+        "seconds": {**stage_seconds, **seconds},
+        "finetuned_blocks": run.finetuning_statistics() if finetuned else [],
         "peak_memory_bytes": peak_memory_bytes(run.device),
         "linears": [{key: row[key] for key in kept} for row in rows],
     }

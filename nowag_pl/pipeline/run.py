@@ -1,5 +1,6 @@
 """One run: a model, a run directory, and the stages that have been asked for."""
 
+import dataclasses
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +15,10 @@ from nowag_pl.models.assembly import assemble
 from nowag_pl.models.loading import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear
-from nowag_pl.pipeline import calibration, compression
+from nowag_pl.pipeline import calibration, compression, finetuning
 from nowag_pl.pipeline.fingerprint import fingerprint
 from nowag_pl.pipeline.ranks import Ranks
-from nowag_pl.pipeline.reference import DenseReference
+from nowag_pl.pipeline.reference import DenseReference, Distillation, Teacher
 from nowag_pl.pipeline.store import ArtefactStore
 from nowag_pl.pipeline.stream import HiddenStream
 
@@ -48,6 +49,7 @@ class CompressionRun:
         self.device = torch.device(device)
         self.store = ArtefactStore(Path(folder), ranks or Ranks.current())
         self.method: str | None = None
+        self._settings: dict[str, dict[str, Any]] = {}  # of the stages so far
         self.calibration: dict[str, Any] = {}
         self._windows: Tensor | None = None
         self._mode: CalibrationMode = "dense"
@@ -83,6 +85,7 @@ class CompressionRun:
         settings = {"num_sequences": len(windows), "seq_len": windows.shape[1], "mode": mode, "seed": seed}
         settings |= {"tokens_sha256": self.calibration["sha256"]}
         self.store.claim("calibration", settings, calibration.STAGE)
+        self._settings["calibration"] = settings
         self._windows, self._mode, self._batch_size = windows, mode, batch_size
         if mode == "dense":
             calibration.calibrate(self.model, windows, self.store, batch_size)
@@ -95,24 +98,72 @@ class CompressionRun:
         """
         if self._windows is None:
             raise RuntimeError("Expected calibrate before compress.")
-        self.store.claim("compression", compression.describe(compressor), compression.STAGE)
+        self._settings["compression"] = compression.describe(compressor)
+        self.store.claim("compression", self._settings["compression"], compression.STAGE)
         self.method = repr(compressor)
         stream = None
         if self._mode == "propagated" and self.store.missing(compression.STAGE, len(self.model)):
             stream = HiddenStream(self.model, self.store.ranks.share(self._windows), self._batch_size)
         compression.compress(self.model, compressor, self.store, stream)
 
-    def assemble(self) -> nn.Module:
-        """Build the whole model from the newest artefacts."""
+    def claim_finetuning(self, train: Tensor, held_out: Tensor, settings: Any) -> None:
+        """Enter in the manifest what the finetuned blocks depend on, or check it.
+
+        Args:
+            train: sequences to train on.
+            held_out: sequences that decide.
+            settings: a dataclass.
+
+        Raises:
+            RuntimeError: `compress` was not called before.
+            ValueError: the run directory holds blocks that were finetuned in another way.
+        """
+        if self.method is None:
+            raise RuntimeError("Expected compress before finetuning.")
+        described = {
+            **dataclasses.asdict(settings),
+            "train_sha256": tokens_digest(train),
+            "held_out_sha256": tokens_digest(held_out),
+        }
+        del described["activations"]  # makes no difference to the result
+        self.store.claim("finetuning", described | self.settings, finetuning.STAGE)
+        self._settings["finetuning"] = described
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of all stages so far as JSON values, such as "calibration.seed"."""
+        return {
+            f"{stage}.{name}": value for stage, settings in self._settings.items() for name, value in settings.items()
+        }
+
+    def assemble(self, finetuned: bool = False) -> nn.Module:
+        """Build the whole compressed model, with its blocks as finetuning left them or as compression did."""
         linears: dict[str, CompressedLinear] = {}
         for index in range(len(self.model)):
             block = compression.read_block(self.store, index)
             linears |= {f"{self.model.block_name(index)}.{name}": linear for name, linear in block.items()}
-        return assemble(self.checkpoint, linears)
+        model = assemble(self.checkpoint, linears)
+        for index in range(len(self.model)) if finetuned else ():
+            model.get_submodule(self.model.block_name(index)).load_state_dict(
+                self.store.read(finetuning.STAGE, index)[0]
+            )
+        return model
+
+    def check_fixed(self, model: nn.Module) -> None:
+        """Check that training left masks and codes as they were.
+
+        Raises:
+            RuntimeError: it has changed one.
+        """
+        finetuning.check_fixed(model, [self.model.block_name(index) for index in range(len(self.model))], self.store)
 
     def reference(self, windows: Mapping[str, Tensor], batch_size: int) -> DenseReference:
         """Return the dense model's predictions on evaluation windows, computing those that are not there."""
         return DenseReference(self.model, self.store, windows, batch_size)
+
+    def teacher(self, windows: Tensor, distillation: Distillation) -> Teacher:
+        """Return what teaches a compressed model on training windows, computing what is not there."""
+        return Teacher(self.model, self.store, windows, distillation)
 
     def statistics(self) -> list[dict[str, Any]]:
         """Return loss, bits and sparsity of every compressed linear, in the model's order."""
@@ -123,9 +174,23 @@ class CompressionRun:
                 rows.append({"name": f"{self.model.block_name(index)}.{name}", "block": index, **row})
         return rows
 
+    def finetuning_statistics(self) -> list[dict[str, Any]]:
+        """Return held-out error before and after, and epochs, of every finetuned block."""
+        rows = (self.store.read_metadata(finetuning.STAGE, index) for index in range(len(self.model)))
+        return [{key: row[key] for key in ("before", "after", "epochs", "seconds")} for row in rows]
+
     def stage_seconds(self) -> dict[str, float]:
         """Return the time that the artefacts took, also those of an earlier, interrupted process."""
+        stages = {
+            "calibration": calibration.STAGE,
+            "compression": compression.STAGE,
+            "finetuning": finetuning.STAGE,
+        }
         return {
-            name: sum(self.store.read_metadata(stage, index)["seconds"] for index in range(len(self.model)))
-            for name, stage in {"calibration": calibration.STAGE, "compression": compression.STAGE}.items()
+            name: sum(
+                self.store.read_metadata(stage, index)["seconds"]
+                for index in range(len(self.model))
+                if self.store.path(stage, index).is_file()
+            )
+            for name, stage in stages.items()
         }

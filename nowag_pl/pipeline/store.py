@@ -12,6 +12,7 @@ from nowag_pl.pipeline.ranks import Ranks
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_LAST_STAGES = ("finetuned", "training")  # nothing is made from them: they can be deleted alone
 
 
 class ArtefactStore:
@@ -69,7 +70,7 @@ class ArtefactStore:
 
     def _claim(self, section: str, settings: dict[str, Any], stage: str | None) -> str | None:
         settings = json.loads(json.dumps(settings))
-        for stray in self.folder.glob("*/.*.tmp"):  # of a process that was killed
+        for stray in self.folder.rglob(".*.tmp"):  # of a process that was killed
             stray.unlink(missing_ok=True)
         manifest = self._read_manifest()
         if manifest.setdefault("format", FORMAT) != FORMAT:
@@ -77,7 +78,7 @@ class ArtefactStore:
                 f"Expected a run directory of format {FORMAT}, but {self.folder} has format {manifest['format']}, "
                 "of another version of nowag_pl. Choose another run_dir."
             )
-        if stage is not None and not any((self.folder / stage).glob("block_*.safetensors")):
+        if stage is not None and not any(path.is_file() for path in (self.folder / stage).rglob("*")):
             manifest[section] = settings
         known = manifest.setdefault(section, settings)
         if known != settings:
@@ -88,7 +89,8 @@ class ArtefactStore:
             )
             return (
                 f"Run directory {self.folder} holds a run with {found}. Runs are never mixed: choose another "
-                "run_dir, or delete this one to start again."
+                f"run_dir, or delete {self.folder / stage if stage in _LAST_STAGES and stage else 'this one'} "
+                "to start again."
             )
         write_json(self.folder / MANIFEST, manifest)
         return None

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +21,9 @@ class HiddenStream:
 
     def __init__(self, model: StreamedModel, windows: Tensor, batch_size: int) -> None:
         self._model = model
-        self._empty = torch.empty(0, windows.shape[1], model.hidden_size, dtype=model.checkpoint.dtype)
         self._hidden: list[Tensor] = []
-        self._arguments: dict[int, list[dict[str, Any]]] = {}  # by batch size; they do not depend on the tokens
         for tokens in windows.split(batch_size) if len(windows) else ():
-            inputs = model.embed(tokens)
-            self._hidden.append(inputs.hidden.cpu())
-            self._arguments[len(tokens)] = inputs.arguments
+            self._hidden.append(model.embed(tokens).hidden.cpu())
 
     @torch.no_grad()
     def run(self, block: nn.Module, index: int, advance: bool = True) -> None:
@@ -40,14 +35,14 @@ class HiddenStream:
             advance: replace the hidden states by those behind the block; False runs it for its hooks alone.
         """
         for number, hidden in enumerate(self._hidden):
-            arguments = self._arguments[len(hidden)][index]
+            arguments = self._model.arguments(index, *hidden.shape[:2])
             output = self._model.forward_block(block, hidden.to(self._model.device), arguments)
             if advance:
                 self._hidden[number] = output.cpu()
 
-    def gathered(self) -> Tensor:
-        """Return the hidden states of all sequences, `[num_sequences, seq_len, hidden]`."""
-        return torch.cat([self._empty, *self._hidden])
+    def batches(self) -> Iterator[Tensor]:
+        """Yield the hidden states, `[batch, seq_len, hidden]` each, in the order of the windows."""
+        yield from self._hidden
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import torch
 from tiny_models import SEQ_LEN, save_tiny_model
 
 from nowag_pl.data.sources import HubDataset, read_text_file
+from nowag_pl.data.tokens import whole_windows
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.models.loading import Checkpoint
 
@@ -55,7 +56,7 @@ def test_ranks_see_every_window_once(datamodule):
         (loader,) = datamodule(rank, 3, eval_batch_size=2).val_dataloader()
         for batch in loader:
             assert torch.equal(batch["tokens"], windows[batch["index"]].long())
-            seen += batch["index"].tolist()
+            seen += batch["index"][batch["weight"] > 0].tolist()
     assert sorted(seen) == list(range(len(windows)))
 
 
@@ -89,18 +90,44 @@ def test_several_texts_keep_their_names_and_order(datamodule, workplace):
     module = datamodule(eval_files=files)
     assert module.eval_names == ["second", "first"]
     assert list(module.eval_windows) == ["second", "first"]
-    sizes = [len(loader.dataset) for loader in module.val_dataloader()]
+    sizes = [sum(len(batch["index"]) for batch in loader) for loader in module.val_dataloader()]
     assert sizes == [len(module.eval_windows["second"]), len(module.eval_windows["first"])]
 
 
 def test_training_batches_are_windows_of_the_calibration_text(datamodule):
     module = datamodule(train_batch_size=3)
-    torch.manual_seed(0)
-    batches = [batch["tokens"] for batch in module.train_dataloader()]
-    assert {tuple(batch.shape) for batch in batches} == {(3, SEQ_LEN)}
-    tokens = module.calibration_tokens.long()
-    starts = [int(batch[0, 0]) for batch in batches]
-    assert starts != [int(tokens[index * 3 * SEQ_LEN]) for index in range(len(batches))] or len(batches) < 3
+    batches = list(module.train_dataloader())
+    windows = whole_windows(module.calibration_tokens, SEQ_LEN).long()
+    assert len(windows) % 3
+    assert [len(batch["tokens"]) for batch in batches] == [3] * (len(windows) // 3) + [len(windows) % 3]
+    for batch in batches:
+        assert torch.equal(batch["tokens"], windows[batch["index"]])
+        assert float(batch["weight"].sum()) == pytest.approx(1)
+    order = torch.cat([batch["index"] for batch in batches]).tolist()
+    assert sorted(order) == list(range(len(windows)))
+    assert order != sorted(order)
+
+
+def test_training_on_the_first_windows_only(datamodule):
+    module = datamodule(train_batch_size=4, max_train_windows=6)
+    assert sorted(torch.cat([batch["index"] for batch in module.train_dataloader()]).tolist()) == list(range(6))
+
+
+def test_sequences_to_train_on_and_to_hold_out_do_not_overlap(datamodule):
+    module = datamodule()
+    train, held_out = module.finetuning_windows(9, 3, seed=0)
+    assert (train.shape, held_out.shape) == ((9, SEQ_LEN), (3, SEQ_LEN))
+    tokens, cut = module.calibration_tokens, len(module.calibration_tokens) * 9 // 12
+    for windows, part in ((train, tokens[:cut]), (held_out, tokens[cut:])):
+        places = part.unfold(0, SEQ_LEN, 1)
+        assert all((places == window).all(dim=1).any() for window in windows)
+
+
+def test_text_too_short_to_hold_out_is_refused(datamodule, tmp_path):
+    (tmp_path / "short.txt").write_text("of the model")
+    module = datamodule(calibration_files=[str(tmp_path / "short.txt")])
+    with pytest.raises(ValueError, match="at least two windows of 32 tokens to finetune on"):
+        module.finetuning_windows(1, 1, seed=0)
 
 
 def test_length_defaults_to_the_models_context(datamodule):
@@ -125,7 +152,9 @@ def test_files_and_dataset_together_are_refused(workplace):
         TokenDataModule(calibration_files=["a"], calibration_dataset=HubDataset("b"))
 
 
-@pytest.mark.parametrize("name", ["seq_len", "eval_batch_size", "train_batch_size", "max_eval_windows"])
+@pytest.mark.parametrize(
+    "name", ["seq_len", "eval_batch_size", "train_batch_size", "max_train_windows", "max_eval_windows"]
+)
 def test_numbers_below_one_are_refused_by_name(name):
     with pytest.raises(ValueError, match=f"data.{name} of at least"):
         TokenDataModule(**{name: 0})

@@ -115,9 +115,9 @@ def test_loss_is_the_next_tokens_cross_entropy(data, model_folder, tmp_path):
     module.configure_model()
     module.log = lambda *args, **kwargs: None
     tokens = random_tokens(2)
-    loss = module.training_step({"tokens": tokens}, 0)
+    loss = module.training_step({"tokens": tokens, "weight": torch.tensor([0.75, 0.25])}, 0)
     log_p = load_whole(model_folder())(tokens).logits.detach().double().log_softmax(-1)
-    expected = -log_p[:, :-1].gather(2, tokens[:, 1:, None]).mean()
+    expected = -log_p[:, :-1].gather(2, tokens[:, 1:, None]).mean(dim=(1, 2)) @ torch.tensor([0.75, 0.25]).double()
     assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
 
 

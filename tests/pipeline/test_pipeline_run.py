@@ -6,6 +6,7 @@ from math import log
 
 import pytest
 import torch
+from rank_threads import on_ranks
 from test_pipeline_moments import WINDOWS, Alone, calibrated
 from tiny_models import artefacts, load_whole, random_tokens
 
@@ -14,10 +15,8 @@ from nowag_pl.models.loading import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.pipeline import calibration, compression
 from nowag_pl.pipeline.compression import read_block
-from nowag_pl.pipeline.reference import DenseReference
 from nowag_pl.pipeline.report import build_report
 from nowag_pl.pipeline.run import CompressionRun
-from nowag_pl.pipeline.store import ArtefactStore
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -44,7 +43,7 @@ def test_cut_run_goes_on_to_the_same_artefacts(mode, num_writes, model_folder, t
 
     def cutting(source, target):
         nonlocal count
-        if str(target).endswith(".safetensors"):
+        if str(target).endswith((".safetensors", ".npy")):
             if count == num_writes:
                 raise CutError
             count += 1
@@ -305,20 +304,19 @@ def test_reference_logits_are_the_dense_models(family, model_folder, tmp_path):
         torch.testing.assert_close(reference.logits(name, indices), expected, atol=1e-5, rtol=0)
 
 
-def test_each_rank_refers_to_its_own_windows(model_folder, tmp_path):
-    whole, windows = load_whole(model_folder()), EVALUATION["one"]
+@pytest.mark.parametrize("num_windows", [5, 1])
+def test_reference_is_the_same_on_every_rank_and_on_one(num_windows, model_folder, tmp_path):
+    whole, windows = load_whole(model_folder()), {"one": EVALUATION["one"][:num_windows]}
     with torch.no_grad():
-        expected = whole(windows).logits
-    for rank in range(2):
-        store = ArtefactStore(tmp_path / "run", Alone(rank, 2))
-        reference = DenseReference(StreamedModel(Checkpoint(str(model_folder()))), store, {"one": windows}, 2)
-        indices = torch.arange(rank, 5, 2)
-        torch.testing.assert_close(reference.logits("one", indices), expected[indices], atol=1e-5, rtol=0)
+        expected = whole(windows["one"]).logits
 
+    def reference(ranks=None):
+        run = CompressionRun(Checkpoint(str(model_folder())), tmp_path / "run", ranks=ranks)
+        return run.reference(windows, 2)
 
-def test_rank_without_a_window_has_nothing_to_refer_to(model_folder, tmp_path):
-    store = ArtefactStore(tmp_path / "run", Alone(1, 2))
-    DenseReference(StreamedModel(Checkpoint(str(model_folder()))), store, {"one": EVALUATION["one"][:1]}, 2)
+    for each in (*on_ranks(2, reference), reference()):
+        torch.testing.assert_close(each.logits("one", torch.arange(num_windows)), expected, atol=1e-5, rtol=0)
+    assert len(list((tmp_path / "run" / "reference").glob("*.npy"))) == 2  # those of two ranks, kept
 
 
 def test_reference_of_another_text_is_computed_anew(model_folder, tmp_path):

@@ -1,0 +1,83 @@
+"""One decoder block under Lightning: trained towards target hidden states."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils._pytree import tree_map
+from torchmetrics import MeanMetric
+
+ERROR = "held_out_error"
+
+
+class BlockModule(LightningModule):
+    """A block whose outputs are brought near to targets, in mean squared error relative to `scale`.
+
+    Args:
+        block: the block; all of its parameters are trained, held in float32.
+        forward_block: `(block, hidden, arguments) -> hidden`.
+        arguments: `(batch_size, seq_len) -> ` what the block is called with beside hidden states.
+        scale: mean square of what the target block adds to its input; an error of 1 is as if it added nothing.
+        learning_rate: of AdamW.
+        plateau_patience: epochs without a lower held-out error after which the learning rate is halved.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        forward_block: Callable[[nn.Module, Tensor, dict[str, Any]], Tensor],
+        arguments: Callable[[int, int], dict[str, Any]],
+        scale: float,
+        learning_rate: float,
+        plateau_patience: int,
+    ) -> None:
+        super().__init__()
+        self.block = block
+        for parameter in block.parameters():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        # The masks and codes are equal on every rank: DDP need not send them around.
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
+        self._forward_block = forward_block
+        self._arguments = arguments
+        self._scale = scale
+        self._learning_rate = learning_rate
+        self._plateau_patience = plateau_patience
+        self._held_out = MeanMetric()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the hidden states behind the block, `[batch, seq_len, hidden]`, for those in front of it."""
+        hidden = hidden.float()
+        arguments = tree_map(
+            lambda value: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value,
+            self._arguments(*hidden.shape[:2]),
+        )
+        return self._forward_block(self.block, hidden, arguments)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Relative error, averaged over sequences."""
+        loss = (self._errors(batch) * batch["weight"]).sum()
+        self.log("train/error", loss, batch_size=1)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Add to the held-out error."""
+        real = batch["weight"] > 0
+        if real.any():
+            self._held_out.update(self._errors(batch)[real])
+        self.log(ERROR, self._held_out, on_step=False, on_epoch=True, batch_size=1)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW; the learning rate is halved where the held-out error does not fall."""
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self._learning_rate, weight_decay=0.0)
+        scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=self._plateau_patience)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": ERROR}}
+
+    def _errors(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the relative error of each sequence, `[batch]`."""
+        difference = self(batch["hidden"]).float() - batch["target"].float()
+        return difference.square().mean(dim=(1, 2)) / self._scale

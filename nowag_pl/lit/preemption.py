@@ -1,0 +1,91 @@
+"""SIGTERM, by which clusters take a machine back: training saves and stops, everything else stops at once."""
+
+import logging
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+_log = logging.getLogger("nowag_pl")
+EXIT_CODE = 128 + signal.SIGTERM
+
+
+class _Request:
+    """What the signal handler of this process knows."""
+
+    received = False
+    trainers: list[Trainer] = []  # noqa: RUF012 - those in training, the innermost last
+    launcher: Any = None  # of the processes that this one has started
+
+
+def handle_sigterm(signum: int = 0, frame: Any = None) -> None:
+    """Ask a running training to save and stop; stop at once where there is none, as artefacts are always whole."""
+    _Request.received = True
+    if _Request.launcher is not None:
+        launcher, _Request.launcher = _Request.launcher, None
+        launcher.kill(signal.SIGTERM)
+    if not _Request.trainers:
+        raise SIGTERMException()
+
+
+def install() -> None:
+    """Handle SIGTERM from now on, also where Lightning has put a handler of its own."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handle_sigterm)
+
+
+class Preemption(Callback):
+    """Save and stop when SIGTERM came: all ranks behind the same step.
+
+    Lightning's own handler talks to the other ranks from inside of the signal, which can hang.
+
+    Args:
+        path: checkpoint to write.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Know the processes to tell."""
+        if getattr(trainer.strategy.launcher, "procs", None):
+            _Request.launcher = trainer.strategy.launcher
+        install()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put our handler over Lightning's."""
+        install()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put our handler over Lightning's, and let it wait for the end of a step."""
+        _Request.received = False
+        _Request.trainers.append(trainer)
+        install()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Agree with the other ranks whether to stop."""
+        if trainer.strategy.reduce_boolean_decision(_Request.received, all=False):
+            trainer._signal_connector.received_sigterm = True  # all loops look at it when this step is done
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on there is nothing to save."""
+        self._leave(trainer)
+        if trainer.strategy.reduce_boolean_decision(_Request.received, all=False):
+            raise SIGTERMException()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save where the exception is the stop that all ranks agreed on."""
+        was_training = trainer in _Request.trainers
+        self._leave(trainer)
+        if was_training and isinstance(exception, SIGTERMException):
+            trainer.save_checkpoint(self._path)
+            if trainer.is_global_zero:
+                _log.warning("SIGTERM: training is saved in %s; the same command goes on from there.", self._path)
+
+    @staticmethod
+    def _leave(trainer: Trainer) -> None:
+        if trainer in _Request.trainers:
+            _Request.trainers.remove(trainer)

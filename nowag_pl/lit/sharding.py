@@ -1,0 +1,38 @@
+"""Sharding a model over ranks with FSDP2, compressed linears included."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from nowag_pl.modules import CompressedLinear
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """Shard the parameters of a model; masks and codes stay whole on every rank.
+
+    A compressed linear is a group of its own, as its parameters have types of their own and it computes in that of its
+    input; the rest of each block is a group, and what remains is one.
+
+    Args:
+        model: model with at least one list of blocks.
+        mesh: ranks, one-dimensional.
+        dtype: type in which what is not compressed computes.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for module in model.modules():
+        if isinstance(module, CompressedLinear):
+            fully_shard(module, mesh=mesh)
+    for module in list(model.modules()):
+        if isinstance(module, nn.ModuleList):
+            for block in module:
+                fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def gathered_state(model: nn.Module) -> dict[str, Any]:
+    """Return the whole state of a sharded model in host memory, on rank zero; all ranks must call."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
