@@ -53,12 +53,7 @@ class CompressionCLI(LightningCLI):
         for group, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, group)
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        defaults = {
-            "save_last": True,
-            "save_top_k": 0,
-            "save_on_train_epoch_end": True,
-            "enable_version_counter": False,
-        }
+        defaults = {"filename": CHECKPOINT.stem, "save_on_train_epoch_end": True, "enable_version_counter": False}
         parser.set_defaults({f"checkpoint.{name}": value for name, value in defaults.items()})
         parser.add_argument(
             "--run_dir",

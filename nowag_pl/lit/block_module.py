@@ -1,7 +1,7 @@
 """One decoder block under Lightning: trained towards target hidden states."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from torchmetrics import MeanMetric
 
 ERROR = "held_out_error"
+_NEVER = 10**9
 
 
 class BlockModule(LightningModule):
@@ -71,11 +72,16 @@ class BlockModule(LightningModule):
             self._held_out.update(self._errors(batch)[real])
         self.log(ERROR, self._held_out, on_step=False, on_epoch=True, batch_size=1)
 
+    def on_validation_epoch_end(self) -> None:
+        """Step the scheduler."""
+        cast(ReduceLROnPlateau, self.lr_schedulers()).step(self._held_out.compute())
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW; the learning rate is halved where the held-out error does not fall."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self._learning_rate, weight_decay=0.0)
         scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=self._plateau_patience)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": ERROR}}
+        # Lightning would step it behind the checkpoint of the epoch, which could not be resumed exactly.
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": ERROR, "frequency": _NEVER}}
 
     def _errors(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the relative error of each sequence, `[batch]`."""

@@ -4,6 +4,7 @@ Inputs of a block are the hidden states that the compressed and already finetune
 has a small Trainer of its own. Hidden states lie in files, so that a killed run goes on at its block and epoch.
 """
 
+import gc
 import logging
 import shutil
 import time
@@ -70,6 +71,8 @@ class BlockwiseSettings:
         for name in ("learning_rate", "gradient_clip_val"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Expected finetuning.{name} above 0, but got {getattr(self, name)}.")
+        if self.plateau_patience < 0:
+            raise ValueError(f"Expected finetuning.plateau_patience of at least 0, but got {self.plateau_patience}.")
 
 
 def finetune_blocks(
@@ -205,6 +208,7 @@ class _Blockwise:
         before = self._mean_square(index, inputs, targets, block) / scale
         best, epochs = self._train(index, block, inputs, targets, scale, folder, report)
         del block
+        gc.collect()  # Trainer and module refer to each other, and hold the block and its optimizer
         result = finetuning.load_compressed_block(self.model, self.store, index)
         untrained = {name: tensor.clone() for name, tensor in result.state_dict().items()}
         result.load_state_dict(best)
@@ -264,7 +268,7 @@ class _Blockwise:
             enable_version_counter=False,
             auto_insert_metric_name=False,
         )
-        last = ModelCheckpoint(folder, save_last=True, save_top_k=0, enable_version_counter=False)
+        last = ModelCheckpoint(folder, _LAST, enable_version_counter=False)
         with _quiet():
             trainer = Trainer(
                 **self.trainer_settings,
@@ -273,7 +277,7 @@ class _Blockwise:
                 accumulate_grad_batches=settings.accumulate_grad_batches,
                 gradient_clip_val=settings.gradient_clip_val,
                 callbacks=[
-                    EarlyStopping(ERROR, patience=settings.stop_patience),
+                    _Stopping(ERROR, patience=settings.stop_patience),
                     best,
                     last,
                     Preemption(folder / f"{_LAST}.ckpt"),
@@ -315,6 +319,14 @@ class _Pairs(Dataset[dict[str, Tensor]]):
             "target": self._targets.take(rows),
             "weight": torch.tensor(share.weights),
         }
+
+
+class _Stopping(EarlyStopping):
+    """Early stopping that also stops a training that was cut after its last epoch."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop at once where there is nothing left to do."""
+        trainer.should_stop = self.wait_count >= self.patience
 
 
 class _EpochReport(Callback):

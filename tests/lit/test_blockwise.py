@@ -1,0 +1,344 @@
+"""Blockwise finetuning without the command line: what is trained on, what is kept, what resumes, what is alive."""
+
+import gc
+import json
+import warnings
+
+import pytest
+import torch
+from tiny_models import artefacts, load_whole, random_tokens
+from torch import nn
+
+from nowag_pl import NoWagPruner, NoWagQuantizer
+from nowag_pl.lit import blockwise
+from nowag_pl.lit.block_module import BlockModule
+from nowag_pl.lit.blockwise import BlockwiseSettings, finetune_blocks
+from nowag_pl.models.loading import Checkpoint
+from nowag_pl.models.streaming import StreamedModel
+from nowag_pl.modules import CompressedLinear
+from nowag_pl.pipeline import finetuning
+from nowag_pl.pipeline.run import CompressionRun
+
+pytest_plugins = ["tiny_fixtures"]
+
+TRAIN, HELD_OUT = random_tokens(7, 16, seed=1), random_tokens(3, 16, seed=2)
+COMPRESSORS = {
+    "pruner": NoWagPruner(pattern=(2, 4)),
+    "quantizer": NoWagQuantizer(subvector_dim=4, codebook_size=32, max_iters=3),
+}
+SETTINGS = {"max_epochs": 3, "learning_rate": 3e-3, "batch_size": 3}
+
+
+class CutError(Exception):
+    """The process ends here."""
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.fixture
+def finetuned(model_folder, tmp_path):
+    """Compress and finetune in a run directory; go on where it stands."""
+
+    def make(name="run", family="qwen2", compressor="pruner", train=TRAIN, folder=None, **settings) -> CompressionRun:
+        run = CompressionRun(Checkpoint(str(folder or model_folder(family))), tmp_path / name)
+        run.calibrate(TRAIN, "dense", 0, 4)
+        run.compress(COMPRESSORS[compressor])
+        finetune_blocks(run, train, HELD_OUT, BlockwiseSettings(**SETTINGS | settings), {"accelerator": "cpu"})
+        return run
+
+    return make
+
+
+@torch.no_grad()
+def hidden_states(model: nn.Module, windows: torch.Tensor) -> list[torch.Tensor]:
+    """Return the inputs of every block, and the outputs of the last one."""
+    seen = []
+    hooks = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for layer in model.model.layers]
+    hooks.append(model.model.layers[-1].register_forward_hook(lambda _, args, output: seen.append(output)))
+    model.eval()(windows, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_every_block_comes_nearer_to_its_targets(family, compressor, finetuned):
+    run = finetuned(family=family, compressor=compressor)
+    rows = run.finetuning_statistics()
+    assert all(0 < row["after"] <= row["before"] and row["epochs"] == 3 for row in rows)
+    assert sum(row["after"] for row in rows) < 0.95 * sum(row["before"] for row in rows)
+    run.check_fixed(run.assemble(finetuned=True))
+
+
+@pytest.mark.parametrize("targets", ["block", "model"])
+def test_inputs_and_targets_are_those_of_the_oracle(targets, finetuned, model_folder, monkeypatch):
+    pairs = {}
+    finetune_block = blockwise._Blockwise._finetune_block
+
+    def spy(self, index, inputs, wanted, report):
+        pairs[index] = inputs.take(range(10)), wanted.take(range(10))
+        return finetune_block(self, index, inputs, wanted, report)
+
+    monkeypatch.setattr(blockwise._Blockwise, "_finetune_block", spy)
+    run = finetuned(targets=targets)
+    windows = torch.cat([TRAIN, HELD_OUT])
+    compressed, dense = run.assemble(finetuned=True), load_whole(model_folder("qwen2"))
+    inputs, own_stream = hidden_states(compressed, windows), hidden_states(dense, windows)
+    assert sorted(pairs) == [0, 1, 2]
+    for index, (hidden, wanted) in pairs.items():
+        torch.testing.assert_close(hidden, inputs[index], atol=1e-5, rtol=1e-5)
+        expected = own_stream[index + 1]
+        if targets == "block":
+            block = run.model.load_block(index)
+            arguments = run.model.arguments(index, 10, 16)
+            with torch.no_grad():
+                expected = run.model.forward_block(block, hidden, arguments)
+        torch.testing.assert_close(wanted, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(pairs[1][0], own_stream[1], atol=1e-3)
+
+
+def test_reported_error_is_the_oracles(finetuned, model_folder):
+    run = finetuned()
+    hidden = hidden_states(run.assemble(finetuned=True), HELD_OUT)[2]
+    dense = run.model.load_block(2)
+
+    @torch.no_grad()
+    def output(block):
+        return run.model.forward_block(block, hidden, run.model.arguments(2, 3, 16)).double()
+
+    wanted = output(dense)
+    scale = float((wanted - hidden).square().mean())
+    row = run.finetuning_statistics()[2]
+    for key, load in {"before": finetuning.load_compressed_block, "after": finetuning.load_finetuned_block}.items():
+        error = float((output(load(run.model, run.store, 2)) - wanted).square().mean()) / scale
+        assert row[key] == pytest.approx(error, rel=1e-3)
+
+
+def test_block_that_only_gets_worse_is_left_as_it_was(finetuned):
+    run = finetuned(learning_rate=1e3, gradient_clip_val=1e9)
+    for index, row in enumerate(run.finetuning_statistics()):
+        assert row["after"] == row["before"]
+        before = finetuning.load_compressed_block(run.model, run.store, index).state_dict()
+        after = finetuning.load_finetuned_block(run.model, run.store, index).state_dict()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_all_that_is_continuous_is_trained(finetuned):
+    run = finetuned(compressor="quantizer")
+    before = finetuning.load_compressed_block(run.model, run.store, 0)
+    after = finetuning.load_finetuned_block(run.model, run.store, 0)
+    for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
+        assert not torch.equal(old, new), name
+    kinds = {name.rpartition(".")[2] for name, _ in before.named_parameters()}
+    assert kinds == {"codebook", "in_scale", "out_scale", "bias", "weight"}  # weight: of the norms
+
+
+def test_bfloat16_block_is_trained_in_float32_and_stored_as_it_was(finetuned, model_folder):
+    run = finetuned(folder=model_folder("qwen2", dtype=torch.bfloat16))
+    for index in range(3):
+        before = finetuning.load_compressed_block(run.model, run.store, index).state_dict()
+        after = run.store.read(finetuning.STAGE, index)[0]
+        assert {name: tensor.dtype for name, tensor in after.items()} == {
+            name: tensor.dtype for name, tensor in before.items()
+        }
+    assert sum(row["after"] < row["before"] for row in run.finetuning_statistics()) >= 2
+
+
+def test_mapped_hidden_states_give_the_same_blocks(finetuned, tmp_path):
+    finetuned("memory", activations="memory")
+    finetuned("disk", activations="disk")
+    assert artefacts(tmp_path / "memory") == artefacts(tmp_path / "disk")
+
+
+def test_place_of_the_hidden_states_may_change_in_a_run(finetuned, tmp_path):
+    finetuned(activations="memory")
+    (tmp_path / "run" / "finetuned" / "block_002.safetensors").unlink()
+    finetuned(activations="disk")
+
+
+def test_nothing_temporary_is_left(finetuned, tmp_path):
+    finetuned()
+    names = sorted(file.name for file in (tmp_path / "run" / "finetuned").iterdir())
+    assert names == [*(f"block_{index:03d}.safetensors" for index in range(3)), "checkpoints"]
+    assert not list((tmp_path / "run" / "finetuned" / "checkpoints").iterdir())
+
+
+def test_size_of_the_hidden_states_is_told_before(finetuned, caplog):
+    with caplog.at_level("INFO", "nowag_pl"):
+        finetuned(max_epochs=1)
+    assert "Finetuning 3 blocks on 7 sequences, held out 3: hidden states take up to 0.00 GiB in host" in caplog.text
+
+
+def cut_at(monkeypatch, step, module=BlockModule, name="training_step"):
+    """Raise when a step is taken for the n-th time."""
+    original, count = getattr(module, name), 0
+
+    def cutting(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == step:
+            raise CutError
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, cutting)
+
+
+# 3 steps in an epoch, 3 epochs in a block: inside the first epoch, a later one, later blocks
+@pytest.mark.parametrize(
+    ("targets", "step"), [("block", 1), ("block", 5), ("block", 10), ("block", 27), ("model", 9), ("model", 14)]
+)
+def test_cut_run_goes_on_to_the_same_bytes(targets, step, finetuned, tmp_path, monkeypatch):
+    settings = {"targets": targets, "stop_patience": 9}
+    finetuned("whole", **settings)
+    with monkeypatch.context() as patch:
+        cut_at(patch, step)
+        with pytest.raises(CutError):
+            finetuned("cut", **settings)
+    steps = []
+    training_step = BlockModule.training_step
+    monkeypatch.setattr(BlockModule, "training_step", lambda *args: (steps.append(0), training_step(*args))[1])
+    blocks_done = len(list((tmp_path / "cut" / "finetuned").glob("block_*")))
+    assert blocks_done == (step - 1) // 9
+    finetuned("cut", **settings)
+    assert len(steps) == 27 - (step - 1) // 3 * 3  # whole epochs are not trained again
+    assert artefacts(tmp_path / "cut") == artefacts(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_run_cut_behind_the_last_epoch_trains_no_more(compressor, finetuned, tmp_path, monkeypatch):
+    settings = {"stop_patience": 1, "max_epochs": 12, "learning_rate": 0.03, "compressor": compressor}
+    steps = []
+    training_step = BlockModule.training_step
+    monkeypatch.setattr(BlockModule, "training_step", lambda *args: (steps.append(0), training_step(*args))[1])
+    run = finetuned("whole", **settings)
+    assert any(row["epochs"] < 12 for row in run.finetuning_statistics())
+    steps_of_whole = len(steps)
+    for write in (1, 2, 2):  # of the first block, then of the next one
+        with monkeypatch.context() as patch:
+            cut_at(patch, write, finetuning, "write_block")
+            with pytest.raises(CutError):
+                finetuned("cut", **settings)
+    finetuned("cut", **settings)
+    assert len(steps) == 2 * steps_of_whole
+    assert artefacts(tmp_path / "cut") == artefacts(tmp_path / "whole")
+
+
+def test_resume_reads_no_finished_block(finetuned, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        cut_at(patch, 20)
+        with pytest.raises(CutError):
+            finetuned(stop_patience=9)
+    read = []
+    load_block = StreamedModel.load_block
+    monkeypatch.setattr(
+        StreamedModel, "load_block", lambda self, index, *args: (read.append(index), load_block(self, index, *args))[1]
+    )
+    finetuned(stop_patience=9)
+    assert set(read) == {2}
+
+
+def test_lost_block_is_made_again_as_it_was(finetuned, tmp_path):
+    finetuned()
+    before = artefacts(tmp_path / "run")
+    (tmp_path / "run" / "finetuned" / "block_001.safetensors").unlink()
+    finetuned()
+    assert artefacts(tmp_path / "run") == before
+
+
+def test_finished_run_does_nothing_again(finetuned, monkeypatch):
+    finetuned()
+    monkeypatch.setattr(StreamedModel, "load_block", lambda *args: pytest.fail("a block was read"))
+    finetuned()
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"learning_rate": 1e-4}, r"finetuning\.learning_rate = 0\.003, not 0\.0001"),
+        ({"targets": "model"}, r"finetuning\.targets = 'block', not 'model'"),
+        ({"train": TRAIN.flip(0)}, r"finetuning\.train_sha256"),
+    ],
+)
+def test_other_settings_are_refused_and_named(change, name, finetuned, tmp_path):
+    finetuned()
+    with pytest.raises(ValueError, match=rf"{name}.*choose another run_dir, or delete \S+finetuned to start again"):
+        finetuned(**change)
+
+
+def test_blocks_of_another_compression_are_refused(finetuned, tmp_path):
+    finetuned()
+    for file in (tmp_path / "run" / "compressed").iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match=r"compression\.compressor = 'NoWagPruner', not 'NoWagQuantizer'"):
+        finetuned(compressor="quantizer")
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize("targets", ["block", "model"])
+def test_no_more_than_two_blocks_are_alive(targets, compressor, finetuned, model_folder, monkeypatch):
+    block = StreamedModel(Checkpoint(str(model_folder("qwen2")))).load_block(0)
+    one = sum(parameter.numel() for parameter in block.parameters())
+    del block
+    most, blocks, forward_block = 0, 0, StreamedModel.forward_block
+
+    def watching(self, *args):
+        nonlocal most, blocks
+        own = {id(parameter) for parameter in self.skeleton.parameters()}
+        alive = [each for each in gc.get_objects() if isinstance(each, (nn.Parameter, CompressedLinear))]
+        parameters = [each for each in alive if isinstance(each, nn.Parameter) and each.device.type != "meta"]
+        most = max(most, sum(each.numel() for each in parameters if id(each) not in own))
+        compressed = [each for each in alive if isinstance(each, CompressedLinear)]
+        blocks = max(blocks, sum(next(each.parameters()).device.type != "meta" for each in compressed) / 7)
+        return forward_block(self, *args)
+
+    monkeypatch.setattr(StreamedModel, "forward_block", watching)
+    gc.collect()
+    gc.freeze()  # only what is made from here on is looked at
+    try:
+        finetuned(compressor=compressor, targets=targets, max_epochs=1, batch_size=7)
+    finally:
+        gc.unfreeze()
+    assert most >= one
+    assert most <= 2 * one
+    assert blocks <= 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"max_epochs": 0}, "max_epochs"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches"),
+        ({"stop_patience": 0}, "stop_patience"),
+        ({"plateau_patience": -1}, "plateau_patience"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"gradient_clip_val": -1.0}, "gradient_clip_val"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(settings, name):
+    with pytest.raises(ValueError, match=rf"finetuning\.{name}"):
+        BlockwiseSettings(**settings)
+
+
+def test_errors_of_every_block_lie_in_tensorboard(finetuned, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = finetuned(stop_patience=9)
+    for index, row in enumerate(run.finetuning_statistics()):
+        events = EventAccumulator(str(tmp_path / "run" / "finetuning" / f"block_{index:03d}")).Reload()
+        errors = [scalar.value for scalar in events.Scalars("held_out_error")]
+        assert len(errors) == row["epochs"] == 3
+        assert min(errors) == pytest.approx(row["after"], rel=0.05)
+        assert len(events.Scalars("train/error")) == 9
+
+
+def test_report_of_finetuning_is_json(finetuned):
+    rows = finetuned().finetuning_statistics()
+    assert json.loads(json.dumps(rows)) == rows
