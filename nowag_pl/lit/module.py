@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property
+from math import ceil
 from typing import Any, Protocol
 
 import torch
@@ -125,6 +127,7 @@ class LitCausalLM(LightningModule):
     def release(self) -> None:
         """Let go of the model, so that it can be built anew from newer artefacts."""
         self.model = None
+        self._stored_dtypes = {}
 
     def configure_model(self) -> None:
         """Build the model: compressed by this run, stored compressed, dense, or random."""
@@ -152,7 +155,10 @@ class LitCausalLM(LightningModule):
         return self.checkpoint.load()
 
     def _widen(self) -> None:
-        """Hold what is trained in float32; in a compressed model leave embeddings and head as they are."""
+        """Hold what is trained in float32; in a compressed model embeddings and head are not.
+
+        Without mixed precision everything is held in float32, so that all of the model computes in one type.
+        """
         if self._stored_dtypes:
             return
         assert self.model is not None
@@ -163,7 +169,7 @@ class LitCausalLM(LightningModule):
         for name, parameter in self.model.named_parameters():
             self._stored_dtypes[name] = stored.get(name, parameter.dtype)
             parameter.requires_grad_(not linears or name in stored or parameter.ndim < 2)
-            if parameter.requires_grad:
+            if parameter.requires_grad or self.trainer.precision == "32-true":
                 parameter.data = parameter.data.float()
         # The masks and codes are equal on every rank: DDP need not send them around.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
@@ -228,11 +234,25 @@ class LitCausalLM(LightningModule):
         scheduler = OneCycleLR(
             optimizer,
             max_lr=self.learning_rate,
-            total_steps=int(self.trainer.estimated_stepping_batches),
+            total_steps=self._num_steps(),
             pct_start=self.warmup_fraction,
             cycle_momentum=False,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _num_steps(self) -> int:
+        """Return the optimizer steps of the whole training.
+
+        Lightning's own estimate loads the training data before a checkpoint is read, which then loses its place in it.
+        """
+        trainer, limit = self.trainer, self.trainer.limit_train_batches
+        batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+        batches = min(limit, batches) if isinstance(limit, int) else int(limit * batches)
+        steps = ceil(batches / trainer.accumulate_grad_batches)
+        limits = {steps * (trainer.max_epochs or 0), trainer.max_steps}
+        if not any(limit > 0 for limit in limits):
+            raise ValueError("Expected trainer.max_epochs or trainer.max_steps above 0, to know the learning rate's end.")
+        return min(limit for limit in limits if limit > 0)
 
     def on_fit_start(self) -> None:
         """Switch dropout and the like to training."""
@@ -252,8 +272,9 @@ class LitCausalLM(LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add windows to the metrics of their text."""
         name, tokens, real = self._eval_names[dataloader_idx], batch["tokens"], batch["weight"] > 0
-        with torch.autocast(self.device.type, enabled=False):  # figures are those of the model in its own type
-            logits = self(tokens)[real]
+        training = self.trainer.state.fn == TrainerFn.FITTING
+        with nullcontext() if training else torch.autocast(self.device.type, enabled=False):
+            logits = self(tokens)[real]  # what is reported is the model in its own type
         if not real.any():
             return  # a rank without windows takes part, but counts nothing
         self._perplexity[name].update(logits, tokens[real])

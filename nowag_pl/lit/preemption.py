@@ -66,24 +66,40 @@ class Preemption(Callback):
         install()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Agree with the other ranks whether to stop."""
-        if trainer.strategy.reduce_boolean_decision(_Request.received, all=False):
-            trainer._signal_connector.received_sigterm = True  # all loops look at it when this step is done
+        """Save and stop, but for the last step of an epoch, which ends first: from inside it Lightning cannot go on."""
+        if not trainer.is_last_batch and self._is_wanted(trainer):
+            self._save(trainer)
+            raise SIGTERMException()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what an epoch made; what saves later saves more."""
+        if self._is_wanted(trainer):
+            self._save(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop between two epochs."""
+        if self._is_wanted(trainer):
+            raise SIGTERMException()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on there is nothing to save."""
         self._leave(trainer)
-        if trainer.strategy.reduce_boolean_decision(_Request.received, all=False):
+        if self._is_wanted(trainer):
             raise SIGTERMException()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save where the exception is the stop that all ranks agreed on."""
-        was_training = trainer in _Request.trainers
+        """Training has ended here as well."""
         self._leave(trainer)
-        if was_training and isinstance(exception, SIGTERMException):
-            trainer.save_checkpoint(self._path)
-            if trainer.is_global_zero:
-                _log.warning("SIGTERM: training is saved in %s; the same command goes on from there.", self._path)
+
+    @staticmethod
+    def _is_wanted(trainer: Trainer) -> bool:
+        """Agree with the other ranks whether to stop."""
+        return trainer.strategy.reduce_boolean_decision(_Request.received, all=False)
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self._path)
+        if trainer.is_global_zero:
+            _log.warning("SIGTERM: training is saved in %s; the same command goes on from there.", self._path)
 
     @staticmethod
     def _leave(trainer: Trainer) -> None:

@@ -3,12 +3,32 @@
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from nowag_pl.modules import CompressedLinear
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """FSDP2 over all devices of all nodes."""
+
+    def __init__(self, save_distributed_checkpoint: bool = True, process_group_backend: str | None = None) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+        )
+
+    def setup_environment(self) -> None:
+        """Make the process group and a mesh of all of its ranks; Lightning's own default is one rank per node."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+
+StrategyRegistry.register("fsdp2", ShardedStrategy, description="FSDP2 over all devices of all nodes")
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:

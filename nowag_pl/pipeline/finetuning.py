@@ -53,7 +53,7 @@ def check_fixed(model: nn.Module, block_names: list[str], store: ArtefactStore) 
     for index, block_name in enumerate(block_names):
         for name, original in compression.read_block(store, index).items():
             linear = model.get_submodule(f"{block_name}.{name}")
-            if not isinstance(linear, CompressedLinear) or linear.description() != original.description():
+            if not isinstance(linear, type(original)) or linear.settings() != original.settings():
                 raise RuntimeError(f"Expected {block_name}.{name} to stay {original}, but training made it {linear}.")
             fixed = linear.fixed()
             for key, tensor in original.fixed().items():

@@ -1,0 +1,375 @@
+"""Blockwise and end-to-end finetuning through the command line."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_fit_and_validate import perplexity, read_report, text_windows
+from tiny_models import ROOT, artefacts, finish, fit_arguments, load_whole, start, validate_arguments
+
+from nowag_pl import load_compressed
+from nowag_pl.lit.block_module import BlockModule
+from nowag_pl.lit.module import LitCausalLM
+from nowag_pl.lit.preemption import EXIT_CODE
+
+pytest_plugins = ["tiny_fixtures"]
+
+METHODS = {
+    "nowag_p_2_4": ("--compression.compressor=nowag_pl.NoWagPruner", "--compression.compressor.pattern=[2,4]"),
+    "nowag_vq": (
+        "--compression.compressor=nowag_pl.NoWagQuantizer",
+        "--compression.compressor.subvector_dim=4",
+        "--compression.compressor.codebook_size=16",
+    ),
+}
+BLOCKWISE = (
+    "--finetuning.enabled=true",
+    "--finetuning.num_sequences=10",
+    "--finetuning.num_held_out=3",
+    "--finetuning.batch_size=4",
+    "--finetuning.max_epochs=2",
+    "--finetuning.learning_rate=0.003",
+)
+END_TO_END = (
+    "--trainer.max_epochs=2",
+    "--model.learning_rate=0.003",
+    "--model.weight_decay=0",
+    "--data.train_batch_size=4",
+    "--data.max_train_windows=14",
+)
+DISTILLATION = (*END_TO_END, "--model.distillation.temperature=1.5")
+
+
+class CutError(Exception):
+    """The process ends here."""
+
+
+@pytest.fixture
+def fit(command_line, model_folder, workplace, tmp_path):
+    def run(*more: str, name="run", model=None):
+        return command_line(fit_arguments(workplace, model or model_folder("qwen2"), tmp_path / name, *more))
+
+    return run
+
+
+def exported(run_dir) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "export_finetuned" / "model.safetensors")
+
+
+def assert_equal_tensors(actual, expected) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+
+
+def unpacked_zeros(model) -> int:
+    return sum(int((layer.mlp.up_proj.weight == 0).sum()) for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_blockwise_finetuning_wins_perplexity_back(method, fit, command_line, workplace, tmp_path):
+    assert fit(*METHODS[method], *BLOCKWISE).code == 0
+    report = read_report(tmp_path / "run")
+    figures = report["perplexity"]["held_out"]
+    assert list(figures) == ["dense", "one_shot", "finetuned"]
+    assert report["kl_divergence"]["held_out"]["finetuned"] < report["kl_divergence"]["held_out"]["one_shot"]
+    assert [row["after"] < row["before"] for row in report["finetuned_blocks"]].count(True) >= 2
+    assert report["seconds"]["finetuning"] > 0
+    outcome = command_line(validate_arguments(workplace, tmp_path / "run" / "export_finetuned", tmp_path / "val"))
+    assert outcome.code == 0
+    model = load_compressed(tmp_path / "run" / "export_finetuned")
+    folder = tmp_path / "run" / "export"
+    assert perplexity(model, text_windows(workplace, folder)) == pytest.approx(figures["finetuned"], rel=1e-5)
+    assert unpacked_zeros(model) == unpacked_zeros(load_compressed(folder))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_end_to_end_goes_on_from_the_finetuned_blocks(method, fit, workplace, tmp_path):
+    outcome = fit(*METHODS[method], *BLOCKWISE, *DISTILLATION)
+    assert outcome.code == 0
+    report = read_report(tmp_path / "run")
+    figures = report["perplexity"]["held_out"]
+    assert list(figures) == ["dense", "one_shot", "blockwise", "finetuned"]
+    divergences = report["kl_divergence"]["held_out"]
+    assert divergences["finetuned"] < divergences["blockwise"] < divergences["one_shot"]
+    assert "blockwise finetuned" in " ".join(outcome.output.split())
+    model, before = load_compressed(tmp_path / "run" / "export_finetuned"), load_compressed(tmp_path / "run" / "export")
+    windows = text_windows(workplace, tmp_path / "run" / "export")
+    assert perplexity(model, windows) == pytest.approx(figures["finetuned"], rel=1e-5)
+    fixed = {name: buffer for name, buffer in before.named_buffers() if name.endswith(("mask", "codes"))}
+    assert len(fixed) == 21
+    assert all(torch.equal(model.get_buffer(name), buffer) for name, buffer in fixed.items())
+    sizes = [
+        sum(f.stat().st_size for f in (tmp_path / "run" / n).glob("*.safetensors"))
+        for n in ("export", "export_finetuned")
+    ]
+    assert sizes[0] == sizes[1]
+
+
+def test_distilling_the_likeliest_tokens(fit, tmp_path):
+    assert fit(*METHODS["nowag_p_2_4"], *END_TO_END, "--model.distillation.top_k=64").code == 0
+    divergences = read_report(tmp_path / "run")["kl_divergence"]["held_out"]
+    assert divergences["finetuned"] < divergences["one_shot"]
+    assert {file.name.split("_")[2] for file in (tmp_path / "run" / "reference").glob("*_top*")} == {"top64"}
+
+
+def test_bfloat16_model_is_trained_in_float32_and_stored_as_it_was(fit, model_folder, tmp_path):
+    assert fit(*BLOCKWISE, *DISTILLATION, model=model_folder("qwen2", dtype=torch.bfloat16)).code == 0
+    before = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    after = exported(tmp_path / "run")
+    assert {name: tensor.dtype for name, tensor in after.items()} == {n: t.dtype for n, t in before.items()}
+    divergences = read_report(tmp_path / "run")["kl_divergence"]["held_out"]
+    assert divergences["finetuned"] < divergences["one_shot"]
+
+
+def test_embeddings_and_head_stay_as_they_are(fit, model_folder, tmp_path):
+    assert fit(*END_TO_END).code == 0
+    after, dense = exported(tmp_path / "run"), load_whole(model_folder("qwen2")).state_dict()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(after[name], dense[name])
+    assert not torch.equal(after["model.norm.weight"], dense["model.norm.weight"])
+
+
+def test_finished_run_trains_nothing_again(fit, tmp_path, monkeypatch):
+    assert fit(*BLOCKWISE, *DISTILLATION).code == 0
+    first, tensors = read_report(tmp_path / "run"), exported(tmp_path / "run")
+    for module in (BlockModule, LitCausalLM):
+        monkeypatch.setattr(module, "training_step", lambda *args: pytest.fail("something was trained"))
+    assert fit(*BLOCKWISE, *DISTILLATION).code == 0
+    second = read_report(tmp_path / "run")
+    for report in (first, second):
+        del report["seconds"], report["peak_memory_bytes"]
+    assert first == second
+    assert_equal_tensors(exported(tmp_path / "run"), tensors)
+
+
+@pytest.mark.parametrize("step", [2, 6, 8])  # 4 in an epoch
+def test_end_to_end_training_that_is_cut_goes_on_to_the_same_bytes(step, fit, tmp_path, monkeypatch):
+    assert fit(*DISTILLATION, name="whole").code == 0
+    training_step, steps = LitCausalLM.training_step, []
+
+    def cutting(*args):
+        steps.append(0)
+        if len(steps) == step:
+            raise CutError
+        return training_step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LitCausalLM, "training_step", cutting)
+        with pytest.raises(CutError):
+            fit(*DISTILLATION)
+    steps.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(LitCausalLM, "training_step", lambda *args: (steps.append(0), training_step(*args))[1])
+        assert fit(*DISTILLATION).code == 0
+    assert len(steps) == 8 - (step - 1) // 4 * 4
+    assert_equal_tensors(exported(tmp_path / "run"), exported(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("step", [2, 4, 5, 8])  # 4 in an epoch
+def test_sigterm_behind_any_step_loses_none(step, fit, tmp_path, monkeypatch):
+    training_step = LitCausalLM.training_step
+
+    def steps_of(stop=None, **settings):
+        steps = []
+
+        def spying(self, batch, batch_index):
+            loss = training_step(self, batch, batch_index)
+            rate = self.optimizers().param_groups[0]["lr"]
+            steps.append((self.trainer.current_epoch, batch["index"].tolist(), rate, float(loss)))
+            if len(steps) == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return loss
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LitCausalLM, "training_step", spying)
+            assert fit(*DISTILLATION, **settings).code == (EXIT_CODE if stop else 0)
+        return steps
+
+    whole = steps_of(name="whole")
+    assert steps_of(stop=step) + steps_of() == whole
+    assert_equal_tensors(exported(tmp_path / "run"), exported(tmp_path / "whole"))
+
+
+def test_end_to_end_training_from_a_named_checkpoint(fit, tmp_path):
+    assert fit(*DISTILLATION).code == 0
+    tensors = exported(tmp_path / "run")
+    elsewhere = tmp_path / "elsewhere.ckpt"
+    (tmp_path / "run" / "training" / "last.ckpt").rename(elsewhere)
+    assert fit(*DISTILLATION, f"--ckpt_path={elsewhere}").code == 0
+    assert_equal_tensors(exported(tmp_path / "run"), tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ("--model.learning_rate=0.001", r"training.learning_rate = 0.003, not 0.001"),
+        ("--trainer.max_epochs=3", "training.max_epochs = 2, not 3"),
+        ("--finetuning.learning_rate=0.001", "finetuning.learning_rate = 0.003, not 0.001"),
+        ("--model.distillation.temperature=2", "training.distillation"),
+        ("--data.max_train_windows=9", "training.tokens_sha256"),
+    ],
+)
+def test_changed_settings_are_refused_by_name(change, name, fit, tmp_path):
+    assert fit(*BLOCKWISE, *DISTILLATION).code == 0
+    outcome = fit(*BLOCKWISE, *DISTILLATION, change)
+    assert outcome.code == 1
+    assert name in outcome.message
+    assert "to start again" in outcome.message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--finetuning.enabled=true", "--compression.enabled=false"), "compression.enabled with finetuning.enabled"),
+        ((*DISTILLATION, "--compression.enabled=false"), "compression.enabled with model.distillation"),
+        ((*END_TO_END, "--trainer.precision=bf16-true"), "trainer.precision of 32-true, bf16-mixed or 16-mixed"),
+        (("--finetuning.enabled=true", "--finetuning.num_held_out=0"), "finetuning.num_held_out of at least 1"),
+        (("--finetuning.enabled=true", "--finetuning.max_epochs=0"), "finetuning.max_epochs of at least 1"),
+        ((*END_TO_END, "--model.distillation.top_k=0"), "model.distillation.top_k of at least 1"),
+        ((*END_TO_END, "--model.distillation.top_k=4000"), "model.distillation.top_k of at most 2048"),
+    ],
+)
+def test_bad_settings_are_refused(arguments, message, fit):
+    outcome = fit(*arguments)
+    assert outcome.code != 0
+    assert message in outcome.message
+
+
+def stop_when(process, ready, log, signum) -> int:
+    """Send a signal to a process as soon as `ready`; return its exit code."""
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.kill(process.pid, signum)
+    return process.wait(60)
+
+
+LONG = (
+    "--finetuning.max_epochs=6",
+    "--finetuning.stop_patience=9",
+    "--trainer.max_epochs=6",
+    "--data.train_batch_size=1",
+)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("point", ["finetuned/checkpoints/block_001/last.ckpt", "training/last.ckpt"])
+def test_stopped_process_goes_on_to_the_same_bytes(point, signum, fit, model_folder, workplace, tmp_path):
+    settings = (*BLOCKWISE, *DISTILLATION, *LONG)
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    arguments = fit_arguments(workplace, model_folder("qwen2"), run_dir, *settings)
+    code = stop_when(start(arguments, log), (run_dir / point).exists, log, signum)
+    said = log.read_text()
+    assert not (run_dir / "export_finetuned").exists() or "training" in point
+    if signum == signal.SIGTERM:
+        assert code == EXIT_CODE, said
+        assert "training is saved in" in said or "training" not in point  # it may have been between two blocks
+        assert "the same command goes on" in said
+        assert "Traceback" not in said
+    else:
+        assert code == -signum
+    assert fit(*settings).code == 0
+    assert fit(*settings, name="whole").code == 0
+    assert_equal_tensors(exported(run_dir), exported(tmp_path / "whole"))
+    assert artefacts(run_dir) == artefacts(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stage", ["moments/block_001.safetensors"])
+def test_sigterm_outside_of_training_stops_at_once(stage, fit, model_folder, workplace, tmp_path):
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    arguments = fit_arguments(workplace, model_folder("qwen2", num_blocks=20), run_dir)
+    assert stop_when(start(arguments, log), (run_dir / stage).exists, log, signal.SIGTERM) == EXIT_CODE
+    assert "Traceback" not in log.read_text()
+    assert fit(model=model_folder("qwen2", num_blocks=20)).code == 0
+
+
+TWO = (f"--config={ROOT / 'configs/trainer/ddp.yaml'}", "--trainer.accelerator=cpu", "--trainer.devices=2")
+FSDP = (f"--config={ROOT / 'configs/trainer/fsdp2.yaml'}", "--trainer.accelerator=cpu", "--trainer.devices=2")
+UNEVEN = ("--calibration.num_sequences=7", "--finetuning.num_sequences=9")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "method"),
+    [
+        ("ddp", "nowag_p_2_4"),
+        ("fsdp2", "nowag_vq"),
+        pytest.param("ddp", "nowag_vq", marks=pytest.mark.slow),
+        pytest.param("fsdp2", "nowag_p_2_4", marks=pytest.mark.slow),
+    ],
+)
+def test_two_ranks_are_one_rank(strategy, method, fit, model_folder, workplace, tmp_path):
+    settings = (*METHODS[method], *BLOCKWISE, *DISTILLATION, *UNEVEN)
+    two = {"ddp": TWO, "fsdp2": FSDP}[strategy]
+    assert fit(*settings, "--data.train_batch_size=6", name="one").code == 0
+    log = tmp_path / "log"
+    arguments = fit_arguments(workplace, model_folder("qwen2"), tmp_path / "two", *settings, *two)
+    finish(start([arguments[0], *arguments[1:], "--data.train_batch_size=3"], log), log)
+    one, many = read_report(tmp_path / "one"), read_report(tmp_path / "two")
+    for phase in ("dense", "one_shot", "blockwise", "finetuned"):
+        assert many["perplexity"]["held_out"][phase] == pytest.approx(one["perplexity"]["held_out"][phase], rel=1e-3)
+    first, second = exported(tmp_path / "one"), exported(tmp_path / "two")
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        if tensor.dtype == torch.uint8 or "mask" in name or "codes" in name:
+            assert torch.equal(second[name], tensor), name
+        else:
+            torch.testing.assert_close(second[name], tensor, rtol=2e-2, atol=2e-3)
+    assert json.loads((tmp_path / "two" / "report.json").read_text())["finetuned_blocks"]
+
+
+@pytest.mark.slow
+def test_validate_shards_a_compressed_model(fit, command_line, workplace, tmp_path):
+    assert fit(*METHODS["nowag_vq"]).code == 0
+    log = tmp_path / "log"
+    finish(start(validate_arguments(workplace, tmp_path / "run" / "export", tmp_path / "val", *FSDP), log), log)
+    expected = read_report(tmp_path / "run")["perplexity"]["held_out"]["one_shot"]
+    assert f"{expected:.3f}" in log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["finetuned/checkpoints/block_001/last.ckpt", "training/last.ckpt"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_stop_together_and_go_on(strategy, point, fit, model_folder, workplace, tmp_path):
+    settings = (*BLOCKWISE, *DISTILLATION, *LONG, *{"ddp": TWO, "fsdp2": FSDP}[strategy])
+    log = tmp_path / "log"
+    whole = fit_arguments(workplace, model_folder("qwen2"), tmp_path / "whole", *settings)
+    finish(start(whole, log), log)
+    arguments = fit_arguments(workplace, model_folder("qwen2"), tmp_path / "run", *settings)
+    code = stop_when(start(arguments, log), (tmp_path / "run" / point).exists, log, signal.SIGTERM)
+    assert code == EXIT_CODE, log.read_text()
+    assert "Traceback" not in log.read_text()
+    finish(start(arguments, log), log)
+    assert_equal_tensors(exported(tmp_path / "run"), exported(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("point", ["finetuned/checkpoints/block_001/last.ckpt", "training/last.ckpt"])
+def test_dead_rank_ends_the_other(point, rank, model_folder, workplace, tmp_path):
+    import psutil
+
+    log = tmp_path / "log"
+    settings = (*BLOCKWISE, *DISTILLATION, *LONG, *TWO)
+    process = start(fit_arguments(workplace, model_folder("qwen2"), tmp_path / "run", *settings), log)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / point).exists():
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        children = psutil.Process(process.pid).children(recursive=True)
+        victim = process.pid if rank == 0 else next(c.pid for c in children if "main.py" in " ".join(c.cmdline()))
+        os.kill(victim, signal.SIGKILL)
+        assert process.wait(60) != 0
+        _, alive = psutil.wait_procs(children, timeout=60)
+        assert not alive
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
