@@ -188,13 +188,13 @@ def subprocess_environment() -> dict[str, str]:
     return environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160"}
 
 
-def start(arguments: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
-    """Start `python main.py` in its own process group; what it says goes to `log`."""
+def start(arguments: Sequence[str], log: Path, **environment: str) -> "subprocess.Popen[bytes]":
+    """Start `python main.py` in its own process group; what it says goes to `log`. It sees no GPU unless told."""
     with open(log, "wb") as file:
         return subprocess.Popen(
             [sys.executable, str(ROOT / "main.py"), *map(str, arguments)],
             cwd=log.parent,
-            env=subprocess_environment(),
+            env=subprocess_environment() | environment,
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -251,7 +251,9 @@ class LitCausalLM(LightningModule):
         steps = ceil(batches / trainer.accumulate_grad_batches)
         limits = {steps * (trainer.max_epochs or 0), trainer.max_steps}
         if not any(limit > 0 for limit in limits):
-            raise ValueError("Expected trainer.max_epochs or trainer.max_steps above 0, to know the learning rate's end.")
+            raise ValueError(
+                "Expected trainer.max_epochs or trainer.max_steps above 0, to know the learning rate's end."
+            )
         return min(limit for limit in limits if limit > 0)
 
     def on_fit_start(self) -> None:

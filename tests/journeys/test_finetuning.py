@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from safetensors.torch import load_file
 from test_fit_and_validate import perplexity, read_report, text_windows
 from tiny_models import ROOT, artefacts, finish, fit_arguments, load_whole, start, validate_arguments
@@ -195,6 +196,33 @@ def test_sigterm_behind_any_step_loses_none(step, fit, tmp_path, monkeypatch):
     assert_equal_tensors(exported(tmp_path / "run"), exported(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("every", [1, 3, 4])  # 4 steps in an epoch
+@pytest.mark.parametrize("step", [3, 4, 5])
+def test_run_cut_after_a_checkpoint_between_epochs(step, every, fit, tmp_path, monkeypatch):
+    settings = (*DISTILLATION, f"--checkpoint.every_n_train_steps={every}")
+    assert fit(*settings, name="whole").code == 0
+    training_step, on_validation_start, steps = LitCausalLM.training_step, LitCausalLM.on_validation_start, []
+
+    def cutting(self, *args):
+        if len(steps) == step:
+            raise CutError
+        steps.append(0)
+        return training_step(self, *args)
+
+    def cutting_validation(self):
+        if self.trainer.state.fn == TrainerFn.FITTING and len(steps) == step:
+            raise CutError
+        on_validation_start(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LitCausalLM, "training_step", cutting)
+        patch.setattr(LitCausalLM, "on_validation_start", cutting_validation)
+        with pytest.raises(CutError):
+            fit(*settings)
+    assert fit(*settings).code == 0
+    assert_equal_tensors(exported(tmp_path / "run"), exported(tmp_path / "whole"))
+
+
 def test_end_to_end_training_from_a_named_checkpoint(fit, tmp_path):
     assert fit(*DISTILLATION).code == 0
     tensors = exported(tmp_path / "run")
@@ -373,3 +401,19 @@ def test_dead_rank_ends_the_other(point, rank, model_folder, workplace, tmp_path
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp2"])
+def test_one_gpu_is_near_the_cpu(strategy, method, fit, model_folder, workplace, tmp_path):
+    settings = (*METHODS[method], *BLOCKWISE, *DISTILLATION)
+    assert fit(*settings, name="cpu").code == 0
+    log = tmp_path / "log"
+    more = ("--trainer.accelerator=cuda", "--trainer.devices=1", f"--trainer.strategy={strategy}")
+    arguments = fit_arguments(workplace, model_folder("qwen2"), tmp_path / "gpu", *settings, *more)
+    finish(start(arguments, log, CUDA_VISIBLE_DEVICES="0"), log)
+    cpu, gpu = (read_report(tmp_path / name)["kl_divergence"]["held_out"] for name in ("cpu", "gpu"))
+    for phase, value in cpu.items():
+        assert gpu[phase] == pytest.approx(value, rel=0.1)

@@ -72,7 +72,7 @@ def test_loader_goes_on_behind_what_was_handed_out(done):
     assert [next(iterator).tolist() for _ in range(done)] == whole[:done]
     second = loader()
     second.load_state_dict(first.state_dict())
-    assert [batch.tolist() for batch in second] == whole[done:]
+    assert [batch.tolist() for batch in second] == (whole[done:] or whole)  # behind the last, the next epoch
     assert len(list(second)) == 4  # the next epoch is whole
 
 
