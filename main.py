@@ -5,6 +5,7 @@ python main.py fit --config configs/method/nowag_vq_2bit_small.yaml
 python main.py fit --config configs/method/nowag_p_2_4.yaml --config configs/finetuning/embedded.yaml
 python main.py fit --model.path <folder or hub id> --config configs/data/wikitext2_c4.yaml
 python main.py validate --model.path <folder or hub id>   perplexity of a dense or compressed model
+python main.py evaluate --model.path <folder or hub id>   questions of lm-evaluation-harness (the extra `eval`)
 """
 
 import argparse
@@ -72,6 +73,7 @@ class CompressionCLI(LightningCLI):
         return {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
             "validate": {"model", "dataloaders", "datamodule", "verbose", "weights_only"},
+            "evaluate": {"model", "datamodule"},
         }
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -2,8 +2,8 @@
 
 python -m benchmarks.finetuning [--shared ../shared] [--run_dir runs/benchmark_finetuning] [--two_ranks]
 
-Runs `main.py fit` with configs/finetuning/embedded.yaml and distillation.yaml after 2:4 pruning and 2-bit quantization,
-on the embedded model and, where there is a folder with models/prose-llama, data/prose-calibration.txt and
+Runs `main.py fit` with configs/finetuning/embedded.yaml and embedded_distillation.yaml after 2:4 pruning and 2-bit
+quantization, on the embedded model and, where there is a folder with models/prose-llama, data/prose-calibration.txt and
 data/prose-eval.txt, on that. Runs that are finished are not made again. With --two_ranks each run is made on two
 processes as well, and compared with the one on one.
 """
@@ -44,7 +44,7 @@ def models(shared: Path) -> dict[str, list[str]]:
 
 def fit(run_dir: Path, method: str, arguments: list[str], ranks: int) -> dict[str, Any]:
     """Run the command line; return the report."""
-    configs = [f"method/{METHODS[method]}", "finetuning/embedded", "finetuning/distillation"]
+    configs = [f"method/{METHODS[method]}", "finetuning/embedded", "finetuning/embedded_distillation"]
     command = [sys.executable, str(ROOT / "main.py"), "fit", f"--run_dir={run_dir}"]
     command += [f"--config={ROOT / 'configs' / name}.yaml" for name in configs]
     command += [*arguments, "--trainer.accelerator=cpu", f"--trainer.devices={ranks}", "--export.enabled=false"]
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=Path("../shared"))
     parser.add_argument("--run_dir", type=Path, default=Path("runs/benchmark_finetuning"))
     parser.add_argument("--two_ranks", action="store_true", help="compare two processes with one")
+    parser.add_argument("--model", choices=("embedded", "prose-llama"), help="only this one")
     parser.add_argument("--method", choices=METHODS, action="append", help="only this one; may be repeated")
     args = parser.parse_args()
     console = Console(width=140)
@@ -95,6 +96,8 @@ def main() -> None:
     for column in ("model", "method", "second moments", "masks or codes that differ", "perplexity"):
         ranks.add_column(column, justify="left" if column in ("model", "method") else "right")
     for model, arguments in models(args.shared.resolve()).items():
+        if args.model not in (None, model):
+            continue
         for method in args.method or METHODS:
             run_dir = args.run_dir / f"{model}-{METHODS[method]}"
             report = fit(run_dir, method, arguments, 1)

@@ -32,7 +32,7 @@ class ModelCompression(Callback):
         if not self.enabled or self._done or not is_compressing(trainer, stage):
             return
         module.run.compress(self.compressor)
-        module.assemble = module.run.assemble
+        module.compressed = module.run.compressed()
         self._done = True
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -30,8 +30,12 @@ class ModelExport(Callback):
         trained = phase in ("blockwise", "finetuned")
         if not (self.enabled and module.run_dir and (trained or (phase == "one_shot" and module.is_compressed_here))):
             return
-        model = module.whole_model()
+        folder = Path(module.run_dir) / ("export_finetuned" if trained else "export")
+        if module.model is not None:
+            model = module.whole_model()
+            if trainer.is_global_zero:
+                save_compressed(cast(Any, model), folder, source=module.checkpoint.path)
+        elif trainer.is_global_zero and module.compressed is not None:
+            module.compressed.save(folder)
         if trainer.is_global_zero:
-            folder = Path(module.run_dir) / ("export_finetuned" if trained else "export")
-            save_compressed(cast(Any, model), folder, source=module.checkpoint.path)
             _log.info("Model written to %s", folder)

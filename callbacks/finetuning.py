@@ -93,7 +93,7 @@ class ModelFinetuning(Callback):
         data = cast(TokenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
         train, held_out = data.finetuning_windows(self.num_sequences, self.num_held_out, self.seed)
         finetune_blocks(module.run, train, held_out, self.settings, self._trainer_settings(trainer))
-        module.assemble = lambda: module.run.assemble(finetuned=True)
+        module.compressed = module.run.compressed(finetuned=True)
         self._done = True
 
     def _trainer_settings(self, trainer: Trainer) -> dict[str, Any]:

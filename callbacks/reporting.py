@@ -55,8 +55,8 @@ class ModelReport(Callback):
             return
         self._evaluation_seconds += time.perf_counter() - self._validation_started
         self._keep(phase, module, data)
-        if phase != "one_shot" and module.is_compressed_here:
-            module.run.check_fixed(cast(Any, module.model))
+        if phase != "one_shot" and module.compressed is not None:
+            module.compressed.check_fixed(module.model)
         if not trainer.is_global_zero:
             return
         self._tables = [_perplexity_table(self._metrics, data, module.is_compressed_here)]

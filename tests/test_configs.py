@@ -3,6 +3,7 @@
 import re
 import shlex
 import sys
+from math import ceil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from tiny_models import ROOT
 import main as command_line
 from nowag_pl import MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner
 from nowag_pl.data.sources import HubDataset
+from nowag_pl.functional.bits import masked_bits_per_weight, vector_quantized_bits_per_weight
 
 CONFIGS = ROOT / "configs"
 METHODS = {
@@ -20,11 +22,19 @@ METHODS = {
     "nowag_p_2_4": NoWagPruner(pattern=(2, 4)),
     "nowag_p_4_8": NoWagPruner(pattern=(4, 8)),
     "nowag_vq_2bit": NoWagQuantizer(subvector_dim=6, codebook_size=4096),
+    "nowag_vq_2bit_d7": NoWagQuantizer(subvector_dim=7, codebook_size=2**14),
     "nowag_vq_2bit_small": NoWagQuantizer(subvector_dim=4, codebook_size=256),
     "wanda_50": WandaPruner(sparsity=0.5),
     "magnitude_50": MagnitudePruner(sparsity=0.5),
 }
-DATA = ["local_text", "wikitext2_c4"]
+RECIPES = {  # hub id, hidden, intermediate, key and value size, blocks, vocabulary, context
+    "llama_2_7b": ("meta-llama/Llama-2-7b-hf", 4096, 11008, 4096, 32, 32000, 4096),
+    "llama_2_13b": ("meta-llama/Llama-2-13b-hf", 5120, 13824, 5120, 40, 32000, 4096),
+    "llama_2_70b": ("meta-llama/Llama-2-70b-hf", 8192, 28672, 1024, 80, 32000, 4096),
+    "llama_3_8b": ("meta-llama/Meta-Llama-3-8B", 4096, 14336, 1024, 32, 128256, 8192),
+    "llama_3_70b": ("meta-llama/Meta-Llama-3-70B", 8192, 28672, 1024, 80, 128256, 8192),
+}
+DATA = ["local_text", "wikitext2_c4", "redpajama", "slimpajama"]
 SHIPPED = sorted(path.relative_to(ROOT).as_posix() for path in CONFIGS.rglob("*.yaml"))
 
 
@@ -70,22 +80,51 @@ def test_combination_means_what_it_says(method, data, parse):
     parsed = parse(config(f"method/{method}"), *([config(f"data/{data}")] if data else []))
     assert parsed.compressor == METHODS[method]
     assert type(parsed.compressor) is type(METHODS[method])
-    datamodule = parsed.cli.datamodule
-    if data == "local_text":
-        assert datamodule.calibration_files == ["calibration.txt"]
-        assert datamodule.eval_files == {"held_out": "eval.txt"}
-        assert datamodule.calibration_dataset is None
-    elif data == "wikitext2_c4":
-        assert datamodule.calibration_dataset == HubDataset(
-            "allenai/c4", split="train[:20000]", data_files="en/c4-train.00000-of-01024.json.gz"
-        )
-        expected = HubDataset("Salesforce/wikitext", name="wikitext-2-raw-v1", split="test")
-        assert datamodule.eval_datasets == {"wikitext2": expected}
-        assert datamodule._seq_len == 4096
-    else:
-        assert datamodule.eval_names == ["python-docs"]
     assert parsed.cli.model.checkpoint.path == "embedded"
     assert parsed.cli.trainer.max_epochs == 0
+
+
+def test_without_a_data_file_text_is_the_documentation_of_python(parse):
+    assert parse().cli.datamodule.eval_names == ["python-docs"]
+
+
+def test_local_text_is_calibrated_and_evaluated_on(parse):
+    datamodule = parse(config("data/local_text")).cli.datamodule
+    assert datamodule.calibration_files == ["calibration.txt"]
+    assert datamodule.eval_files == {"held_out": "eval.txt"}
+    assert datamodule.calibration_dataset is None
+
+
+C4_VALIDATION = {"split": "validation", "data_files": "en/c4-validation.00000-of-00008.json.gz"}
+PAPERS_EVALUATION = {
+    "wikitext2": HubDataset("Salesforce/wikitext", name="wikitext-2-raw-v1", split="test"),
+    "c4": HubDataset("allenai/c4", **C4_VALIDATION, protocol="c4"),
+    "c4-new": HubDataset("allenai/c4", **C4_VALIDATION, protocol="c4-new"),
+}
+
+
+def test_papers_text_has_both_ways_for_c4(parse):
+    datamodule = parse(config("data/wikitext2_c4")).cli.datamodule
+    assert datamodule.calibration_dataset == HubDataset(
+        "allenai/c4", split="train[:20000]", data_files="en/c4-train.00000-of-01024.json.gz"
+    )
+    assert datamodule.eval_datasets == PAPERS_EVALUATION
+    assert datamodule._seq_len == 4096
+
+
+@pytest.mark.parametrize(
+    ("data", "path", "data_files"),
+    [
+        ("redpajama", "json", "hf://datasets/togethercomputer/RedPajama-Data-1T-Sample/*.jsonl"),
+        ("slimpajama", "DKYoon/SlimPajama-6B", None),
+    ],
+)
+def test_pajamas_replace_the_calibration_text_alone(data, path, data_files, parse):
+    datamodule = parse(config("data/wikitext2_c4"), config(f"data/{data}")).cli.datamodule
+    source = datamodule.calibration_dataset
+    assert (source.path, source.name, source.split, source.data_files) == (path, None, "train", data_files)
+    assert source.streaming
+    assert datamodule.eval_datasets == PAPERS_EVALUATION
 
 
 def test_order_of_the_files_does_not_matter(parse):
@@ -139,27 +178,89 @@ def test_run_dir_is_named_after_model_and_method(monkeypatch, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_of_a_published_model_says_everything_but_method_and_text(recipe, parse, model_without_weights):
+    hub_id, *_, context = RECIPES[recipe]
+    assert yaml.safe_load((CONFIGS / "recipes" / f"{recipe}.yaml").read_text())["model"] == {"path": hub_id}
+    parsed = parse(config("data/wikitext2_c4"), config(f"recipes/{recipe}"), f"--model.path={model_without_weights}")
+    assert parsed.cli.datamodule._seq_len == context
+    assert parsed.settings.calibration.num_sequences == 128
+    assert parsed.settings.calibration.seed == parsed.settings.seed_everything == 0
+    assert parsed.settings.calibration.mode == "dense"
+    assert parsed.cli.trainer.max_epochs == 0
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_has_a_command_for_each_method(recipe):
+    quantized = "nowag_vq_2bit_d7" if recipe.endswith("70b") else "nowag_vq_2bit"
+    expected = [
+        f"python main.py fit --config configs/data/wikitext2_c4.yaml --config configs/recipes/{recipe}.yaml "
+        f"--config configs/method/{method}.yaml"
+        for method in ("nowag_p_50", "nowag_p_4_8", "nowag_p_2_4", quantized)
+    ]
+    assert [" ".join(command.split()) for command in commands(f"configs/recipes/{recipe}.yaml")] == expected
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_tells_the_memory_and_disk_of_the_formulas(recipe):
+    """Those of docs/reproduction.md, with its letters."""
+    _, hidden, intermediate, kv, num_blocks, vocabulary, seq_len = RECIPES[recipe]
+    shapes = [(hidden, hidden)] * 2 + [(kv, hidden)] * 2 + [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
+    block = sum(rows * columns for rows, columns in shapes)
+    others = 2 * vocabulary * hidden + (2 * num_blocks + 1) * hidden
+    quantizer = METHODS["nowag_vq_2bit_d7" if recipe.endswith("70b") else "nowag_vq_2bit"]
+    codes = (quantizer.subvector_dim, quantizer.codebook_size)
+    quantized = sum(vector_quantized_bits_per_weight(shape, *codes) * shape[0] * shape[1] for shape in shapes) / block
+    pruned = masked_bits_per_weight((2, 2), 2, 16)
+
+    def run(bits: float) -> float:
+        reference, moments = 600 * seq_len * hidden * 2, 4 * num_blocks * (6 * hidden + intermediate)
+        return 2 * bits / 8 * block * num_blocks + 2 * others + moments + reference
+
+    compressing = 30 * hidden * intermediate + 2**29 + pruned / 8 * block
+    calibrating = seq_len * (4 * hidden + 14 * intermediate) + 2 * seq_len * vocabulary
+    measuring = 4096 * vocabulary * 4 + 1024 * vocabulary * 20
+    expected = [
+        4 * vocabulary * hidden + 2 * block + max(compressing, calibrating, measuring),
+        600 * seq_len * hidden * 2 + 2 * pruned / 8 * block + 3 * 2**30,
+        2 * (block * num_blocks + others),
+        run(pruned),
+        run(quantized),
+    ]
+    text = (CONFIGS / "recipes" / f"{recipe}.yaml").read_text()
+    assert [int(number) for number in re.findall(r"(\d+) GiB", text)] == [ceil(size / 2**30) for size in expected]
+
+
+def commands(path: str) -> list[str]:
+    """Return the commands in the header of a file."""
+    text = re.sub(r"\\\n#", " ", (ROOT / path).read_text())
+    return [line.lstrip("# ") for line in text.splitlines() if re.match(r"#\s+python main\.py", line)]
+
+
+@pytest.fixture
+def model_without_weights(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
 @pytest.mark.parametrize("path", SHIPPED)
 def test_header_holds_the_command_with_its_own_path(path):
     header = re.match(r"(#.*\n)+", (ROOT / path).read_text()).group()
-    text = re.sub(r"\\\n#", " ", header)
-    commands = [line.lstrip("# ") for line in text.splitlines() if re.match(r"#\s+python main\.py", line)]
-    assert any(path in command for command in commands), header
+    assert any(path in command for command in commands(path)), header
     assert len(header.splitlines()) >= 2
 
 
 @pytest.mark.parametrize("path", SHIPPED)
-def test_command_of_the_header_parses(path, monkeypatch, tmp_path, parse):
-    text = re.sub(r"\\\n#", " ", (ROOT / path).read_text())
-    command = next(line.lstrip("# ") for line in text.splitlines() if re.match(r"#\s+python main\.py", line))
-    words = shlex.split(command)
-    assert words[:3] == ["python", "main.py", "fit"]
+def test_commands_of_the_header_parse(path, monkeypatch, parse, model_without_weights):
+    """A hub id in the file gives way to a local folder."""
+    on_hub = "meta-llama/" in (ROOT / path).read_text()
     monkeypatch.chdir(ROOT)
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-    command = command.replace("<folder or hub id>", str(model))
-    parse(*shlex.split(command)[3:])
+    for command in commands(path):
+        words = shlex.split(command.replace("<folder or hub id>", str(model_without_weights)))
+        assert words[:3] == ["python", "main.py", "fit"]
+        parse(*words[3:], *([f"--model.path={model_without_weights}"] if on_hub else []))
 
 
 @pytest.mark.parametrize("path", SHIPPED)

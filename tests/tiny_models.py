@@ -22,7 +22,56 @@ from nowag_pl.models.loading import Checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = ROOT / "nowag_pl" / "assets" / "embedded"
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+_SPECIFICS: dict[str, tuple[str, dict[str, Any]]] = {  # beginning of the classes' names, settings
+    "llama": ("Llama", {}),
+    "llama3": (
+        "Llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    "mistral": ("Mistral", {"sliding_window": 8}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 8}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "head_dim": 8,
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
+    "gemma3": (
+        "Gemma3",
+        {"head_dim": 8, "sliding_window": 8, "sliding_window_pattern": 2, "query_pre_attn_scalar": 8},
+    ),
+    "phi3": (
+        "Phi3",
+        {
+            "original_max_position_embeddings": 16,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0, 1.1, 1.2, 1.3],
+                "long_factor": [1.5, 2.0, 4.0, 8.0],
+            },
+        },
+    ),
+    "olmo2": ("Olmo2", {}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}),
+}
+EXPERT_FAMILIES = ["mixtral", "qwen3_moe"]
+FAMILIES = [family for family in _SPECIFICS if family not in EXPERT_FAMILIES]
 VOCABULARY = 2048
 SEQ_LEN = 32
 HARD_TIMEOUT = 120
@@ -55,15 +104,12 @@ def save_tiny_model(
         "eos_token_id": 1,
         "pad_token_id": None,
     }
-    if family == "mistral":
-        settings["sliding_window"] = 8
-    if family == "qwen3":
-        settings["head_dim"] = 8
-    names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-    config = getattr(transformers, f"{names[family]}Config")(**settings | overrides)
+    name, specifics = _SPECIFICS[family]
+    text = "Text" if family == "gemma3" else ""  # beside the multimodal one
+    config = getattr(transformers, f"{name}{text}Config")(**settings | specifics | overrides)
     torch_state = torch.get_rng_state()
     torch.manual_seed(seed)
-    model = getattr(transformers, f"{names[family]}ForCausalLM")(config)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

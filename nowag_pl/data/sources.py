@@ -1,19 +1,93 @@
-"""Where text comes from: local files and Hugging Face datasets, each a list of documents."""
+"""Where text comes from: local files, Hugging Face datasets, Python's documentation; each a list of documents."""
 
+import dataclasses
+import glob
+import json
+import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from nowag_pl.data.documents import (
+    builder_of,
+    first_line,
+    is_saved,
+    open_saved,
+    read_documents,
+    read_text_file,
+    require_column,
+    rows_to_documents,
+)
+from nowag_pl.data.python_docs import STANDARD_LIBRARY, python_docs
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+__all__ = ["EvalProtocol", "HubDataset", "LocalFiles", "PythonDocs", "TextSource", "read_text_file"]
+
+_log = logging.getLogger(__name__)
+_BUILDERS = {"json", "parquet", "text", "csv", "arrow"}
+EvalProtocol = Literal["stream", "c4", "c4-new"]
+
+
+class TextSource(Protocol):
+    """A text before it is read."""
+
+    @property
+    def protocol(self) -> EvalProtocol:
+        """How it is cut into evaluation windows."""
+
+    @property
+    def cache_key(self) -> str | None:
+        """What its tokens are kept under, so that it need not be read again. None: the text itself."""
+
+    def documents(self) -> list[str]:
+        """Read it."""
+
+
+@dataclass(frozen=True)
+class LocalFiles:
+    """Local files and datasets saved to disk, one behind the other; see :func:`read_documents`."""
+
+    paths: tuple[str, ...]
+    protocol: EvalProtocol = "stream"
+    cache_key: None = None
+
+    def documents(self) -> list[str]:
+        """Read every file, in order."""
+        return [document for path in self.paths for document in read_documents(path)]
+
+
+@dataclass(frozen=True)
+class PythonDocs:
+    """The documentation of installed packages; see :func:`python_docs`."""
+
+    split: Literal["train", "eval"]
+    packages: tuple[str, ...] = (STANDARD_LIBRARY,)
+    protocol: EvalProtocol = "stream"
+    cache_key: None = None
+
+    def documents(self) -> list[str]:
+        """Read the docstrings."""
+        return list(python_docs(self.split, self.packages))
 
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A column of a Hugging Face dataset, as :func:`datasets.load_dataset` names it.
+    """A column of a Hugging Face dataset, as :func:`datasets.load_dataset` names it, or of its local copy.
 
     Attributes:
-        path: hub id, local folder, or a builder such as "json", "parquet", "text".
+        path: hub id, local folder or file, folder of `save_to_disk`, or a builder such as "json", "parquet", "text".
         name: configuration of the dataset, such as "wikitext-2-raw-v1".
         split: split to read, such as "train", "test", "train[:1000]".
         column: column that holds the text.
-        data_files: files to read instead of the whole dataset, relative to it.
+        data_files: files to read instead of the whole dataset: relative to it, or local ones in their place.
+        protocol: how the text becomes evaluation windows. "stream": documents joined by a blank line, tokenised once,
+            cut into windows; "c4": GPTQ's 256 crops of C4's first validation file; "c4-new": its first 1100 documents.
+        streaming: read over the network only as far as needed, instead of downloading all.
+        max_documents: number of documents to read; needed with streaming. null: all.
+        shuffle_seed: take documents at random; with streaming, each among the next 10,000. null: in order.
     """
 
     path: str
@@ -21,38 +95,121 @@ class HubDataset:
     split: str = "train"
     column: str = "text"
     data_files: str | list[str] | None = None
+    protocol: EvalProtocol = "stream"
+    streaming: bool = False
+    max_documents: int | None = None
+    shuffle_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_documents is not None and self.max_documents < 1:
+            raise ValueError(f"Expected max_documents of at least 1, but got {self.max_documents}.")
+        if self.streaming and self.max_documents is None:
+            raise ValueError("Expected max_documents beside streaming, or the whole dataset is read, but got null.")
+        if self.protocol != "stream" and (self.max_documents, self.shuffle_seed) != (None, None):
+            raise ValueError(
+                f"Expected neither max_documents nor shuffle_seed beside protocol {self.protocol!r}, which says which "
+                f"documents are taken, but got {self.max_documents} and {self.shuffle_seed}."
+            )
+
+    @property
+    def cache_key(self) -> str | None:
+        """This description, for what is not on this machine; None for local data, which may change."""
+        files = self._files
+        if self.path in _BUILDERS:
+            is_local = not all("://" in file for file in files)
+        else:
+            is_local = Path(self.path).expanduser().exists() or bool(self._local_files)
+        return None if is_local else json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     def documents(self) -> list[str]:
         """Read the column, one document per row.
 
         Raises:
-            ValueError: the dataset cannot be opened, or has no such column.
+            ValueError: the dataset cannot be opened, is empty, or has no such column.
         """
-        from datasets import load_dataset
-
+        count = f"at most {self.max_documents}" if self.max_documents else "all"
+        _log.info("Reading %s documents of %s", count, " ".join([self._title, *self._files]))
+        rows = self._open()
         try:
-            rows = load_dataset(self.path, self.name, split=self.split, data_files=self.data_files)
+            return rows_to_documents(rows, self.column, self._title, self.max_documents, self.shuffle_seed)
+        except ValueError:
+            raise
+        except Exception as error:  # a stream may break in many ways
+            raise self._unreadable(error) from error
+
+    @property
+    def _title(self) -> str:
+        return f"dataset {self.path!r}"
+
+    @property
+    def _files(self) -> list[str]:
+        return [self.data_files] if isinstance(self.data_files, str) else list(self.data_files or [])
+
+    @property
+    def _local_files(self) -> list[str]:
+        """Files on this machine that stand in for the dataset's own."""
+        files = [str(Path(file).expanduser()) for file in self._files]
+        return files if files and all(Path(file).is_file() for file in files) else []
+
+    def _open(self) -> "Dataset | IterableDataset":
+        from datasets import concatenate_datasets, load_dataset
+
+        path = Path(self.path).expanduser()
+        if self.path not in _BUILDERS and is_saved(path) and not self.data_files:
+            return open_saved(path, self.split)
+        arguments = self._arguments(path)
+        try:
+            if not self.streaming or arguments["path"] != "json":
+                return load_dataset(**arguments, split=self.split, streaming=self.streaming)
+            streams = self._streams(arguments)
         except Exception as error:  # the library raises a dozen types, all of which mean this
-            raise ValueError(
-                f"Could not open dataset {self.path!r} (name {self.name!r}, split {self.split!r}): {error}. "
-                "Check the name and the network, or give local text files instead "
-                "(data.calibration_files, data.eval_files)."
-            ) from error
-        if self.column not in rows.column_names:
-            raise ValueError(
-                f"Expected dataset {self.path!r} to have a column {self.column!r}, but got {rows.column_names}."
-            )
-        return list(rows[self.column])
+            raise self._unreadable(error) from error
+        for stream in streams:
+            require_column(stream.column_names or [self.column], self.column, self._title)
+        return concatenate_datasets([stream.select_columns([self.column]) for stream in streams])
 
+    def _streams(self, arguments: dict[str, Any]) -> "list[IterableDataset]":
+        """Open JSON files one by one, as their other columns need not agree: those of RedPajama do not."""
+        from datasets import load_dataset, load_dataset_builder
 
-def read_text_file(path: str | Path) -> str:
-    """Read one UTF-8 text file.
+        files = load_dataset_builder(**arguments).config.data_files
+        if self.split not in files:
+            raise ValueError(f"it has the splits {list(files)}")
+        return [
+            load_dataset("json", data_files={self.split: glob.escape(file)}, split=self.split, streaming=True)
+            for file in files[self.split]
+        ]
 
-    Raises:
-        ValueError: the file is missing, not readable, or not UTF-8 text.
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"Expected {path} to be a readable UTF-8 text file, but got: {reason}.") from error
+    def _arguments(self, path: Path) -> dict[str, Any]:
+        """Return what `load_dataset` takes to find the files."""
+        if self.path in _BUILDERS:
+            return {"path": self.path, "name": self.name, "data_files": self.data_files}
+        split = re.split(r"[\[+]", self.split)[0]
+        files = [str(path)] if path.is_file() else [] if path.is_dir() else self._local_files
+        if files:
+            builder = builder_of(files[0])
+            whole = {"path": "text", "sample_by": "document"}
+            return {
+                **({"path": builder} if builder else whole),
+                "data_files": {split: [glob.escape(file) for file in files]},
+            }
+        if self.data_files is None:
+            return {"path": self.path, "name": self.name}
+        # Some files are fewer documents than the dataset says it has: its checks would refuse them.
+        part = {"data_files": {split: self.data_files}, "verification_mode": "no_checks"}
+        return {"path": self.path, "name": self.name, **part}
+
+    def _unreadable(self, error: Exception) -> ValueError:
+        files = ", ".join(self._files)
+        if self.path not in _BUILDERS:
+            what = f"{files} of {self.path}" if files else f"the {self.split} split of {self.path}"
+            advice = f"Check the name and the network, or download {what} and give it as data_files here, or a folder "
+            advice += "that save_to_disk wrote as path"
+        elif "://" in files:
+            advice = f"Check the network, or download {files} and give it as data_files here"
+        else:
+            advice = f"Check that {files or 'data_files'} can be read"
+        return ValueError(
+            f"Could not open {self._title} (name {self.name!r}, split {self.split!r}): {first_line(error)}. {advice}, "
+            "or give text files instead (data.calibration_files, data.eval_files)."
+        )

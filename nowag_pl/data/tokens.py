@@ -7,7 +7,9 @@ at random places.
 
 import hashlib
 import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _CACHE_VERSION = "1"
+_LONG_TEXT = 10_000_000  # characters; worth a word while it takes its time
 
 
 def tokenize(documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase", cache_dir: Path | None = None) -> Tensor:
@@ -35,34 +38,67 @@ def tokenize(documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase", cac
         Token ids `[num_tokens]`, int32.
     """
     text = "\n\n".join(documents)
-    cached = None if cache_dir is None else cache_dir / f"{_digest(text, tokenizer)}.safetensors"
-    if cached is not None and cached.exists():
-        try:
-            return read_tensors(cached)[0]["tokens"]
-        except ValueError:
-            _log.warning("Tokenising again: the cached file %s is damaged.", cached)
-    limit, tokenizer.model_max_length = tokenizer.model_max_length, len(text) + 1  # or it warns: this is not one input
-    try:
+    return cached_tokens([text], tokenizer, cache_dir, lambda: stream_of(text, tokenizer))
+
+
+def stream_of(text: str, tokenizer: "PreTrainedTokenizerBase") -> Tensor:
+    """Tokenise a text as one stream behind one beginning-of-sequence token, if the tokenizer has any.
+
+    Returns:
+        Token ids `[num_tokens]`, int32.
+    """
+    if len(text) >= _LONG_TEXT:
+        _log.info("Tokenising %.0f million characters", len(text) / 1e6)
+    with no_length_limit(tokenizer):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    finally:
-        tokenizer.model_max_length = limit
     if tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id, *ids]
-    tokens = torch.tensor(ids, dtype=torch.int32)
-    if cached is not None:
+    return torch.tensor(ids, dtype=torch.int32)
+
+
+@contextmanager
+def no_length_limit(tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
+    """Keep a tokenizer from warning that a text is too long for the model: it is not one input."""
+    limit, tokenizer.model_max_length = tokenizer.model_max_length, sys.maxsize
+    try:
+        yield
+    finally:
+        tokenizer.model_max_length = limit
+
+
+def cached_tokens(
+    key: Sequence[str], tokenizer: "PreTrainedTokenizerBase", cache_dir: Path | None, make: Callable[[], Tensor]
+) -> Tensor:
+    """Return tokens from the cache, or make and keep them.
+
+    Args:
+        key: all that decides the tokens beside the tokenizer: the text, or the description of a dataset.
+        tokenizer: the model's tokenizer.
+        cache_dir: folder of the cache. None keeps nothing.
+        make: makes the tokens.
+    """
+    if cache_dir is None:
+        return make()
+    file = cache_dir / f"{_digest(key, tokenizer)}.safetensors"
+    if file.exists():
         try:
-            write_tensors(cached, {"tokens": tokens})
-        except OSError as error:
-            _log.warning("Tokens are not cached: %s", error)
+            return read_tensors(file)[0]["tokens"]
+        except ValueError:
+            _log.warning("Tokenising again: the cached file %s is damaged.", file)
+    tokens = make()
+    try:
+        write_tensors(file, {"tokens": tokens})
+    except OSError as error:
+        _log.warning("Tokens are not cached: %s", error)
     return tokens
 
 
-def _digest(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+def _digest(key: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> str:
     """Hash all that decides the tokens."""
     digest = hashlib.sha256(_CACHE_VERSION.encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     description = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    for part in (description, str(tokenizer.bos_token_id), text):
+    for part in (description, str(tokenizer.bos_token_id), *key):
         digest.update(hashlib.sha256(part.encode("utf-8", "surrogatepass")).digest())
     return digest.hexdigest()
 

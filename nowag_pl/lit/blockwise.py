@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 from nowag_pl.lit.batches import ResumableLoader, Share, SharedBatches
 from nowag_pl.lit.block_module import ERROR, BlockModule
 from nowag_pl.lit.preemption import Preemption
+from nowag_pl.models.checkpoint import stored_state
 from nowag_pl.pipeline import finetuning
 from nowag_pl.pipeline.arrays import ArrayFolder, SequenceArray
 from nowag_pl.pipeline.progress import block_progress
@@ -212,7 +213,7 @@ class _Blockwise:
         result = finetuning.load_compressed_block(self.model, self.store, index)
         untrained = {name: tensor.clone() for name, tensor in result.state_dict().items()}
         result.load_state_dict(best)
-        result.load_state_dict(finetuning.block_storage(result))  # rounded as it is stored
+        result.load_state_dict(stored_state(result))  # rounded as it is stored
         result.to(self.model.device)
         after = self._mean_square(index, inputs, targets, result) / scale
         if not after < before:

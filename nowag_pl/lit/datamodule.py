@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,9 +11,10 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nowag_pl.data.python_docs import STANDARD_LIBRARY, python_docs
-from nowag_pl.data.sources import HubDataset, read_text_file
-from nowag_pl.data.tokens import random_windows, tokenize, whole_windows
+from nowag_pl.data.protocols import evaluation_windows, stream_tokens
+from nowag_pl.data.python_docs import STANDARD_LIBRARY
+from nowag_pl.data.sources import HubDataset, LocalFiles, PythonDocs, TextSource
+from nowag_pl.data.tokens import random_windows, whole_windows
 from nowag_pl.lit.batches import ResumableLoader, Share, SharedBatches
 from nowag_pl.models.loading import Checkpoint
 
@@ -28,17 +30,19 @@ class TokenDataModule(LightningDataModule):
     machine. Calibration and training share their text; evaluation never does unless you say so.
 
     Args:
-        calibration_files: UTF-8 text files to calibrate (and train) on.
-        eval_files: UTF-8 text files to measure perplexity on, by the name they get in the report.
+        calibration_files: files to calibrate (and train) on: UTF-8 text, or .json, .jsonl, .ndjson, .parquet or .csv
+            with a column "text", each also as .gz, or a folder written by datasets' save_to_disk.
+        eval_files: such files to measure perplexity on, by the name they get in the report.
         calibration_dataset: Hugging Face dataset to calibrate (and train) on, instead of files.
-        eval_datasets: Hugging Face datasets to measure perplexity on, by name.
+        eval_datasets: Hugging Face datasets to measure perplexity on, by name, each cut by its own protocol.
         python_packages: installed packages whose docstrings are the built-in text; "stdlib" is Python's own library.
         seq_len: tokens per window. null: the model's maximum, or 2048 where that is less.
         eval_batch_size: windows evaluated at a time on each device.
         train_batch_size: windows per training step on each device.
         max_train_windows: train end to end on the first windows of the text only. null: all.
         max_eval_windows: evaluate only the first windows of each text. null: all.
-        cache_dir: folder for tokens, kept under a hash of text and tokenizer. null: nowag_pl in the user's cache.
+        cache_dir: folder for tokens, kept under a hash of tokenizer and text, or of a hub dataset's description, so
+            that it is opened once only. null: nowag_pl in the user's cache.
     """
 
     def __init__(  # noqa: PLR0913 - each is an option of the command line
@@ -58,6 +62,15 @@ class TokenDataModule(LightningDataModule):
         super().__init__()
         if calibration_files and calibration_dataset:
             raise ValueError("Expected data.calibration_files or data.calibration_dataset, but got both.")
+        if calibration_dataset and calibration_dataset.protocol != "stream":
+            raise ValueError(
+                f"Expected data.calibration_dataset.protocol to be 'stream', but got {calibration_dataset.protocol!r}, "
+                "which is for evaluation."
+            )
+        if both := sorted(set(eval_files or {}) & set(eval_datasets or {})):
+            raise ValueError(
+                f"Expected each name in data.eval_files or data.eval_datasets, but got {both[0]!r} in both."
+            )
         for name, value in {
             "seq_len": seq_len,
             "eval_batch_size": eval_batch_size,
@@ -118,34 +131,41 @@ class TokenDataModule(LightningDataModule):
                 self.checkpoint.max_seq_len,
             )
         self.setup()
+        is_shared = self.trainer.world_size > 1 and getattr(self.trainer, "compressing", False)  # type: ignore[union-attr]
+        if is_shared and self.calibration_dataset is not None:
+            self.calibration_tokens  # noqa: B018 - or every rank would fetch the dataset
 
     def setup(self, stage: str | None = None) -> None:
         """Read the tokens of every text."""
         if self.eval_windows:
             return
-        seq_len = self.seq_len
+        seq_len, tokenizer = self.seq_len, self.checkpoint.tokenizer
         for name in self.eval_names:
-            windows = whole_windows(self._tokenize(self._eval_documents(name)), seq_len)
-            self.eval_windows[name] = windows[: self.max_eval_windows]
+            option, source = self._eval_source(name)
+            with _naming(option):
+                windows = evaluation_windows(source, tokenizer, seq_len, self.cache_dir)
+            self.eval_windows[name] = self._known_ids(windows)[: self.max_eval_windows]
 
-    def _eval_documents(self, name: str) -> Sequence[str]:
+    def _eval_source(self, name: str) -> tuple[str, TextSource]:
+        """Return the option that gives an evaluation text, and the text."""
         if name in self.eval_files:
-            return [read_text_file(self.eval_files[name])]
+            return f"data.eval_files.{name}", LocalFiles((self.eval_files[name],))
         if name in self.eval_datasets:
-            return self.eval_datasets[name].documents()
-        return list(python_docs("eval"))
+            return f"data.eval_datasets.{name}", self.eval_datasets[name]
+        return "built-in text", PythonDocs("eval")
 
-    def _calibration_documents(self) -> Sequence[str]:
+    def _calibration_source(self) -> tuple[str, TextSource]:
+        """Return the option that gives the calibration text, and the text."""
         if self.calibration_files:
-            return [read_text_file(path) for path in self.calibration_files]
+            return "data.calibration_files", LocalFiles(tuple(self.calibration_files))
         if self.calibration_dataset is not None:
-            return self.calibration_dataset.documents()
-        return list(python_docs("train", self.python_packages))
+            return "data.calibration_dataset", self.calibration_dataset
+        return "data.python_packages", PythonDocs("train", tuple(self.python_packages))
 
-    def _tokenize(self, documents: Sequence[str]) -> Tensor:
-        tokens = tokenize(documents, self.checkpoint.tokenizer, self.cache_dir)
+    def _known_ids(self, tokens: Tensor) -> Tensor:
+        """Return tokens as they are if the model knows them all."""
         size = self.checkpoint.vocab_size
-        if len(tokens) and int(tokens.max()) >= size:
+        if tokens.numel() and int(tokens.max()) >= size:
             raise ValueError(
                 f"Expected token ids under {size}, the vocabulary of {self.checkpoint.path}, but its tokenizer gave "
                 f"{int(tokens.max())}: it belongs to another model."
@@ -156,7 +176,11 @@ class TokenDataModule(LightningDataModule):
     def calibration_tokens(self) -> Tensor:
         """The token stream for calibration and training, `[num_tokens]`."""
         if self._calibration_tokens is None:
-            self._calibration_tokens = self._tokenize(self._calibration_documents())
+            option, source = self._calibration_source()
+            tokenizer = self.checkpoint.tokenizer
+            with _naming(option):
+                tokens = stream_tokens(source, tokenizer, self.cache_dir)
+            self._calibration_tokens = self._known_ids(tokens)
         return self._calibration_tokens
 
     def calibration_windows(self, num_sequences: int, seed: int) -> Tensor:
@@ -221,6 +245,15 @@ class _Windows(Dataset[dict[str, Tensor]]):
     def __getitem__(self, share: Share) -> dict[str, Tensor]:
         index = torch.tensor(share.indices)
         return {"tokens": self._windows[index].long(), "index": index, "weight": torch.tensor(share.weights)}
+
+
+@contextmanager
+def _naming(option: str) -> Iterator[None]:
+    """Put the option that was at fault before an error."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
 
 
 def _user_cache() -> Path:

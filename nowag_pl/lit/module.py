@@ -1,7 +1,7 @@
 """The causal language model under Lightning: training, and perplexity validation."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import cached_property
 from math import ceil
@@ -21,16 +21,21 @@ from nowag_pl.lit.metrics import Divergence, Perplexity
 from nowag_pl.lit.sharding import gathered_state, shard
 from nowag_pl.models.checkpoint import is_compressed, load_compressed
 from nowag_pl.models.loading import EMBEDDED, Checkpoint
+from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear
+from nowag_pl.pipeline.ranks import Ranks
 from nowag_pl.pipeline.reference import Distillation, Teacher
-from nowag_pl.pipeline.run import CompressionRun
+from nowag_pl.pipeline.run import CompressedModel, CompressionRun
+from nowag_pl.pipeline.stream import HiddenStream, streamed
+
+_MEASURED_TOKENS = 4096  # whose logits are in memory together; 2 GB in float32 for a vocabulary of 128,000
 
 
 class DenseReference(Protocol):
     """What validation compares a compressed model with."""
 
-    def logits(self, name: str, indices: Tensor) -> Tensor:
-        """Return the dense model's logits `[batch, seq_len, vocabulary]` for windows of an evaluation text."""
+    def logits(self, name: str, indices: Tensor, positions: slice) -> Tensor:
+        """Return the dense model's logits `[batch, positions, vocabulary]` for windows of an evaluation text."""
 
 
 class LitCausalLM(LightningModule):
@@ -69,10 +74,11 @@ class LitCausalLM(LightningModule):
         self.distillation = distillation
         self.teacher: Teacher | None = None
         self.model: nn.Module | None = None
-        self.assemble: Callable[[], nn.Module] | None = None  # set by what compresses
+        self.compressed: CompressedModel | None = None  # set by what compresses
         self.reference: DenseReference | None = None  # set by what compares with the dense model
         self.eval_metrics: dict[str, dict[str, float]] = {}  # of the last validation, by text
         self._stored_dtypes: dict[str, torch.dtype] = {}  # while parameters are held in float32
+        self._streams: dict[str, tuple[StreamedModel, HiddenStream]] = {}  # evaluation windows behind the last block
         self._perplexity: dict[str, Perplexity] = {}
         self._dense_perplexity: dict[str, Perplexity] = {}
         self._divergence: dict[str, Divergence] = {}
@@ -97,7 +103,7 @@ class LitCausalLM(LightningModule):
     @property
     def is_compressed_here(self) -> bool:
         """Whether the model was compressed by this module's run, from which it can be compared and reported."""
-        return self.assemble is not None
+        return self.compressed is not None
 
     def training_settings(self) -> dict[str, Any]:
         """Return the JSON values, beside the Trainer's, that the result of end-to-end training depends on."""
@@ -130,7 +136,9 @@ class LitCausalLM(LightningModule):
         self._stored_dtypes = {}
 
     def configure_model(self) -> None:
-        """Build the model: compressed by this run, stored compressed, dense, or random."""
+        """Build the model for training, or sharded; else it is streamed, a block at a time."""
+        if self._is_streamed:
+            return
         if self.model is None:
             self.model = self._build()
             if self._is_sharded:
@@ -142,12 +150,18 @@ class LitCausalLM(LightningModule):
             self._widen()
 
     @property
+    def _is_streamed(self) -> bool:
+        """Whether validation reads a block at a time: not within and after training, nor where blocks are sharded."""
+        validating = self._trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING
+        return validating and self.model is None and not self._is_sharded and not self.random_init
+
+    @property
     def _is_sharded(self) -> bool:
         return self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     def _build(self) -> nn.Module:
-        if self.assemble is not None:
-            return self.assemble()
+        if self.compressed is not None:
+            return self.compressed.assemble()
         if self.random_init:
             return self.checkpoint.build()
         if is_compressed(self.checkpoint.folder):
@@ -266,27 +280,53 @@ class LitCausalLM(LightningModule):
 
     def on_validation_start(self) -> None:
         """Make the metrics of each evaluation text."""
+        self._streams = {}
+        if self.model is None:
+            self._stream()
         for name in self._eval_names:
             self._perplexity[name] = Perplexity().to(self.device)
             self._dense_perplexity[name] = Perplexity().to(self.device)
             self._divergence[name] = Divergence().to(self.device)
 
+    def _stream(self) -> None:
+        """Move the evaluation windows through the blocks."""
+        if self.compressed is not None:
+            model, load_block = self.run.model, self.compressed.load_block
+        else:
+            model = StreamedModel(self.checkpoint, self.trainer.strategy.root_device)
+            load_block = model.load_block
+        data, ranks = self.trainer.datamodule, Ranks.current()  # type: ignore[attr-defined]
+        for name, windows in data.eval_windows.items():
+            stream = streamed(model, load_block, f"Model on {name}", windows, data.eval_batch_size, ranks)
+            self._streams[name] = model, stream
+
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add windows to the metrics of their text."""
-        name, tokens, real = self._eval_names[dataloader_idx], batch["tokens"], batch["weight"] > 0
+        name, real = self._eval_names[dataloader_idx], batch["weight"] > 0
+        tokens, index = batch["tokens"][real], batch["index"][real]
+        if name in self._streams:
+            model, stream = self._streams[name]
+            hidden = stream.take((index // self.trainer.world_size).tolist())
+            for positions in _chunks(tokens):
+                self._measure(name, index, tokens, positions, model.head(hidden[:, positions]))
+            return
         training = self.trainer.state.fn == TrainerFn.FITTING
         with nullcontext() if training else torch.autocast(self.device.type, enabled=False):
-            logits = self(tokens)[real]  # what is reported is the model in its own type
-        if not real.any():
-            return  # a rank without windows takes part, but counts nothing
-        self._perplexity[name].update(logits, tokens[real])
+            logits = self(batch["tokens"])[real]  # what is reported is the model in its own type
+        for positions in _chunks(tokens):
+            self._measure(name, index, tokens, positions, logits[:, positions])
+
+    def _measure(self, name: str, index: Tensor, tokens: Tensor, positions: slice, logits: Tensor) -> None:
+        """Add the logits of some positions of some windows to the metrics of their text."""
+        self._perplexity[name].update(logits, tokens[:, positions])
         if self.reference is not None:
-            reference_logits = self.reference.logits(name, batch["index"][real]).to(logits.device)
-            self._dense_perplexity[name].update(reference_logits, tokens[real])
+            reference_logits = self.reference.logits(name, index, positions).to(logits.device)
+            self._dense_perplexity[name].update(reference_logits, tokens[:, positions])
             self._divergence[name].update(reference_logits, logits)
 
     def on_validation_epoch_end(self) -> None:
         """Reduce the metrics over the ranks and log them."""
+        self._streams = {}
         for name in self._eval_names:
             values = {"perplexity": self._perplexity[name].compute()}
             if self.reference is not None:
@@ -298,3 +338,14 @@ class LitCausalLM(LightningModule):
     @property
     def _eval_names(self) -> list[str]:
         return self.trainer.datamodule.eval_names  # type: ignore[attr-defined]
+
+
+def _chunks(tokens: Tensor) -> Iterator[slice]:
+    """Yield positions of windows `[batch, seq_len]` whose logits are in memory together; they overlap by one.
+
+    The last position of a chunk predicts the first token of the next, which is measured there.
+    """
+    batch, seq_len = tokens.shape
+    size = max(_MEASURED_TOKENS // max(batch, 1), 1)
+    for start in range(0, seq_len - 1 if batch else 0, size):
+        yield slice(start, start + size + 1)

@@ -6,7 +6,19 @@ from typing import Any, Literal, cast
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from rich.console import Console
+from torch import nn
 
+from nowag_pl.files import write_json
+from nowag_pl.lit.evaluation import (
+    EVALUATION_FILE,
+    PAPER_TASKS,
+    TaskSettings,
+    evaluate_tasks,
+    evaluation_table,
+    task_manager,
+)
+from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.pipeline.ranks import Ranks
 from nowag_pl.pipeline.store import ArtefactStore
 
@@ -73,6 +85,50 @@ class CompressionTrainer(Trainer):
     def validate(self, *args: Any, verbose: bool = False, **kwargs: Any) -> Any:
         """Validate; the report callback shows the figures, so Lightning's own table is left out."""
         return super().validate(*args, verbose=verbose, **kwargs)
+
+    def evaluate(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        tasks: list[str] = list(PAPER_TASKS),  # noqa: B006 - what --help shows; it is only read
+        num_fewshot: int | None = None,
+        limit: int | None = None,
+        batch_size: int = 8,
+        include_path: str | None = None,
+    ) -> dict[str, Any]:
+        """Ask a dense or compressed model questions by lm-evaluation-harness (the extra `eval`), on one device.
+
+        The figures are shown and written to <run_dir>/evaluation.json.
+
+        Args:
+            model: the model.
+            datamodule: not used; the tasks bring their data.
+            tasks: names of tasks or groups of the harness, such as mmlu; by default the zero-shot tasks of the paper.
+            num_fewshot: solved examples before each question. null: each task's own number, mostly 0.
+            limit: use only the first examples of each task, to try something out. null: all.
+            batch_size: sequences that pass the model together.
+            include_path: folder with task definitions (YAML) of your own.
+
+        Returns:
+            What is written, see :func:`nowag_pl.lit.evaluation.evaluate_tasks`; nothing on ranks above zero.
+
+        Raises:
+            ValueError: the harness is not installed, a task is unknown, or a number is out of its range.
+        """
+        settings = TaskSettings(tuple(tasks), num_fewshot, limit, batch_size, include_path)
+        manager = task_manager(settings)
+        if not self.is_global_zero:
+            return {}
+        module = cast(LitCausalLM, model)
+        module.configure_model()
+        whole = cast(nn.Module, module.model).to(self.strategy.root_device)
+        evaluation = {"model": module.checkpoint.path, "dtype": str(module.checkpoint.dtype).removeprefix("torch.")}
+        evaluation |= evaluate_tasks(whole, module.checkpoint.tokenizer, settings, manager)
+        Console().print(evaluation_table(evaluation))
+        if module.run_dir is not None:
+            write_json(Path(module.run_dir) / EVALUATION_FILE, evaluation)
+            rank_zero_info(f"Figures written to {Path(module.run_dir) / EVALUATION_FILE}")
+        return evaluation
 
 
 def is_compressing(trainer: Trainer, stage: str) -> bool:

@@ -61,9 +61,9 @@ def fill(model: "PreTrainedModel", tensors: Mapping[str, Tensor], required: tupl
 
 
 def empty_like_described(model: nn.Module, descriptions: Mapping[str, Mapping[str, object]]) -> None:
-    """Replace linears of `model` by empty compressed ones of the given descriptions."""
+    """Replace linears of `model` by compressed ones of the given descriptions, on the meta device."""
     for name, description in descriptions.items():
-        set_module(model, name, CompressedLinear.from_description(description))
+        set_module(model, name, CompressedLinear.from_description(description).to("meta"))
 
 
 def parameter_dtype(model: nn.Module, name: str) -> torch.dtype:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "embedded"
+FORMAT = 1  # of compressed models
+DESCRIPTION_FILE = "nowag_pl.json"  # beside a compressed model's weights
 _SAFE_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -56,7 +58,7 @@ def resolve_folder(path: str) -> Path:
 
 
 class Checkpoint:
-    """A dense model on disk, read lazily.
+    """A model on disk, dense or with compressed linears, read lazily.
 
     Args:
         path: "embedded", a local folder or a Hugging Face id.
@@ -75,13 +77,24 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> "PretrainedConfig":
-        """The model's configuration. Code shipped with a model is never run."""
+        """The model's configuration. Code shipped with a model is never run.
+
+        Raises:
+            ValueError: it cannot be read, or is that of a multimodal model.
+        """
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+            text_config = config.get_text_config()
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"Could not read the configuration in {self.folder}: {_first_sentence(error)}") from error
+        if text_config is not config:
+            raise ValueError(
+                f"Expected a language model for text alone in {self.folder}, but got one of type {config.model_type!r} "
+                f"around a text model of type {text_config.model_type!r}: save that part as a model of its own."
+            )
+        return config
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -110,7 +123,7 @@ class Checkpoint:
         Raises:
             ValueError: it is no language model.
         """
-        size = getattr(self.config.get_text_config(), "vocab_size", None)
+        size = getattr(self.config, "vocab_size", None)
         if size is None:
             raise ValueError(
                 f"Expected a causal language model in {self.folder}, but got one of type {self.config.model_type!r}."
@@ -121,6 +134,22 @@ class Checkpoint:
     def max_seq_len(self) -> int | None:
         """Longest context of the model in tokens, where its configuration tells."""
         return getattr(self.config, "max_position_embeddings", None)
+
+    @cached_property
+    def compressed_linears(self) -> dict[str, dict[str, Any]]:
+        """Descriptions of the compressed linears by their name in the model; none in a dense model.
+
+        Raises:
+            ValueError: the model is of a newer format.
+        """
+        if not (self.folder / DESCRIPTION_FILE).is_file():
+            return {}
+        description = read_json(self.folder / DESCRIPTION_FILE)
+        if description["format"] > FORMAT:
+            raise ValueError(
+                f"Expected format {FORMAT} or older in {self.folder}, but got {description['format']}: update nowag_pl."
+            )
+        return description["linears"]
 
     @cached_property
     def weight_map(self) -> dict[str, Path]:

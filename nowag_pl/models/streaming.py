@@ -6,12 +6,16 @@ position embeddings); so nothing here knows a family's conventions. The same tri
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from nowag_pl.models.assembly import empty_like_described
+from nowag_pl.models.family_checks import check_arguments, check_no_experts
 from nowag_pl.models.loading import Checkpoint, set_module
 
 if TYPE_CHECKING:
@@ -26,14 +30,14 @@ class BlockInputs(NamedTuple):
 
 
 class StreamedModel:
-    """A dense model whose decoder blocks are read from disk when they are asked for.
+    """A dense or compressed model whose decoder blocks are read from disk when they are asked for.
 
     Args:
         checkpoint: where the weights are.
         device: where computations happen; embeddings and head stay there, blocks only while they are used.
 
     Raises:
-        ValueError: the checkpoint is damaged, or its decoder blocks are not found.
+        ValueError: the checkpoint is damaged, its decoder blocks are not found, or they hold experts.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
@@ -41,7 +45,10 @@ class StreamedModel:
         self.device = torch.device(device)
         self.skeleton = checkpoint.build(empty=True).eval()
         self.blocks_name = find_blocks(self.skeleton)
-        self.blocks = list(self.skeleton.get_submodule(self.blocks_name).children())  # on meta, never filled
+        blocks = cast(nn.ModuleList, self.skeleton.get_submodule(self.blocks_name))
+        check_no_experts(checkpoint.config.model_type, self.blocks_name, blocks)
+        empty_like_described(self.skeleton, checkpoint.compressed_linears)
+        self.blocks = list(blocks.children())  # on meta, never filled
         set_module(self.skeleton, self.blocks_name, nn.ModuleList())
         self._load(self.skeleton, "")
         self.skeleton.requires_grad_(False)
@@ -83,10 +90,12 @@ class StreamedModel:
         if not prefix and self.skeleton.config.tie_word_embeddings:
             tied = {name for name in names if name not in self.checkpoint.weight_map}
         tensors = self.checkpoint.read([prefix + name for name in sorted(names - tied)], self.device)
-        state = {
-            name.removeprefix(prefix): tensor.to(self.checkpoint.dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in tensors.items()
-        }
+        compressed = tuple(f"{name}." for name in self.checkpoint.compressed_linears)
+        own = module.state_dict()
+        state = {}
+        for name, tensor in tensors.items():
+            dtype = own[name.removeprefix(prefix)].dtype if name.startswith(compressed) else self.checkpoint.dtype
+            state[name.removeprefix(prefix)] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         try:
             module.load_state_dict(state, strict=False, assign=True)
         except RuntimeError as error:
@@ -118,14 +127,25 @@ class StreamedModel:
 
         Args:
             tokens: `[batch, seq_len]`.
+
+        Raises:
+            ValueError: the model does not call one block after the other, each with what the one before returned.
         """
         calls: list[tuple[Tensor, dict[str, Any]]] = []
 
         def record(hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
             calls.append((hidden, arguments))
+            if len(calls) == len(self):
+                raise _Recorded  # before the head makes logits that nobody needs
             return hidden
 
-        self._run([record] * len(self), tokens)
+        with suppress(_Recorded):
+            self._run([record] * len(self), tokens)
+        if len(calls) != len(self) or any(hidden is not calls[0][0] for hidden, _ in calls):
+            raise ValueError(
+                f"Expected {type(self.skeleton).__name__} to pass hidden states from block to block as they are, but "
+                f"got {len(calls)} calls of {len(self)} blocks with something between: this family is not supported."
+            )
         return BlockInputs(calls[0][0], [arguments for _, arguments in calls])
 
     def arguments(self, index: int, batch_size: int, seq_len: int) -> dict[str, Any]:
@@ -135,10 +155,16 @@ class StreamedModel:
             index: number of the block.
             batch_size: sequences.
             seq_len: tokens in each.
+
+        Raises:
+            ValueError: it depends on the tokens.
         """
         shape = (batch_size, seq_len)
         if shape not in self._arguments:
-            self._arguments[shape] = self.embed(torch.zeros(shape, dtype=torch.int64)).arguments
+            others = torch.arange(batch_size * seq_len).view(shape) % self.checkpoint.vocab_size
+            arguments, of_others = (self.embed(tokens).arguments for tokens in (torch.zeros_like(others), others))
+            check_arguments(self.checkpoint.config.model_type, arguments, of_others)
+            self._arguments[shape] = arguments
         return self._arguments[shape][index]
 
     @torch.no_grad()
@@ -165,6 +191,10 @@ class StreamedModel:
             set_module(self.skeleton, self.blocks_name, nn.ModuleList())
 
 
+class _Recorded(Exception):  # noqa: N818 - no error
+    """All blocks have been called."""
+
+
 class _StandIn(nn.Module):
     """Takes a block's place; has the block's other attributes, which some families look at."""
 
@@ -179,8 +209,9 @@ class _StandIn(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["_block"][0], name)
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        return self._call(hidden_states, arguments)
+    def forward(self, hidden_states: Tensor, *positional: Any, **arguments: Any) -> Tensor:
+        names = list(inspect.signature(self._block[0].forward).parameters)[1:]
+        return self._call(hidden_states, dict(zip(names, positional, strict=False)) | arguments)
 
 
 def find_blocks(model: "PreTrainedModel") -> str:

@@ -15,9 +15,8 @@ from nowag_pl.data.tokens import tokens_digest
 from nowag_pl.functional.distillation import distillation_loss, top_distillation_loss, top_log_probabilities
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.pipeline.arrays import ArrayFolder, SequenceArray
-from nowag_pl.pipeline.progress import block_progress
 from nowag_pl.pipeline.store import ArtefactStore
-from nowag_pl.pipeline.stream import HiddenStream
+from nowag_pl.pipeline.stream import streamed
 
 _log = logging.getLogger("nowag_pl")
 
@@ -65,22 +64,23 @@ class DenseReference:
         for name, tokens in windows.items():
             key = _key(tokens)
             if key not in arrays:
-                stream = _streamed(model, store, name, tokens, batch_size)
+                stream = streamed(model, model.load_block, f"Dense model on {name}", tokens, batch_size, store.ranks)
                 spec = ((tokens.shape[1], model.hidden_size), model.checkpoint.dtype)
                 arrays.write({key: spec}, len(tokens), ((hidden,) for hidden in stream.batches()))
             self._hidden[name] = arrays.read(key, model.checkpoint.dtype)
 
-    def logits(self, name: str, indices: Tensor) -> Tensor:
+    def logits(self, name: str, indices: Tensor, positions: slice = slice(None)) -> Tensor:
         """Return the dense logits of some windows.
 
         Args:
             name: text.
             indices: numbers of the windows `[batch]`.
+            positions: which of their tokens.
 
         Returns:
-            `[batch, seq_len, vocabulary]`.
+            `[batch, positions, vocabulary]`.
         """
-        return self._model.head(self._hidden[name].take(indices.tolist()))
+        return self._model.head(self._hidden[name].take(indices.tolist())[:, positions])
 
 
 class Teacher:
@@ -115,7 +115,8 @@ class Teacher:
         key = f"{_key(windows)}_top{top_k}_{self._temperature}"
         values, tokens = f"{key}_values", f"{key}_tokens"
         if values not in arrays or tokens not in arrays:
-            stream = _streamed(model, store, "training text", windows, distillation.batch_size)
+            title = "Dense model on training text"
+            stream = streamed(model, model.load_block, title, windows, distillation.batch_size, store.ranks)
             batches = (
                 tuple(
                     part.unflatten(0, hidden.shape[:2]).cpu()
@@ -151,13 +152,3 @@ class Teacher:
 
 def _key(tokens: Tensor) -> str:
     return f"{tokens_digest(tokens)[:16]}_{tokens.shape[1]}"
-
-
-def _streamed(model: StreamedModel, store: ArtefactStore, name: str, windows: Tensor, batch_size: int) -> HiddenStream:
-    """Return this rank's windows behind the last block of the dense model."""
-    stream = HiddenStream(model, store.ranks.share(windows), batch_size)
-    with block_progress(f"Dense model on {name}", len(model), store.ranks.is_zero) as report:
-        for index in range(len(model)):
-            stream.run(model.load_block(index), index)
-            report("")
-    return stream

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nowag_pl.compressors import Compressor
 from nowag_pl.data.tokens import tokens_digest
 from nowag_pl.models.assembly import assemble
+from nowag_pl.models.checkpoint import save_streamed
 from nowag_pl.models.loading import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear
@@ -136,26 +137,9 @@ class CompressionRun:
             f"{stage}.{name}": value for stage, settings in self._settings.items() for name, value in settings.items()
         }
 
-    def assemble(self, finetuned: bool = False) -> nn.Module:
-        """Build the whole compressed model, with its blocks as finetuning left them or as compression did."""
-        linears: dict[str, CompressedLinear] = {}
-        for index in range(len(self.model)):
-            block = compression.read_block(self.store, index)
-            linears |= {f"{self.model.block_name(index)}.{name}": linear for name, linear in block.items()}
-        model = assemble(self.checkpoint, linears)
-        for index in range(len(self.model)) if finetuned else ():
-            model.get_submodule(self.model.block_name(index)).load_state_dict(
-                self.store.read(finetuning.STAGE, index)[0]
-            )
-        return model
-
-    def check_fixed(self, model: nn.Module) -> None:
-        """Check that training left masks and codes as they were.
-
-        Raises:
-            RuntimeError: it has changed one.
-        """
-        finetuning.check_fixed(model, [self.model.block_name(index) for index in range(len(self.model))], self.store)
+    def compressed(self, finetuned: bool = False) -> "CompressedModel":
+        """Return the compressed model, with its blocks as finetuning left them or as compression did."""
+        return CompressedModel(self, finetuned)
 
     def reference(self, windows: Mapping[str, Tensor], batch_size: int) -> DenseReference:
         """Return the dense model's predictions on evaluation windows, computing those that are not there."""
@@ -194,3 +178,52 @@ class CompressionRun:
             )
             for name, stage in stages.items()
         }
+
+
+class CompressedModel:
+    """What a run has made of its model, read from the run directory a block at a time or as a whole.
+
+    Args:
+        run: a run whose linears are compressed.
+        finetuned: whether its blocks are those that finetuning left.
+    """
+
+    def __init__(self, run: CompressionRun, finetuned: bool) -> None:
+        self._run = run
+        self._finetuned = finetuned
+
+    def load_block(self, index: int) -> nn.Module:
+        """Read a block."""
+        load = finetuning.load_finetuned_block if self._finetuned else finetuning.load_compressed_block
+        return load(self._run.model, self._run.store, index)
+
+    def assemble(self) -> nn.Module:
+        """Build the whole model."""
+        run = self._run
+        linears: dict[str, CompressedLinear] = {}
+        for index in range(len(run.model)):
+            block = compression.read_block(run.store, index)
+            linears |= {f"{run.model.block_name(index)}.{name}": linear for name, linear in block.items()}
+        model = assemble(run.checkpoint, linears)
+        for index in range(len(run.model)) if self._finetuned else ():
+            state, _ = run.store.read(finetuning.STAGE, index)
+            model.get_submodule(run.model.block_name(index)).load_state_dict(state)
+        return model
+
+    def save(self, folder: str | Path) -> None:
+        """Write the model as a folder, a block at a time."""
+        save_streamed(self._run.model, self.load_block, folder)
+
+    def check_fixed(self, model: nn.Module | None = None) -> None:
+        """Check that training left masks and codes as they were.
+
+        Args:
+            model: whole model after training; None: the blocks of this one.
+
+        Raises:
+            RuntimeError: it has changed one.
+        """
+        run = self._run
+        for index in range(len(run.model)):
+            block = model.get_submodule(run.model.block_name(index)) if model is not None else self.load_block(index)
+            finetuning.check_fixed(block, run.store, index)

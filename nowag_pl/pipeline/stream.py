@@ -1,6 +1,6 @@
 """Hidden states of many sequences, moved through the blocks one after the other."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from nowag_pl.models.streaming import StreamedModel, find_linears
 from nowag_pl.modules import SecondMoment
+from nowag_pl.pipeline.progress import block_progress
+from nowag_pl.pipeline.ranks import Ranks
 
 
 class HiddenStream:
@@ -40,9 +42,40 @@ class HiddenStream:
             if advance:
                 self._hidden[number] = output.cpu()
 
+    def take(self, indices: Iterable[int]) -> Tensor:
+        """Return the hidden states of some of the windows, `[len(indices), seq_len, hidden]`."""
+        size = len(self._hidden[0])
+        return torch.stack([self._hidden[index // size][index % size] for index in indices])
+
     def batches(self) -> Iterator[Tensor]:
         """Yield the hidden states, `[batch, seq_len, hidden]` each, in the order of the windows."""
         yield from self._hidden
+
+
+def streamed(
+    model: StreamedModel,
+    load_block: Callable[[int], nn.Module],
+    title: str,
+    windows: Tensor,
+    batch_size: int,
+    ranks: Ranks,
+) -> HiddenStream:
+    """Return this rank's share of windows behind the last block.
+
+    Args:
+        model: embeddings, and what the blocks are called with.
+        load_block: gives a block.
+        title: for the progress bar.
+        windows: token ids `[num_windows, seq_len]`, the same on every rank.
+        batch_size: windows that pass a block together.
+        ranks: who shares them.
+    """
+    stream = HiddenStream(model, ranks.share(windows), batch_size)
+    with block_progress(title, len(model), ranks.is_zero) as report:
+        for index in range(len(model)):
+            stream.run(load_block(index).to(model.device), index)
+            report("")
+    return stream
 
 
 @contextmanager

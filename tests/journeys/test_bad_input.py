@@ -189,6 +189,32 @@ def test_text_that_is_not_utf8(option, fit, tmp_path):
     assert_refused(fit(f"--data.{option}={value}"), r"latin1\.txt", "UTF-8")
 
 
+@pytest.mark.parametrize("option", ["calibration_files", "eval_files"])
+def test_rows_without_text(option, fit, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"body": "of the model"}\n')
+    value = {"calibration_files": f"[{path}]", "eval_files": f"{{mine: {path}}}"}[option]
+    assert_refused(fit(f"--data.{option}={value}"), rf"data\.{option}", r"rows\.jsonl", "column 'text'", "body")
+
+
+def test_folder_instead_of_a_text(fit, tmp_path):
+    assert_refused(fit(f"--data.eval_files={{mine: {tmp_path}}}"), r"data\.eval_files\.mine", "save_to_disk", "folder")
+
+
+def test_dataset_without_network_names_the_file_that_would_do(fit, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    dataset = "{path: nobody/nothing, data_files: en/part.json.gz, protocol: c4}"
+    outcome = fit(f"--data.eval_datasets={{c4: {dataset}}}")
+    assert_refused(outcome, r"data\.eval_datasets\.c4", "en/part.json.gz of nobody/nothing", "data_files")
+
+
+def test_stream_without_an_end(fit):
+    outcome = fit("--data.calibration_dataset.path=nobody/nothing", "--data.calibration_dataset.streaming=true")
+    assert_refused(outcome, "max_documents")
+
+
 def test_pattern_that_does_not_divide_names_the_linear(fit):
     outcome = fit("--compression.compressor.sparsity=null", "--compression.compressor.pattern=[2, 5]")
     assert_refused(outcome, r"model\.layers\.0\.\S+proj", "divisible by 5")

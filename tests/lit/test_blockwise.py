@@ -73,7 +73,7 @@ def test_every_block_comes_nearer_to_its_targets(family, compressor, finetuned):
     rows = run.finetuning_statistics()
     assert all(0 < row["after"] <= row["before"] and row["epochs"] == 3 for row in rows)
     assert sum(row["after"] for row in rows) < 0.95 * sum(row["before"] for row in rows)
-    run.check_fixed(run.assemble(finetuned=True))
+    run.compressed().check_fixed(run.compressed(finetuned=True).assemble())
 
 
 @pytest.mark.parametrize("targets", ["block", "model"])
@@ -88,7 +88,7 @@ def test_inputs_and_targets_are_those_of_the_oracle(targets, finetuned, model_fo
     monkeypatch.setattr(blockwise._Blockwise, "_finetune_block", spy)
     run = finetuned(targets=targets)
     windows = torch.cat([TRAIN, HELD_OUT])
-    compressed, dense = run.assemble(finetuned=True), load_whole(model_folder("qwen2"))
+    compressed, dense = run.compressed(finetuned=True).assemble(), load_whole(model_folder("qwen2"))
     inputs, own_stream = hidden_states(compressed, windows), hidden_states(dense, windows)
     assert sorted(pairs) == [0, 1, 2]
     for index, (hidden, wanted) in pairs.items():
@@ -105,7 +105,7 @@ def test_inputs_and_targets_are_those_of_the_oracle(targets, finetuned, model_fo
 
 def test_reported_error_is_the_oracles(finetuned, model_folder):
     run = finetuned()
-    hidden = hidden_states(run.assemble(finetuned=True), HELD_OUT)[2]
+    hidden = hidden_states(run.compressed(finetuned=True).assemble(), HELD_OUT)[2]
     dense = run.model.load_block(2)
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """Windows for calibration, training and evaluation."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ pytest_plugins = ["tiny_fixtures"]
 def datamodule(model_folder, workplace):
     """Make a data module that stands before a trainer of `world_size` processes."""
 
-    def make(rank=0, world_size=1, model=None, **settings):
+    def make(rank=0, world_size=1, model=None, compressing=True, **settings):
         settings = {
             "calibration_files": [str(workplace / "calibration.txt")],
             "eval_files": {"held_out": str(workplace / "eval.txt")},
@@ -27,7 +28,9 @@ def datamodule(model_folder, workplace):
         } | settings
         module = TokenDataModule(**settings)
         lightning_module = SimpleNamespace(checkpoint=Checkpoint(str(model or model_folder())))
-        module.trainer = SimpleNamespace(lightning_module=lightning_module, global_rank=rank, world_size=world_size)
+        module.trainer = SimpleNamespace(
+            lightning_module=lightning_module, global_rank=rank, world_size=world_size, compressing=compressing
+        )
         module.prepare_data()
         module.setup("validate")
         return module
@@ -94,6 +97,80 @@ def test_several_texts_keep_their_names_and_order(datamodule, workplace):
     assert sizes == [len(module.eval_windows["second"]), len(module.eval_windows["first"])]
 
 
+@pytest.fixture
+def hub(monkeypatch):
+    """Let every dataset of the hub hold texts that name its split, and tell which are opened."""
+    opened = []
+
+    def documents(self):
+        opened.append(self)
+        return [f"the {self.split} block of row {i} " * 9 for i in range(1100)]
+
+    monkeypatch.setattr(HubDataset, "documents", documents)
+    return opened
+
+
+def test_each_text_is_cut_by_its_own_protocol(datamodule, hub, tmp_path):
+    names = {"stream": "stream", "c4": "c4", "c4-new": "c4-new"}
+    sources = {name: HubDataset("a/b", protocol=protocol) for name, protocol in names.items()}
+    module = datamodule(eval_files=None, eval_datasets=sources, cache_dir=str(tmp_path))
+    assert module.eval_names == list(names)
+    windows = module.eval_windows
+    assert [len(windows[name]) for name in ("c4", "c4-new")] == [256, 256]
+    assert len(windows["stream"]) > 256
+    assert not torch.equal(windows["c4"], windows["c4-new"])
+    assert not torch.equal(windows["stream"][:256], windows["c4-new"])
+    assert hub == list(sources.values())
+
+
+def test_hub_texts_are_opened_by_the_first_rank_only(datamodule, hub, tmp_path):
+    settings = {
+        "calibration_files": None,
+        "calibration_dataset": HubDataset("a/b"),
+        "eval_files": None,
+        "eval_datasets": {"held_out": HubDataset("a/b", split="test")},
+        "cache_dir": str(tmp_path / "cache"),
+    }
+    first = datamodule(0, 2, **settings)
+    assert len(hub) == 2
+    second = datamodule(1, 2, **settings)
+    assert torch.equal(first.calibration_windows(5, 0), second.calibration_windows(5, 0))
+    assert torch.equal(first.eval_windows["held_out"], second.eval_windows["held_out"])
+    assert len(hub) == 2
+
+
+@pytest.mark.parametrize(("world_size", "compressing"), [(1, True), (2, False)])
+def test_calibration_text_is_not_opened_before_it_is_needed(world_size, compressing, datamodule, hub, tmp_path):
+    calibration = {"calibration_files": None, "calibration_dataset": HubDataset("a/b"), "cache_dir": str(tmp_path)}
+    module = datamodule(0, world_size, compressing=compressing, **calibration)
+    assert hub == []
+    module.calibration_windows(1, 0)
+    assert hub == [HubDataset("a/b")]
+
+
+def test_files_of_rows_are_read_by_their_suffix(datamodule, workplace, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+    texts = [read_text_file(workplace / "eval.txt"), "the block"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "joined.txt").write_text("\n\n".join(texts))
+    files = {kind: str(tmp_path / kind) for kind in ("rows.jsonl", "joined.txt")}
+    module = datamodule(eval_files=files, calibration_files=[files["rows.jsonl"]])
+    assert torch.equal(module.eval_windows["rows.jsonl"], module.eval_windows["joined.txt"])
+    assert torch.equal(module.calibration_tokens, tokens_of(tmp_path / "joined.txt", module.checkpoint).int())
+
+
+def test_error_names_the_option(datamodule):
+    with pytest.raises(ValueError, match=r"^data\.eval_files\.mine: Expected no\.jsonl to be a readable"):
+        datamodule(eval_files={"mine": "no.jsonl"})
+    with pytest.raises(ValueError, match=r"^data\.eval_datasets\.mine: Could not open dataset 'json'"):
+        datamodule(eval_datasets={"mine": HubDataset("json", data_files="no.jsonl")})
+    module = datamodule(calibration_files=["no.txt"])
+    with pytest.raises(ValueError, match=r"^data\.calibration_files: Expected no\.txt to be a readable"):
+        module.calibration_windows(1, 0)
+
+
 def test_training_batches_are_windows_of_the_calibration_text(datamodule):
     module = datamodule(train_batch_size=3)
     batches = list(module.train_dataloader())
@@ -150,6 +227,16 @@ def test_length_over_the_context_is_refused(datamodule):
 def test_files_and_dataset_together_are_refused(workplace):
     with pytest.raises(ValueError, match=r"calibration_files or data\.calibration_dataset"):
         TokenDataModule(calibration_files=["a"], calibration_dataset=HubDataset("b"))
+
+
+def test_calibration_by_a_protocol_for_evaluation_is_refused():
+    with pytest.raises(ValueError, match=r"calibration_dataset\.protocol to be 'stream', but got 'c4'"):
+        TokenDataModule(calibration_dataset=HubDataset("b", protocol="c4"))
+
+
+def test_one_name_for_two_texts_is_refused():
+    with pytest.raises(ValueError, match=r"data\.eval_files or data\.eval_datasets, but got 'c4' in both"):
+        TokenDataModule(eval_files={"c4": "a.txt"}, eval_datasets={"c4": HubDataset("b")})
 
 
 @pytest.mark.parametrize(

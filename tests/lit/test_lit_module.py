@@ -1,6 +1,7 @@
 """The LightningModule and the trainer around it, without the command line."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_model_is_configured_once(model_folder):
 
 def test_what_was_assembled_is_taken(model_folder):
     module, model = LitCausalLM(str(model_folder())), torch.nn.Identity()
-    module.assemble = lambda: model
+    module.compressed = SimpleNamespace(assemble=lambda: model)
     module.configure_model()
     assert module.model is model
 

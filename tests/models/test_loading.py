@@ -188,6 +188,14 @@ def test_code_in_a_model_folder_is_never_run(own_model, tmp_path):
     assert not marker.exists()
 
 
+def test_multimodal_model_is_refused(own_model):
+    (own_model / "config.json").write_text('{"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}')
+    message = r"text alone in \S+own_model, but got one of type 'gemma3' around a text model of type 'gemma3_text'"
+    for use in (lambda checkpoint: checkpoint.build(empty=True), lambda checkpoint: checkpoint.vocab_size):
+        with pytest.raises(ValueError, match=message):
+            use(Checkpoint(str(own_model)))
+
+
 def test_set_module_replaces_by_dotted_name():
     model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU()))
     new = torch.nn.Identity()

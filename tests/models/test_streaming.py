@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from tiny_models import FAMILIES, edit_json, load_whole, num_linears, random_tokens
+from tiny_models import EXPERT_FAMILIES, FAMILIES, edit_json, load_whole, num_linears, random_tokens, save_tiny_model
 from torch import nn
 
+from nowag_pl.models import streaming
 from nowag_pl.models.loading import Checkpoint
 from nowag_pl.models.streaming import StreamedModel, find_blocks, find_linears
 
 pytest_plugins = ["tiny_fixtures"]
 
-TOKENS = random_tokens(3, seq_len=24)  # three windows of Mistral's sliding attention
+TOKENS = random_tokens(3, seq_len=24)  # three windows of sliding attention, longer than any rope's first context
 
 
 @torch.no_grad()
@@ -47,17 +48,61 @@ def test_streamed_logits_under_eager_attention(family, model_folder):
     torch.testing.assert_close(streamed_logits(StreamedModel(checkpoint), TOKENS), expected, atol=1e-5, rtol=0)
 
 
-def test_sliding_window_reaches_the_blocks(model_folder, tmp_path):
-    narrow = whole_logits(model_folder("mistral"), TOKENS)
-    wide = whole_logits(model_folder("mistral", sliding_window=None), TOKENS)
-    assert not torch.allclose(narrow[:, 12:], wide[:, 12:], atol=1e-3)  # else the tests above prove nothing
+@pytest.mark.parametrize(
+    ("family", "name", "value"),
+    [
+        ("llama3", "rope_parameters", {"rope_type": "default", "rope_theta": 5e5}),
+        ("mistral", "sliding_window", None),
+        ("gemma2", "attn_logit_softcapping", None),
+        ("gemma2", "final_logit_softcapping", None),
+        ("gemma2", "sliding_window", 64),
+        ("gemma3", "sliding_window", 64),
+        ("gemma3", "rope_parameters", {f"{kind}_attention": {"rope_theta": 1e4} for kind in ("full", "sliding")}),
+        ("phi3", "rope_parameters", {"rope_type": "default", "rope_theta": 1e4}),
+    ],
+)
+def test_specifics_of_a_family_change_what_it_says(family, name, value, model_folder, tmp_path):
+    usual = whole_logits(model_folder(family), TOKENS)
+    other = whole_logits(save_tiny_model(tmp_path / "other", family, **{name: value}), TOKENS)
+    assert not torch.allclose(usual[:, 12:], other[:, 12:], atol=1e-3)  # else the tests above prove nothing
 
 
-def test_blocks_take_any_batch_size(model_folder):
-    model = StreamedModel(Checkpoint(str(model_folder("qwen3"))))
-    together = streamed_logits(model, TOKENS)
-    alone = torch.cat([streamed_logits(model, tokens[None]) for tokens in TOKENS])
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    ],
+)
+def test_variant_of_a_family(family, settings, model_folder):
+    folder = model_folder(family, **settings)
+    expected = whole_logits(folder, TOKENS)
+    torch.testing.assert_close(
+        streamed_logits(StreamedModel(Checkpoint(str(folder))), TOKENS), expected, atol=1e-5, rtol=0
+    )
+    assert not torch.allclose(expected, whole_logits(model_folder(family), TOKENS), atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_shape_in_any_order(family, model_folder):
+    model, whole = StreamedModel(Checkpoint(str(model_folder(family)))), load_whole(model_folder(family))
+    for size, seq_len in ((3, 24), (2, 6), (1, 8), (2, 9), (1, 24), (3, 17), (3, 24)):
+        tokens = random_tokens(size, seq_len, seed=seq_len)
+        hidden = model.embed(tokens).hidden
+        with torch.no_grad():
+            for index in range(len(model)):
+                hidden = model.forward_block(model.load_block(index), hidden, model.arguments(index, size, seq_len))
+            expected = whole(tokens, use_cache=False).logits
+        torch.testing.assert_close(model.head(hidden), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_logits_in_bfloat16(family, model_folder):
+    checkpoint = Checkpoint(str(model_folder(family, dtype=torch.bfloat16)))
+    with torch.no_grad():
+        expected = checkpoint.load()(TOKENS, use_cache=False).logits
+    assert expected.dtype == torch.bfloat16
+    assert torch.equal(streamed_logits(StreamedModel(checkpoint), TOKENS), expected)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -141,3 +186,49 @@ def test_missing_tensor_of_a_block_is_named(model_folder, tmp_path):
     model = StreamedModel(Checkpoint(str(folder)))
     with pytest.raises(ValueError, match=r"model\.layers\.3\.\S+weight"):
         model.load_block(3)
+
+
+@pytest.mark.parametrize("family", EXPERT_FAMILIES)
+def test_experts_are_refused(family, model_folder):
+    message = (
+        rf"dense model, but got one of type '{family}' with experts in model\.layers\.0\.mlp\.experts.*not supported"
+    )
+    with pytest.raises(ValueError, match=message):
+        StreamedModel(Checkpoint(str(model_folder(family))))
+
+
+def test_experts_behind_a_dense_block_are_refused(tmp_path):
+    folder = save_tiny_model(tmp_path / "model", "qwen3_moe", mlp_only_layers=[0, 1])
+    with pytest.raises(ValueError, match=r"experts in model\.layers\.2\.mlp"):
+        StreamedModel(Checkpoint(str(folder)))
+
+
+def test_arguments_that_depend_on_the_tokens_are_refused(model_folder, monkeypatch):
+    model = StreamedModel(Checkpoint(str(model_folder())))
+    monkeypatch.setattr(model.skeleton.model.rotary_emb, "forward", lambda hidden, position_ids: (hidden, hidden))
+    with pytest.raises(ValueError, match="'position_embeddings' of a model of type 'llama' depends on the tokens"):
+        model.arguments(0, 2, 4)
+
+
+class Doubled(nn.ModuleList):
+    """A list of blocks whose model does something between them."""
+
+    def __getitem__(self, index):
+        return [lambda hidden, block=block, **arguments: block(2 * hidden, **arguments) for block in self]
+
+
+def test_computation_between_blocks_is_refused(model_folder, monkeypatch):
+    model = StreamedModel(Checkpoint(str(model_folder())))
+    monkeypatch.setattr(streaming.nn, "ModuleList", Doubled)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM to pass hidden states.*as they are.*not supported"):
+        model.embed(TOKENS)
+
+
+def test_positional_arguments_are_recorded_by_name():
+    class Block(nn.Module):
+        def forward(self, hidden_states, attention_mask, scale=1.0, **more):
+            raise AssertionError
+
+    calls = []
+    streaming._StandIn(Block(), lambda *call: calls.append(call))(TOKENS, None, 3.0, position_ids=4)
+    assert calls == [(TOKENS, {"attention_mask": None, "scale": 3.0, "position_ids": 4})]

@@ -5,6 +5,7 @@ import torch
 from tiny_models import random_tokens
 
 from nowag_pl import NoWagPruner, NoWagQuantizer
+from nowag_pl.models.checkpoint import stored_state
 from nowag_pl.models.loading import Checkpoint
 from nowag_pl.pipeline import compression, finetuning
 from nowag_pl.pipeline.run import CompressionRun
@@ -35,7 +36,7 @@ def trained(run, index):
 
 
 def test_compressed_block_is_that_of_the_whole_model(run):
-    whole = run.assemble().model.layers[1]
+    whole = run.compressed().assemble().model.layers[1]
     block = finetuning.load_compressed_block(run.model, run.store, 1)
     assert block.state_dict().keys() == whole.state_dict().keys()
     for name, tensor in whole.state_dict().items():
@@ -47,7 +48,7 @@ def test_finetuned_block_comes_back_rounded_as_it_is_stored(run):
     finetuning.write_block(run.store, 1, block, {"seconds": 0.0})
     back = finetuning.load_finetuned_block(run.model, run.store, 1)
     expected = finetuning.load_compressed_block(run.model, run.store, 1)
-    expected.load_state_dict(finetuning.block_storage(block))
+    expected.load_state_dict(stored_state(block))
     for name, tensor in expected.state_dict().items():
         assert torch.equal(back.state_dict()[name], tensor), name
     assert not torch.equal(back.input_layernorm.weight, run.model.load_block(1).input_layernorm.weight)
@@ -55,7 +56,7 @@ def test_finetuned_block_comes_back_rounded_as_it_is_stored(run):
 
 def test_storage_of_a_trained_block_is_as_small_as_before(run):
     def size(block):
-        return sum(tensor.nbytes for tensor in finetuning.block_storage(block).values())
+        return sum(tensor.nbytes for tensor in stored_state(block).values())
 
     assert size(trained(run, 0)) == size(finetuning.load_compressed_block(run.model, run.store, 0))
 
@@ -63,33 +64,33 @@ def test_storage_of_a_trained_block_is_as_small_as_before(run):
 def test_assembled_model_takes_the_finetuned_blocks(run):
     for index in range(3):
         finetuning.write_block(run.store, index, trained(run, index), {"seconds": 0.0})
-    model = run.assemble(finetuned=True)
+    model = run.compressed(finetuned=True).assemble()
     for index in range(3):
         block = finetuning.load_finetuned_block(run.model, run.store, index)
         for name, tensor in block.state_dict().items():
             assert torch.equal(model.model.layers[index].state_dict()[name], tensor), name
-    run.check_fixed(model)
+    run.compressed().check_fixed(model)
 
 
 def test_changed_mask_or_code_is_told(run):
-    model = run.assemble()
-    run.check_fixed(model)
+    model = run.compressed().assemble()
+    run.compressed().check_fixed(model)
     linear = model.get_submodule("model.layers.2.mlp.up_proj")
     ((name, tensor),) = list(linear.fixed().items())
     tensor.view(-1)[0] ^= 1
-    with pytest.raises(RuntimeError, match=rf"{name} of model\.layers\.2\.mlp\.up_proj to stay fixed"):
-        run.check_fixed(model)
+    with pytest.raises(RuntimeError, match=rf"{name} of mlp\.up_proj of block 2 to stay fixed"):
+        run.compressed().check_fixed(model)
 
 
 def test_linear_of_another_shape_or_kind_is_told(run):
-    model = run.assemble()
+    model = run.compressed().assemble()
     linears = compression.read_block(run.store, 0)
     model.model.layers[0].mlp.up_proj = linears["mlp.down_proj"]
-    with pytest.raises(RuntimeError, match=r"model\.layers\.0\.mlp\.up_proj to stay"):
-        run.check_fixed(model)
+    with pytest.raises(RuntimeError, match=r"mlp\.up_proj of block 0 to stay"):
+        run.compressed().check_fixed(model)
     model.model.layers[0].mlp.up_proj = torch.nn.Linear(32, 48)
-    with pytest.raises(RuntimeError, match=r"model\.layers\.0\.mlp\.up_proj to stay"):
-        run.check_fixed(model)
+    with pytest.raises(RuntimeError, match=r"mlp\.up_proj of block 0 to stay"):
+        run.compressed().check_fixed(model)
 
 
 def test_finetuning_before_compressing_is_refused(model_folder, tmp_path):

@@ -205,7 +205,7 @@ def test_compressor_of_ones_own_is_taken(model_folder, tmp_path):
 
     run = calibrated(model_folder("qwen2"), tmp_path / "run")
     run.compress(Second())
-    weight = run.assemble().model.layers[2].mlp.up_proj.weight
+    weight = run.compressed().assemble().model.layers[2].mlp.up_proj.weight
     assert (weight.flatten()[1::2] == 0).all()
     assert (weight.flatten()[::2] != 0).all()
 
@@ -218,7 +218,7 @@ def test_failing_compressor_names_the_linear(model_folder, tmp_path):
 
 def test_assembled_model_holds_what_the_artefacts_hold(model_folder, tmp_path):
     run = everything(model_folder("qwen3"), tmp_path / "run")
-    model, whole = run.assemble(), load_whole(model_folder("qwen3"))
+    model, whole = run.compressed().assemble(), load_whole(model_folder("qwen3"))
     for index in range(3):
         linears = read_block(run.store, index)
         for name, linear in linears.items():
@@ -250,7 +250,7 @@ def test_report_numbers_recomputed(compressor, model_folder, tmp_path):
         "one_shot": {"perplexity": {"one": 6.0}, "kl_divergence": {"one": 0.1}},
     }
     report = build_report(run, 24, metrics, {"evaluation": 1.5})
-    whole, compressed = load_whole(folder), run.assemble()
+    whole, compressed = load_whole(folder), run.compressed().assemble()
     total_bits = total_removed = total = 0.0
     for row in report["linears"]:
         dense, linear = whole.get_submodule(row["name"]), compressed.get_submodule(row["name"])

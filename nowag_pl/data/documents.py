@@ -1,0 +1,177 @@
+"""Documents out of local files, by their suffix, out of datasets saved to disk, and out of a dataset's rows."""
+
+import glob
+import gzip
+import logging
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+_log = logging.getLogger(__name__)
+SHUFFLE_BUFFER = 10_000  # documents of a stream among which the next one is drawn
+_TABLES = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def read_text_file(path: str | Path) -> str:
+    """Read one UTF-8 text file, which may be compressed as .gz.
+
+    Raises:
+        ValueError: the file is missing, not readable, or not UTF-8 text.
+    """
+    path = Path(path)
+    try:
+        return gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"Expected {path} to be a readable UTF-8 text file, but got: {reason}.") from error
+
+
+def builder_of(path: str | Path) -> str | None:
+    """Return the builder of :func:`datasets.load_dataset` that reads a file of this suffix; None for plain text.
+
+    >>> builder_of("a.jsonl.gz"), builder_of("b.parquet"), builder_of("c.txt")
+    ('json', 'parquet', None)
+    """
+    name = Path(path).name.lower().removesuffix(".gz")
+    return _TABLES.get(Path(name).suffix)
+
+
+def read_documents(path: str | Path, column: str = "text") -> list[str]:
+    """Read a local file or a dataset saved to disk.
+
+    Args:
+        path: a table (.json, .jsonl, .ndjson, .parquet, .csv; rows are documents), any other UTF-8 text file (one
+            document), each of them also as .gz, or a folder that `save_to_disk` wrote.
+        column: of a table, the column that holds the text.
+
+    Raises:
+        ValueError: the file is missing, damaged, empty or of a kind that is not read, it has no such column, or the
+            folder holds several splits or no dataset.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return rows_to_documents(open_saved(path, None), column, str(path))
+    builder = builder_of(path)
+    if builder is None:
+        return [_read_other_file(path)]
+    if not path.is_file():
+        raise ValueError(f"Expected {path} to be a readable file, but there is none.")
+    from datasets import load_dataset
+
+    _log.info("Reading %s", path)
+    try:
+        rows = load_dataset(builder, data_files=glob.escape(str(path)), split="train")
+    except Exception as error:  # of many types: each means that the file is not what its suffix says
+        reason = first_line(error.__cause__ or error)
+        raise ValueError(f"Expected {path} to be a readable {builder} file with rows, but got: {reason}.") from error
+    return rows_to_documents(rows, column, str(path))
+
+
+def _read_other_file(path: Path) -> str:
+    try:
+        return read_text_file(path)
+    except ValueError as error:
+        if not path.is_file() or path.suffix in {"", ".txt", ".text", ".md"}:
+            raise
+        raise ValueError(
+            f"{error} Files of rows are known by their suffix: {', '.join(_TABLES)}, or these .gz."
+        ) from error
+
+
+def is_saved(folder: Path) -> bool:
+    """Return whether `save_to_disk` wrote this folder."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def open_saved(folder: Path, split: str | None) -> "Dataset":
+    """Open a dataset that `save_to_disk` wrote.
+
+    Args:
+        folder: it.
+        split: which of its splits. None where there is only one.
+
+    Raises:
+        ValueError: there is no such dataset or split, or it has several splits and none is named.
+    """
+    from datasets import DatasetDict, load_from_disk
+
+    if not is_saved(folder):
+        raise ValueError(
+            f"Expected a file or a dataset that save_to_disk wrote, but {folder} is another folder. Name its files."
+        )
+    try:
+        opened = load_from_disk(str(folder))
+    except Exception as error:
+        raise ValueError(f"Could not read the saved dataset in {folder}: {first_line(error)}.") from error
+    is_dict = isinstance(opened, DatasetDict)
+    splits = dict(opened) if is_dict else {str(opened.split or "train"): opened}
+    if split is None and len(splits) == 1:
+        return next(iter(splits.values()))
+    if split == "train" and not is_dict:
+        return opened  # "train" is also what is meant where nothing is said
+    if split in splits:
+        return splits[split]
+    wanted = "one split" if split is None else f"split {split!r}"
+    raise ValueError(
+        f"Expected {wanted} in the saved dataset {folder}, but got {sorted(splits)}. Name one: path and split in "
+        "data.calibration_dataset or data.eval_datasets."
+    )
+
+
+def rows_to_documents(
+    rows: "Dataset | IterableDataset",
+    column: str,
+    name: str,
+    max_documents: int | None = None,
+    shuffle_seed: int | None = None,
+) -> list[str]:
+    """Read the text of a dataset's rows.
+
+    Args:
+        rows: the dataset, which may be a stream: of it only as many rows are read as needed.
+        column: column that holds the text.
+        name: what messages call the dataset.
+        max_documents: number of rows to read. None: all.
+        shuffle_seed: draw rows at random, of a stream among the next 10,000. None: in order.
+
+    Raises:
+        ValueError: there are no rows, they have no such column, or it holds something else than text.
+    """
+    from datasets import Dataset
+
+    first = next(iter(rows), None)
+    if first is None:
+        raise ValueError(f"Expected {name} to hold documents, but it is empty.")
+    require_column(list(first), column, name)
+    rows = rows.select_columns([column])
+    if isinstance(rows, Dataset):
+        rows = rows if shuffle_seed is None else rows.shuffle(seed=shuffle_seed)
+        documents = list(rows.select(range(min(max_documents or len(rows), len(rows))))[column])
+    else:
+        rows = rows if shuffle_seed is None else rows.shuffle(seed=shuffle_seed, buffer_size=SHUFFLE_BUFFER)
+        documents = [row[column] for row in (rows if max_documents is None else rows.take(max_documents))]
+    for index, document in enumerate(documents):
+        if not isinstance(document, str):
+            raise ValueError(
+                f"Expected text in column {column!r} of {name}, but row {index} holds {type(document).__name__}."
+            )
+    return documents
+
+
+def require_column(columns: list[str], column: str, name: str) -> None:
+    """Check that a dataset has the column of the text.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if column not in columns:
+        raise ValueError(f"Expected {name} to have a column {column!r}, but got {columns}.")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the beginning of another library's error text."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200].rstrip(".: ")
