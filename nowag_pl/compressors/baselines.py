@@ -19,7 +19,7 @@ class MagnitudePruner(Pruner):
 
     def scores(self, weight: Tensor, second_moment: Tensor) -> Tensor:
         """Return the absolute weights, `[out, in]`."""
-        return weight.float().abs()
+        return weight.abs().float()
 
 
 @dataclass(frozen=True)

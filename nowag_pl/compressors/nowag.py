@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from nowag_pl.compressors.protocol import check_inputs
 from nowag_pl.compressors.pruner import Pruner
 from nowag_pl.functional.kmeans import weighted_kmeans
-from nowag_pl.functional.normalization import Normalized, normalize
+from nowag_pl.functional.chunks import empty_like, fill_rows
+from nowag_pl.functional.normalization import Normalized, normalize, normalize_rows, norms
 from nowag_pl.functional.pruning import keep_structured, nowag_scores
 from nowag_pl.modules import VQLinear
 
@@ -42,7 +43,11 @@ class NoWagPruner(Pruner):
 
     def scores(self, weight: Tensor, second_moment: Tensor) -> Tensor:
         """Return NoWag-P's importance, `[out, in]`."""
-        return nowag_scores(normalize(weight).weight, second_moment)
+        in_scale, out_scale = norms(weight)
+        return fill_rows(
+            empty_like(weight, torch.float32),
+            lambda rows: nowag_scores(normalize_rows(weight[rows], in_scale, out_scale[rows]), second_moment),
+        )
 
     def keep(self, scores: Tensor) -> Tensor:
         """Return the mask, `[out, in]`."""

@@ -48,8 +48,7 @@ class Pruner(ABC):
     def compress(self, linear: nn.Linear, second_moment: Tensor) -> nn.Module:
         """Prune one linear; see :class:`~nowag_pl.compressors.protocol.Compressor`."""
         check_inputs(linear, second_moment)
-        scores = self.scores(linear.weight, second_moment.to(linear.weight.device))
-        keep = self.keep(scores)
+        keep = self.keep(self.scores(linear.weight, second_moment.to(linear.weight.device)))
         return MaskedLinear(linear.weight, keep, linear.bias, self.pattern)
 
     @abstractmethod

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nowag_pl.functional.chunks import empty_like, fill_rows, row_chunks
+
 
 class Normalized(NamedTuple):
     """A normalised weight and what restores it."""
@@ -32,11 +34,44 @@ def normalize(weight: Float[Tensor, "out in"]) -> Normalized:
         >>> normalized.in_scale.tolist(), normalized.weight.tolist()
         ([5.0, 1.0], [[1.0, 0.0], [1.0, 0.0]])
     """
-    weight = weight.float()
-    in_scale = _norms(weight, dim=0)
-    weight = weight / in_scale
-    out_scale = _norms(weight, dim=1)
-    return Normalized(weight / out_scale[:, None], in_scale, out_scale)
+    in_scale, out_scale = norms(weight)
+    normalized = empty_like(weight, torch.float32)
+    fill_rows(normalized, lambda rows: normalize_rows(weight[rows], in_scale, out_scale[rows]))
+    return Normalized(normalized, in_scale, out_scale)
+
+
+def norms(weight: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "in"], Float[Tensor, "out"]]:
+    """Return r1 and r2 of :func:`normalize`, without the normalised weight.
+
+    Args:
+        weight: matrix of any floating type.
+
+    Returns:
+        `in_scale` and `out_scale`, float32; both are 1 where they would be zero.
+    """
+    chunks = [*row_chunks(*weight.shape)]
+    squares = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    for rows in chunks:  # in float64, so that squares cannot overflow
+        squares += weight[rows].double().square().sum(dim=0)
+    in_scale = _nonzero(squares.sqrt())
+    out_scale = squares.new_empty(len(weight), dtype=torch.float32)
+    for rows in chunks:
+        scaled = weight[rows].float() / in_scale
+        out_scale[rows] = _nonzero(torch.linalg.vector_norm(scaled, dim=1, dtype=torch.float64))
+    return in_scale, out_scale
+
+
+def normalize_rows(
+    weight: Float[Tensor, "rows in"], in_scale: Float[Tensor, "in"], out_scale: Float[Tensor, "rows"]
+) -> Float[Tensor, "rows in"]:
+    """Return some rows of the normalised weight, float32.
+
+    Args:
+        weight: rows of the weight.
+        in_scale: r1.
+        out_scale: r2 of these rows.
+    """
+    return weight.float() / in_scale / out_scale[:, None]
 
 
 def denormalize(
@@ -52,7 +87,7 @@ def denormalize(
     return weight * in_scale * out_scale[:, None]
 
 
-def _norms(weight: Tensor, dim: int) -> Tensor:
-    """Return Euclidean norms in float32, 1 where they are zero; float64 inside, so that squares cannot overflow."""
-    norms = torch.linalg.vector_norm(weight, dim=dim, dtype=torch.float64).float()
-    return torch.where(norms > 0, norms, torch.ones_like(norms))
+def _nonzero(values: Tensor) -> Tensor:
+    """Return float32 values, 1 where they are zero."""
+    values = values.float()
+    return torch.where(values > 0, values, torch.ones_like(values))

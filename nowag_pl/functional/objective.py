@@ -4,6 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nowag_pl.functional.chunks import row_chunks
+from nowag_pl.functional.normalization import norms, normalize_rows
+
 
 def normalized_loss(
     weight: Float[Tensor, "out in"],
@@ -26,9 +29,30 @@ def normalized_loss(
         0.25
     """
     total = _weighted_sum_of_squares(weight, second_moment)
-    if total == 0:
-        return 0.0
-    return _weighted_sum_of_squares(weight - reconstruction, second_moment) / total
+    return _weighted_sum_of_squares(weight - reconstruction, second_moment) / total if total else 0.0
+
+
+def reconstruction_loss(
+    weight: Float[Tensor, "out in"],
+    reconstruction: Float[Tensor, "out in"],
+    second_moment: Float[Tensor, "in"],
+) -> float:
+    """Return :func:`normalized_loss` of matrices that are not normalised, a chunk of rows in memory at a time.
+
+    Args:
+        weight: weight W, by whose norms both are normalised.
+        reconstruction: compressed weight W_hat.
+        second_moment: h, mean of the squared input of each column.
+    """
+    in_scale, out_scale = norms(weight)
+    error = total = 0.0
+    for rows in row_chunks(*weight.shape):
+        dense = normalize_rows(weight[rows], in_scale, out_scale[rows])
+        error += _weighted_sum_of_squares(
+            dense - normalize_rows(reconstruction[rows], in_scale, out_scale[rows]), second_moment
+        )
+        total += _weighted_sum_of_squares(dense, second_moment)
+    return error / total if total else 0.0
 
 
 def _weighted_sum_of_squares(matrix: Tensor, column_weights: Tensor) -> float:

@@ -3,6 +3,7 @@
 Bits are little-endian: value i fills bits `i * bits` to `(i + 1) * bits - 1` of the byte string, lowest bit first.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import combinations
 from math import ceil, comb
@@ -10,6 +11,8 @@ from math import ceil, comb
 import torch
 from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
+
+from nowag_pl.functional import chunks
 
 _SLOTS = 8  # eight values of b bits fill b bytes
 MAX_BITS = 24
@@ -47,6 +50,11 @@ def pack(values: Int[Tensor, "n"] | UInt8[Tensor, "n"], bits: int) -> UInt8[Tens
     _check_bits(bits)
     if len(values) and not 0 <= int(values.min()) <= int(values.max()) < 2**bits:
         raise ValueError(f"Expected values in [0, 2^{bits}), but got {int(values.min())} to {int(values.max())}.")
+    return torch.cat([_pack_part(part, bits) for part in values.split(_part_size())])
+
+
+def _pack_part(values: Tensor, bits: int) -> Tensor:
+    """Pack some values, of which eight each fill whole bytes."""
     slots = torch.nn.functional.pad(values.to(torch.int32), (0, -len(values) % _SLOTS)).view(-1, _SLOTS)
     packed = torch.zeros(len(slots), bits, dtype=torch.int32, device=values.device)  # [n / 8, bits]
     for slot in range(_SLOTS if bits else 0):
@@ -71,18 +79,34 @@ def unpack(packed: UInt8[Tensor, "bytes"], bits: int, count: int) -> Int[Tensor,
     Raises:
         ValueError: `bits` is out of range, or the number of bytes does not belong to `count` values.
     """
+    values = torch.empty(count, dtype=torch.int32, device=packed.device)
+    for places, part in _unpacked_parts(packed, bits, count):
+        values[places] = part
+    return values
+
+
+def _unpacked_parts(
+    packed: Tensor, bits: int, count: int, weights_per_value: int = 1
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the places and values of one part after the other."""
     _check_bits(bits)
     if len(packed) != ceil(count * bits / 8):
         raise ValueError(
             f"Expected {ceil(count * bits / 8)} bytes for {count} values of {bits} bits, but got {len(packed)}."
         )
+    size = _part_size(weights_per_value)
+    for start in range(0, count, size):
+        part = packed[start * bits // 8 : (start + size) * bits // 8]
+        yield slice(start, start + size), _unpack_part(part, bits, min(size, count - start))
+
+
+def _unpack_part(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Undo :func:`_pack_part`."""
     rows = ceil(count / _SLOTS)
-    if bits == 0:
-        return torch.zeros(count, dtype=torch.int32, device=packed.device)
+    values = torch.zeros(rows, _SLOTS, dtype=torch.int32, device=packed.device)
     table = torch.nn.functional.pad(packed, (0, rows * bits - len(packed))).view(rows, bits)
     columns = table.to(torch.int32).unbind(dim=1)
-    values = torch.empty(rows, _SLOTS, dtype=torch.int32, device=packed.device)
-    for slot in range(_SLOTS):
+    for slot in range(_SLOTS if bits else 0):
         byte, shift = divmod(slot * bits, 8)
         word = columns[byte]
         for offset in range(1, ceil((shift + bits) / 8)):
@@ -113,16 +137,17 @@ def pack_keep(keep: Bool[Tensor, "out in"], pattern: tuple[int, int] | None = No
         ValueError: the mask does not follow the pattern, or M does not divide its rows.
     """
     if pattern is None:
-        return pack(keep.flatten().to(torch.uint8), bits=1)
+        return pack(keep.flatten().view(torch.uint8), bits=1)
     _check_row(keep.shape[1], pattern)
     groups = keep.reshape(-1, pattern[1])
-    if (groups.sum(dim=1) != pattern[0]).any():
+    parts = groups.split(_part_size(pattern[1]))
+    if any((part.sum(dim=1) != pattern[0]).any() for part in parts):
         raise ValueError(f"Expected a mask with {pattern[0]} kept of every {pattern[1]} weights.")
     if pattern[1] > MAX_TABLE_GROUP:
-        return pack(groups.flatten().to(torch.uint8), bits=1)
-    _, number_of = _pattern_tables(pattern)
+        return pack(groups.flatten().view(torch.uint8), bits=1)
+    number_of = _pattern_tables(pattern)[1].to(keep.device)
     powers = 2 ** torch.arange(pattern[1], device=keep.device)
-    return pack(number_of.to(keep.device)[(groups * powers).sum(dim=1)], pattern_bits(pattern))
+    return torch.cat([_pack_part(number_of[(part * powers).sum(dim=1)], pattern_bits(pattern)) for part in parts])
 
 
 def unpack_keep(
@@ -141,11 +166,16 @@ def unpack_keep(
     count = shape[0] * shape[1]
     if pattern is not None:
         _check_row(shape[1], pattern)
+    keep = torch.empty(shape, dtype=torch.bool, device=packed.device)
     if pattern is None or pattern[1] > MAX_TABLE_GROUP:
-        return unpack(packed, 1, count).bool().view(shape)
-    masks, _ = _pattern_tables(pattern)
-    numbers = unpack(packed, pattern_bits(pattern), count // pattern[1])
-    return masks.to(packed.device)[numbers].view(shape)
+        weights = keep.view(-1)
+        for places, bits in _unpacked_parts(packed, 1, count):
+            weights[places] = bits.bool()
+        return keep
+    masks, groups = _pattern_tables(pattern)[0].to(packed.device), keep.view(-1, pattern[1])
+    for places, numbers in _unpacked_parts(packed, pattern_bits(pattern), len(groups), pattern[1]):
+        groups[places] = masks[numbers]
+    return keep
 
 
 @lru_cache
@@ -157,6 +187,11 @@ def _pattern_tables(pattern: tuple[int, int]) -> tuple[Tensor, Tensor]:
     number_of = torch.zeros(2**group_size, dtype=torch.int64)
     number_of[(masks * 2 ** torch.arange(group_size)).sum(dim=1)] = torch.arange(len(masks))
     return masks, number_of
+
+
+def _part_size(weights_per_value: int = 1) -> int:
+    """Return how many values are packed at a time; their bits fill whole bytes."""
+    return max(chunks.CHUNK_ELEMENTS // weights_per_value // _SLOTS, 1) * _SLOTS
 
 
 def _check_row(num_columns: int, pattern: tuple[int, int]) -> None:

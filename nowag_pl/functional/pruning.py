@@ -5,8 +5,11 @@ order) is kept. NoWag-P is arXiv:2504.14569; Wanda is arXiv:2306.11695.
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
+
+from nowag_pl.functional import chunks
+from nowag_pl.functional.chunks import empty_like, fill_rows, row_chunks
 
 
 def nowag_scores(weight: Float[Tensor, "out in"], second_moment: Float[Tensor, "in"]) -> Float[Tensor, "out in"]:
@@ -26,7 +29,8 @@ def wanda_scores(weight: Float[Tensor, "out in"], second_moment: Float[Tensor, "
         weight: weight, not normalised.
         second_moment: h, mean of the squared input of each column.
     """
-    return weight.float().abs() * second_moment.sqrt()
+    roots = second_moment.sqrt()
+    return fill_rows(empty_like(weight, torch.float32), lambda rows: weight[rows].float().abs() * roots)
 
 
 def keep_largest(scores: Float[Tensor, "rows columns"], sparsity: float) -> Bool[Tensor, "rows columns"]:
@@ -35,7 +39,7 @@ def keep_largest(scores: Float[Tensor, "rows columns"], sparsity: float) -> Bool
     For a comparison over a whole matrix give it as one row: `scores.view(1, -1)`.
 
     Args:
-        scores: importance of each weight.
+        scores: importance of each weight, compared in float32.
         sparsity: fraction of each row to remove, in [0, 1).
 
     Returns:
@@ -53,12 +57,12 @@ def keep_largest(scores: Float[Tensor, "rows columns"], sparsity: float) -> Bool
     num_removed = round(sparsity * scores.shape[1])
     if num_removed == 0:
         return torch.ones_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(num_removed, dim=1, keepdim=True).values
-    keep = scores > threshold
-    num_ties_kept = scores.shape[1] - num_removed - keep.sum(dim=1, keepdim=True)
-    if num_ties_kept.any():
-        ties = scores == threshold
-        keep = keep | (ties & (ties.cumsum(dim=1) <= num_ties_kept))
+    scores = scores.float()
+    keep = empty_like(scores, torch.bool)
+    if scores.shape[1] <= chunks.CHUNK_ELEMENTS:
+        return fill_rows(keep, lambda rows: _keep_in_rows(scores[rows], num_removed))
+    for row, keep_row in zip(scores, keep, strict=True):
+        _keep_in_long_row(row, num_removed, keep_row)
     return keep
 
 
@@ -84,6 +88,75 @@ def keep_n_of_m(scores: Float[Tensor, "out in"], pattern: tuple[int, int]) -> Bo
             f"Expected a number of input features divisible by {group_size} for the pattern {num_kept}:{group_size}, "
             f"but got {scores.shape[1]}."
         )
+    return fill_rows(empty_like(scores, torch.bool), lambda rows: _keep_in_groups(scores[rows], num_kept, group_size))
+
+
+def _keep_in_rows(scores: Tensor, num_removed: int) -> Tensor:
+    """Return the mask of rows `[rows, columns]` that are compared each for itself."""
+    threshold = scores.kthvalue(num_removed, dim=1, keepdim=True).values
+    keep = scores > threshold
+    num_ties_kept = scores.shape[1] - num_removed - keep.sum(dim=1, keepdim=True)
+    if num_ties_kept.any():
+        ties = scores == threshold
+        keep = keep | (ties & (ties.cumsum(dim=1) <= num_ties_kept))
+    return keep
+
+
+def _keep_in_long_row(scores: Tensor, num_removed: int, keep: Tensor) -> None:
+    """Fill the mask `[columns]` of one row in chunks of columns."""
+    threshold = kth_smallest(scores, num_removed)
+    parts = scores.split(chunks.CHUNK_ELEMENTS)
+    num_ties_kept = len(scores) - num_removed - sum(int((part > threshold).sum()) for part in parts)
+    for part, keep_part in zip(parts, keep.split(chunks.CHUNK_ELEMENTS), strict=True):
+        ties = part == threshold
+        keep_part.copy_((part > threshold) | (ties & (ties.cumsum(dim=0) <= num_ties_kept)))
+        num_ties_kept = max(num_ties_kept - int(ties.sum()), 0)
+
+
+def kth_smallest(values: Float[Tensor, "n"], k: int) -> Float[Tensor, ""]:
+    """Return the k-th smallest of many values, counted from 1, without sorting or copying them.
+
+    The bits of floating-point numbers are in the order of the numbers: how often each value of their upper 16 bits
+    occurs tells those of the k-th smallest, and then the same of the lower 16 bits.
+
+    Args:
+        values: float32, none NaN.
+        k: 1 to n.
+
+    Example:
+        >>> import torch
+        >>> kth_smallest(torch.tensor([3.0, -1.0, 2.0]), k=2).item()
+        2.0
+    """
+    parts = values.split(chunks.CHUNK_ELEMENTS)
+    upper, k = _locate(sum(torch.bincount(_order(part) >> 16, minlength=2**16) for part in parts), k)
+    lower, _ = _locate(sum(torch.bincount(_lower_bits(part, upper), minlength=2**16) for part in parts), k)
+    bits = (upper << 16 | lower) - 2**31
+    bits = bits if bits >= 0 else bits ^ 0x7FFFFFFF
+    return torch.tensor(bits, dtype=torch.int32, device=values.device).view(torch.float32)
+
+
+def _order(values: Tensor) -> Tensor:
+    """Return integers in [0, 2^32) in the order of float32 values."""
+    bits = values.view(torch.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() + 2**31
+
+
+def _lower_bits(values: Tensor, upper: int) -> Tensor:
+    """Return the lower bits of those values whose upper bits are given."""
+    order = _order(values)
+    return order[order >> 16 == upper] & 0xFFFF
+
+
+def _locate(counts: Tensor, k: int) -> tuple[int, int]:
+    """Return the bin that holds the k-th value, and which of that bin's values it is."""
+    cumulative = counts.cumsum(dim=0)
+    index = int((cumulative < k).sum())
+    return index, k - (int(cumulative[index - 1]) if index else 0)
+
+
+def _keep_in_groups(scores: Tensor, num_kept: int, group_size: int) -> Tensor:
+    """Return the mask of rows `[rows, columns]` in whole groups."""
     members = scores.reshape(-1, group_size).unbind(dim=1)  # M tensors [groups]
     keep = torch.empty(members[0].shape[0], group_size, dtype=torch.bool, device=scores.device)
     for j, score in enumerate(members):
@@ -106,9 +179,26 @@ def keep_structured(scores: Float[Tensor, "out in"], sparsity: float, dim: int) 
     Raises:
         ValueError: `sparsity` is outside of [0, 1).
     """
-    summed = scores.sum(dim=1 - dim, dtype=torch.float64).float()
-    keep = keep_largest(summed[None], sparsity)[0]
+    sums = [scores[rows].sum(dim=1 - dim, dtype=torch.float64) for rows in row_chunks(*scores.shape)]
+    summed = torch.cat(sums) if dim == 0 else torch.stack(sums).sum(dim=0)
+    keep = keep_largest(summed.float()[None], sparsity)[0]
     return (keep[:, None] if dim == 0 else keep[None, :]).expand(scores.shape).contiguous()
+
+
+def kept_values(weight: Shaped[Tensor, "out in"], keep: Bool[Tensor, "out in"]) -> Shaped[Tensor, "num_kept"]:
+    """Return the weights that a mask keeps, in row-major order.
+
+    Args:
+        weight: dense weight.
+        keep: mask, True where a weight is kept.
+    """
+    values = weight.new_empty(int(keep.count_nonzero()))
+    start = 0
+    for rows in row_chunks(*weight.shape):
+        part = weight[rows][keep[rows]]
+        values[start : start + len(part)] = part
+        start += len(part)
+    return values
 
 
 def check_sparsity(sparsity: float) -> None:

@@ -1,13 +1,15 @@
 """A pruned linear: the kept weights and a mask."""
 
 from collections.abc import Mapping
+from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nowag_pl.functional.bits import masked_bits_per_weight
-from nowag_pl.functional.packing import pack_keep, unpack_keep
+from nowag_pl.functional.packing import pack_keep, pattern_bits, unpack_keep
+from nowag_pl.functional.pruning import kept_values
 from nowag_pl.modules.compressed_linear import CompressedLinear, dtype_name
 
 
@@ -38,10 +40,13 @@ class MaskedLinear(CompressedLinear):
         super().__init__(weight.shape[1], weight.shape[0], bias)
         if keep.shape != weight.shape:
             raise ValueError(f"Expected a mask of shape {tuple(weight.shape)}, but got {tuple(keep.shape)}.")
+        self._hold(kept_values(weight.detach(), keep), pack_keep(keep, pattern), pattern)
+
+    def _hold(self, values: Tensor, mask: Tensor, pattern: tuple[int, int] | None) -> None:
         self.pattern = pattern
-        self.dtype = weight.dtype
-        self.values = nn.Parameter(weight.detach()[keep])  # [num_kept], row-major
-        self.register_buffer("mask", pack_keep(keep, pattern))
+        self.dtype = values.dtype
+        self.values = nn.Parameter(values)  # [num_kept], row-major
+        self.register_buffer("mask", mask)
 
     @property
     def keep(self) -> Tensor:
@@ -52,7 +57,7 @@ class MaskedLinear(CompressedLinear):
     def weight(self) -> Tensor:
         """The weight `[out, in]` with zeros where weights were removed."""
         keep = self.keep
-        return self.values.new_zeros(keep.shape).masked_scatter(keep, self.values)
+        return self.values.new_zeros(keep.shape).masked_scatter_(keep, self.values)
 
     @property
     def bits_per_weight(self) -> float:
@@ -83,12 +88,14 @@ class MaskedLinear(CompressedLinear):
 
     @classmethod
     def empty(cls, settings: Mapping[str, Any]) -> "MaskedLinear":
-        """Return a module with the right shapes; its mask keeps the first weights."""
-        shape, dtype = (settings["out_features"], settings["in_features"]), getattr(torch, settings["dtype"])
+        """Return a module with the right shapes and zeros for values and mask."""
+        in_features, out_features = settings["in_features"], settings["out_features"]
         pattern = None if settings["pattern"] is None else tuple(settings["pattern"])
-        group_size, num_kept = (shape[0] * shape[1], settings["num_kept"])
+        num_bits = out_features * in_features
         if pattern is not None:
-            num_kept, group_size = pattern
-        keep = torch.zeros(shape, dtype=torch.bool).view(-1, group_size)
-        keep[:, :num_kept] = True
-        return cls(torch.zeros(shape, dtype=dtype), keep.view(shape), cls.empty_bias(settings), pattern)
+            num_bits = num_bits // pattern[1] * pattern_bits(pattern)
+        linear = cls.__new__(cls)  # a mask need not be packed to be replaced
+        CompressedLinear.__init__(linear, in_features, out_features, cls.empty_bias(settings))
+        values = torch.zeros(settings["num_kept"], dtype=getattr(torch, settings["dtype"]))
+        linear._hold(values, torch.zeros(ceil(num_bits / 8), dtype=torch.uint8), pattern)
+        return linear

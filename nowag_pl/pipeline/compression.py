@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nowag_pl.compressors import Compressor
-from nowag_pl.functional.normalization import normalize
-from nowag_pl.functional.objective import normalized_loss
+from nowag_pl.functional.objective import reconstruction_loss
 from nowag_pl.models.loading import set_module
 from nowag_pl.models.streaming import StreamedModel, find_linears
 from nowag_pl.modules import CompressedLinear
@@ -91,28 +90,31 @@ def _compress_block(
     moments: Mapping[str, Tensor],
     store: ArtefactStore,
 ) -> None:
-    """Compress the linears of one block, shared out over the ranks, and write them as one artefact."""
+    """Compress the linears of one block, which it loses, shared out over the ranks, and write them as one artefact."""
     started = time.perf_counter()
     linears = find_linears(block)
+    names = list(linears)
     mine = _share(linears, store.ranks)
     results: dict[str, tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]] = {}
     problem = None
     for name in mine:
+        linear = linears.pop(name)
+        set_module(block, name, nn.Identity())  # lets go of the dense weight
         try:
-            compressed = compressor.compress(linears[name], moments[name].to(model.device))
+            compressed = compressor.compress(linear, moments[name].to(model.device))
         except ValueError as error:  # told to all ranks, so that none waits for one that has gone
             problem = f"{model.block_name(index)}.{name}: {error}"
             break
         if not isinstance(compressed, CompressedLinear):
             raise TypeError(f"Expected {compressor!r} to return a CompressedLinear, but got {type(compressed)}.")
-        statistics = measure(linears[name], compressed, moments[name])
+        statistics = measure(linear, compressed, moments[name])
         storage = {key: tensor.cpu() for key, tensor in compressed.storage().items()}
         results[name] = (storage, compressed.description(), statistics)
     for others, their_problem in store.ranks.gather((results, problem)):
         if their_problem is not None:
             raise ValueError(their_problem)
         results |= others
-    ordered = [(name, *results[name]) for name in linears]
+    ordered = [(name, *results[name]) for name in names]
     store.write(
         STAGE,
         index,
@@ -140,11 +142,11 @@ def measure(linear: nn.Linear, compressed: CompressedLinear, second_moment: Tens
         compressed: what became of it.
         second_moment: `[in]`.
     """
-    normalized = normalize(linear.weight)
-    reconstruction = compressed.weight.float() / normalized.in_scale / normalized.out_scale[:, None]
     statistics = {
         "shape": list(linear.weight.shape),
-        "loss": normalized_loss(normalized.weight, reconstruction, second_moment.to(linear.weight.device)),
+        "loss": reconstruction_loss(
+            linear.weight, compressed.weight, second_moment.to(linear.weight.device)
+        ),
         "bits_per_weight": compressed.bits_per_weight,
         "sparsity": compressed.sparsity,
         "bytes": compressed.storage_bytes,
@@ -161,7 +163,8 @@ def read_block(store: ArtefactStore, index: int) -> dict[str, CompressedLinear]:
     for name, description in metadata["linears"].items():
         linears[name] = linear = CompressedLinear.from_description(description)
         prefix = f"{name}."
-        linear.load_state_dict(
-            {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        )
+        own = linear.state_dict()
+        stored = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        state = {key: tensor.to(own[key].dtype) if key in own else tensor for key, tensor in stored.items()}
+        linear.load_state_dict(state, assign=True)  # no second copy
     return linears
