@@ -27,6 +27,7 @@ from callbacks.calibration import ModelCalibration
 from callbacks.compression import ModelCompression
 from callbacks.export import ModelExport
 from callbacks.finetuning import ModelFinetuning
+from callbacks.preflight import ModelPreflight
 from callbacks.reporting import ModelReport
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
@@ -34,6 +35,7 @@ from nowag_pl.lit.preemption import EXIT_CODE, Preemption, install
 from nowag_pl.lit.trainer import CHECKPOINT, CompressionTrainer
 
 CALLBACKS = {
+    "preflight": ModelPreflight,
     "calibration": ModelCalibration,
     "compression": ModelCompression,
     "finetuning": ModelFinetuning,
@@ -65,6 +67,7 @@ class CompressionCLI(LightningCLI):
         )
         parser.link_arguments("run_dir", "model.run_dir")
         parser.link_arguments("compression.enabled", "calibration.enabled")
+        parser.link_arguments("compression.enabled", "preflight.enabled")
         parser.set_defaults({"compression.compressor": {"class_path": "nowag_pl.NoWagPruner"}})
 
     @staticmethod

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.trainer import is_compressing
+from nowag_pl.pipeline.preflight import ModelSizes, StageNeeds, calibration_needs
 
 
 class ModelCalibration(Callback):
@@ -38,6 +39,11 @@ class ModelCalibration(Callback):
         self.batch_size = batch_size
         self.enabled = enabled
         self._done = False
+
+    def needs(self, sizes: ModelSizes, trainer: Trainer) -> list[StageNeeds]:
+        """Return what the stage will need."""
+        seq_len = cast(TokenDataModule, trainer.datamodule).seq_len  # type: ignore[attr-defined]
+        return [calibration_needs(sizes, self.num_sequences, seq_len, self.batch_size)]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Calibrate, once, if this run compresses."""

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from nowag_pl.compressors import Compressor, NoWagPruner
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.trainer import is_compressing
+from nowag_pl.pipeline.preflight import ModelSizes, StageNeeds, compression_needs
 
 _DEFAULT = NoWagPruner()
 
@@ -25,6 +26,10 @@ class ModelCompression(Callback):
         self.enabled = enabled
         self._done = False
         self._logged = False
+
+    def needs(self, sizes: ModelSizes, trainer: Trainer) -> list[StageNeeds]:
+        """Return what the stage will need."""
+        return [compression_needs(sizes)]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Compress, once, and let the module build its model from the result."""

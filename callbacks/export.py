@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.trainer import validated_phase
 from nowag_pl.models.checkpoint import save_compressed
+from nowag_pl.pipeline.preflight import ModelSizes, StageNeeds, export_needs
 
 _log = logging.getLogger("nowag_pl")
 
@@ -22,6 +23,11 @@ class ModelExport(Callback):
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
+
+    def needs(self, sizes: ModelSizes, trainer: Trainer) -> list[StageNeeds]:
+        """Return what the folders will need."""
+        finetunes = any(getattr(each, "finetunes_blocks", False) for each in trainer.callbacks)  # type: ignore[attr-defined]
+        return [export_needs(sizes, 2 if finetunes or trainer.max_epochs != 0 else 1)] if self.enabled else []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder on rank zero, if this run changed the model."""

@@ -1,5 +1,6 @@
 """When blocks are finetuned: while the validation after one-shot compression is set up, before anything is wrapped."""
 
+from math import ceil
 from typing import Any, Literal, cast
 
 import torch
@@ -10,6 +11,7 @@ from nowag_pl.lit.blockwise import BlockwiseSettings, finetune_blocks
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.trainer import is_compressing
+from nowag_pl.pipeline.preflight import ModelSizes, StageNeeds, finetuning_needs
 
 
 class ModelFinetuning(Callback):
@@ -80,6 +82,16 @@ class ModelFinetuning(Callback):
     def finetunes_blocks(self) -> bool:
         """Whether the Trainer shall make room for this and validate afterwards."""
         return self.enabled
+
+    def needs(self, sizes: ModelSizes, trainer: Trainer) -> list[StageNeeds]:
+        """Return what the stage will need."""
+        if not self.enabled:
+            return []
+        settings, data = self.settings, cast(TokenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        num_sequences, num_streams = self.num_sequences + self.num_held_out, 3 if settings.targets == "block" else 4
+        batch_size = ceil(settings.batch_size / trainer.world_size)
+        in_memory = settings.activations == "memory"
+        return [finetuning_needs(sizes, num_sequences, data.seq_len, batch_size, in_memory, num_streams)]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finetune, once, and let the module build its model from the result."""

@@ -12,6 +12,7 @@ from nowag_pl.files import write_json
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.trainer import is_compressing, validated_phase
+from nowag_pl.pipeline.preflight import ModelSizes, StageNeeds, reference_needs, validation_needs
 from nowag_pl.pipeline.report import REPORT_FILE, build_report
 
 
@@ -33,6 +34,15 @@ class ModelReport(Callback):
         self._training_started = 0.0
         self._tables: list[Table] = []
         self._path: Path | None = None
+
+    def needs(self, sizes: ModelSizes, trainer: Trainer) -> list[StageNeeds]:
+        """Return what the dense reference and the validation will need."""
+        data = cast(TokenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        windows = {name: len(tokens) for name, tokens in data.eval_windows.items()}
+        return [
+            reference_needs(sizes, windows, data.seq_len, self.batch_size),
+            validation_needs(sizes, windows, data.seq_len, data.eval_batch_size),
+        ]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Record the dense model's predictions, once, if this run compresses."""

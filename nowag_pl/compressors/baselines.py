@@ -41,3 +41,7 @@ class WandaPruner(Pruner):
             return super().keep(scores)
         assert self.sparsity is not None
         return keep_largest(scores, self.sparsity)
+
+    def num_kept(self, shape: tuple[int, int]) -> int:
+        """Return how many weights of a linear `(out, in)` stay; without a pattern, equally many in each row."""
+        return super().num_kept(shape) if self.pattern is not None else shape[0] * super().num_kept((1, shape[1]))

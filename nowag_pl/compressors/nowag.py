@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from math import ceil
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from nowag_pl.compressors.protocol import check_inputs
 from nowag_pl.compressors.pruner import Pruner
-from nowag_pl.functional.kmeans import weighted_kmeans
+from nowag_pl.functional.bits import vector_quantized_bits_per_weight
 from nowag_pl.functional.chunks import empty_like, fill_rows
+from nowag_pl.functional.kmeans import check_num_codewords, weighted_kmeans
 from nowag_pl.functional.normalization import Normalized, normalize, normalize_rows, norms
 from nowag_pl.functional.pruning import keep_structured, nowag_scores
 from nowag_pl.modules import VQLinear
@@ -56,6 +57,13 @@ class NoWagPruner(Pruner):
         assert self.sparsity is not None
         return keep_structured(scores, self.sparsity, dim=0 if self.structured == "rows" else 1)
 
+    def num_kept(self, shape: tuple[int, int]) -> int:
+        """Return how many weights of a linear `(out, in)` stay, in whole rows or columns where it is structured."""
+        if self.structured is None:
+            return super().num_kept(shape)
+        lines, length = shape if self.structured == "rows" else shape[::-1]
+        return super().num_kept((1, lines)) * length
+
 
 @dataclass(frozen=True)
 class NoWagQuantizer:
@@ -78,6 +86,7 @@ class NoWagQuantizer:
     max_iters: int = 100
     tolerance: float = 5e-4
     weighting: Literal["output", "normalized"] = "output"
+    working_bytes_per_weight: ClassVar[float] = 30  # points, their weights, products of both, codes, in float32
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -90,6 +99,11 @@ class NoWagQuantizer:
                 raise ValueError(f"Expected {name} of at least {least}, but got {getattr(self, name)}.")
         if self.weighting not in ("output", "normalized"):
             raise ValueError(f"Expected weighting to be 'output' or 'normalized', but got {self.weighting!r}.")
+
+    def expected_bits_per_weight(self, shape: tuple[int, int], value_bits: int) -> float:
+        """Return the storage of a quantized linear; see :class:`~nowag_pl.compressors.protocol.Foreseeing`."""
+        check_num_codewords(self.codebook_size, shape[0] * ceil(shape[1] / self.subvector_dim))
+        return vector_quantized_bits_per_weight(shape, self.subvector_dim, self.codebook_size)
 
     @torch.no_grad()
     def compress(self, linear: nn.Linear, second_moment: Tensor) -> nn.Module:

@@ -4,6 +4,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from nowag_pl.functional.chunks import row_chunks
+
 
 @runtime_checkable
 class Compressor(Protocol):
@@ -24,6 +26,42 @@ class Compressor(Protocol):
         """
 
 
+@runtime_checkable
+class Foreseeing(Protocol):
+    """A compressor that tells before it has seen a weight what it will make; not all do."""
+
+    working_bytes_per_weight: float
+    """Memory of a compression beside the linear and its result, in bytes per weight."""
+
+    def expected_bits_per_weight(self, shape: tuple[int, int], value_bits: int) -> float:
+        """Return the storage of a compressed linear.
+
+        Args:
+            shape: (out, in).
+            value_bits: bits of a dense weight.
+
+        Raises:
+            ValueError: the settings do not fit the shape.
+        """
+
+
+_UNKNOWN_WORKING_BYTES = 32.0
+
+
+def expected_bits_per_weight(compressor: Compressor, shape: tuple[int, int], value_bits: int) -> float:
+    """Return what a compressor foresees, or the bits of a dense weight where it does not.
+
+    Raises:
+        ValueError: its settings do not fit the shape.
+    """
+    return compressor.expected_bits_per_weight(shape, value_bits) if isinstance(compressor, Foreseeing) else value_bits
+
+
+def working_bytes_per_weight(compressor: Compressor) -> float:
+    """Return what a compressor foresees, or 32 where it does not."""
+    return compressor.working_bytes_per_weight if isinstance(compressor, Foreseeing) else _UNKNOWN_WORKING_BYTES
+
+
 def check_inputs(linear: nn.Linear, second_moment: Tensor) -> None:
     """Raise ValueError where a weight or a second moment cannot be compressed.
 
@@ -37,7 +75,8 @@ def check_inputs(linear: nn.Linear, second_moment: Tensor) -> None:
             f"but got shape {tuple(second_moment.shape)}."
         )
     for name, tensor in {"weights": linear.weight, "second moments": second_moment}.items():
-        if not tensor.isfinite().all():
+        chunks = row_chunks(len(tensor), tensor[0].numel())
+        if not all(tensor[rows].isfinite().all() for rows in chunks):
             raise ValueError(
                 f"Expected finite {name}, but got {int((~tensor.isfinite()).sum())} NaN or infinite values."
             )

@@ -2,12 +2,20 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from nowag_pl.compressors.protocol import check_inputs
-from nowag_pl.functional.pruning import check_pattern, check_sparsity, keep_largest, keep_n_of_m
+from nowag_pl.functional.bits import masked_bits_per_weight
+from nowag_pl.functional.pruning import (
+    check_pattern,
+    check_row,
+    check_sparsity,
+    keep_largest,
+    keep_n_of_m,
+)
 from nowag_pl.modules import MaskedLinear
 
 DEFAULT_SPARSITY = 0.5
@@ -24,6 +32,7 @@ class Pruner(ABC):
 
     sparsity: float | None = None
     pattern: tuple[int, int] | None = None
+    working_bytes_per_weight: ClassVar[float] = 8  # scores in float32, the mask, intermediate results
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -50,6 +59,20 @@ class Pruner(ABC):
         check_inputs(linear, second_moment)
         keep = self.keep(self.scores(linear.weight, second_moment.to(linear.weight.device)))
         return MaskedLinear(linear.weight, keep, linear.bias, self.pattern)
+
+    def expected_bits_per_weight(self, shape: tuple[int, int], value_bits: int) -> float:
+        """Return the storage of a pruned linear; see :class:`~nowag_pl.compressors.protocol.Foreseeing`."""
+        if self.pattern is not None:
+            check_row(shape[1], self.pattern)
+        return masked_bits_per_weight(shape, self.num_kept(shape), value_bits, self.pattern)
+
+    def num_kept(self, shape: tuple[int, int]) -> int:
+        """Return how many weights of a linear `(out, in)` stay."""
+        num_weights = shape[0] * shape[1]
+        if self.pattern is not None:
+            return num_weights // self.pattern[1] * self.pattern[0]
+        assert self.sparsity is not None
+        return num_weights - round(self.sparsity * num_weights)
 
     @abstractmethod
     def scores(self, weight: Tensor, second_moment: Tensor) -> Tensor:

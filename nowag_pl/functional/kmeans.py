@@ -66,11 +66,7 @@ def weighted_kmeans(
     Raises:
         ValueError: there are fewer points than codewords, or the given codebook has another shape.
     """
-    if num_codewords > len(points):
-        raise ValueError(
-            f"Expected at most as many codewords as subvectors, but got {num_codewords} codewords for "
-            f"{len(points)} subvectors. Use a smaller codebook_size."
-        )
+    check_num_codewords(num_codewords, len(points))
     if codebook is not None and codebook.shape != (num_codewords, points.shape[1]):
         raise ValueError(
             f"Expected a codebook of shape {(num_codewords, points.shape[1])}, but got {tuple(codebook.shape)}."
@@ -94,6 +90,15 @@ def weighted_kmeans(
         if torch.equal(codes, previous_codes) or (tolerance > 0 and previous_loss - loss <= tolerance * previous_loss):
             break
     return best
+
+
+def check_num_codewords(num_codewords: int, num_points: int) -> None:
+    """Raise ValueError where there are fewer points than codewords."""
+    if num_codewords > num_points:
+        raise ValueError(
+            f"Expected at most as many codewords as subvectors, but got {num_codewords} codewords for "
+            f"{num_points} subvectors. Use a smaller codebook_size."
+        )
 
 
 def kmeans_plus_plus(

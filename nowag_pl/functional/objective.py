@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nowag_pl.functional.chunks import row_chunks
-from nowag_pl.functional.normalization import norms, normalize_rows
+from nowag_pl.functional.normalization import normalize_rows, norms
 
 
 def normalized_loss(

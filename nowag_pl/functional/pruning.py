@@ -82,12 +82,8 @@ def keep_n_of_m(scores: Float[Tensor, "out in"], pattern: tuple[int, int]) -> Bo
         [[False, True, False, False]]
     """
     check_pattern(pattern)
+    check_row(scores.shape[1], pattern)
     num_kept, group_size = pattern
-    if scores.shape[1] % group_size:
-        raise ValueError(
-            f"Expected a number of input features divisible by {group_size} for the pattern {num_kept}:{group_size}, "
-            f"but got {scores.shape[1]}."
-        )
     return fill_rows(empty_like(scores, torch.bool), lambda rows: _keep_in_groups(scores[rows], num_kept, group_size))
 
 
@@ -129,8 +125,8 @@ def kth_smallest(values: Float[Tensor, "n"], k: int) -> Float[Tensor, ""]:
         2.0
     """
     parts = values.split(chunks.CHUNK_ELEMENTS)
-    upper, k = _locate(sum(torch.bincount(_order(part) >> 16, minlength=2**16) for part in parts), k)
-    lower, _ = _locate(sum(torch.bincount(_lower_bits(part, upper), minlength=2**16) for part in parts), k)
+    upper, k = _locate([torch.bincount(_order(part) >> 16, minlength=2**16) for part in parts], k)
+    lower, _ = _locate([torch.bincount(_lower_bits(part, upper), minlength=2**16) for part in parts], k)
     bits = (upper << 16 | lower) - 2**31
     bits = bits if bits >= 0 else bits ^ 0x7FFFFFFF
     return torch.tensor(bits, dtype=torch.int32, device=values.device).view(torch.float32)
@@ -148,9 +144,9 @@ def _lower_bits(values: Tensor, upper: int) -> Tensor:
     return order[order >> 16 == upper] & 0xFFFF
 
 
-def _locate(counts: Tensor, k: int) -> tuple[int, int]:
-    """Return the bin that holds the k-th value, and which of that bin's values it is."""
-    cumulative = counts.cumsum(dim=0)
+def _locate(counts: list[Tensor], k: int) -> tuple[int, int]:
+    """Return the bin that holds the k-th value of all counts together, and which of that bin's values it is."""
+    cumulative = torch.stack(counts).sum(dim=0).cumsum(dim=0)
     index = int((cumulative < k).sum())
     return index, k - (int(cumulative[index - 1]) if index else 0)
 
@@ -205,6 +201,15 @@ def check_sparsity(sparsity: float) -> None:
     """Raise ValueError unless 0 <= sparsity < 1."""
     if not 0 <= sparsity < 1:
         raise ValueError(f"Expected sparsity (the fraction removed) in [0, 1), but got {sparsity}.")
+
+
+def check_row(num_columns: int, pattern: tuple[int, int]) -> None:
+    """Raise ValueError unless the groups of a pattern (N, M) fill a row."""
+    if num_columns % pattern[1]:
+        raise ValueError(
+            f"Expected a number of input features divisible by {pattern[1]} for the pattern {pattern[0]}:{pattern[1]}, "
+            f"but got {num_columns}."
+        )
 
 
 def check_pattern(pattern: tuple[int, int]) -> None:

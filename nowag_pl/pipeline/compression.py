@@ -144,9 +144,7 @@ def measure(linear: nn.Linear, compressed: CompressedLinear, second_moment: Tens
     """
     statistics = {
         "shape": list(linear.weight.shape),
-        "loss": reconstruction_loss(
-            linear.weight, compressed.weight, second_moment.to(linear.weight.device)
-        ),
+        "loss": reconstruction_loss(linear.weight, compressed.weight, second_moment.to(linear.weight.device)),
         "bits_per_weight": compressed.bits_per_weight,
         "sparsity": compressed.sparsity,
         "bytes": compressed.storage_bytes,
