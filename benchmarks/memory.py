@@ -1,11 +1,12 @@
 """How much memory does it take to compress and measure a model of Llama-2-7B's shapes?
 
-python -m benchmarks.memory [--blocks 4] [--sequences 4] [--seq_len 512] [--folder runs/benchmark_memory]
+python -m benchmarks.memory [--method 2:4] [--blocks 4] [--sequences 4] [--seq_len 512] [--folder runs/benchmark_memory]
 
-Writes a random model with Llama-2-7B's exact shapes, fewer blocks, a file for each block; calibrates, prunes to 2:4,
+Writes a random model with Llama-2-7B's exact shapes, fewer blocks, a file for each block; calibrates, compresses,
 writes the compressed model, and measures a random text with the dense and the compressed model. Shows the highest
 resident memory of the process in each stage, less what it had before it opened the model, in multiples of a dense
-block in bfloat16. The bound: 2.5 blocks, the activations, and embeddings and head, which stay in memory.
+block in bfloat16, and what the preflight of a `fit` expects at most. The bound: 2.5 blocks, the activations, and
+embeddings and head, which stay in memory. NoWag-VQ is cut short, which changes its time and not its memory.
 """
 
 import argparse
@@ -22,14 +23,20 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from nowag_pl import NoWagPruner
+from nowag_pl import NoWagPruner, NoWagQuantizer
 from nowag_pl.files import write_json, write_tensors
 from nowag_pl.models.loading import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
+from nowag_pl.pipeline import preflight
 from nowag_pl.pipeline.run import CompressionRun
 from nowag_pl.pipeline.stream import streamed
 
 BATCH = 1
+METHODS = {
+    "50%": NoWagPruner(sparsity=0.5),
+    "2:4": NoWagPruner(pattern=(2, 4)),
+    "vq": NoWagQuantizer(codebook_size=256, max_iters=2),
+}
 
 
 def write_model(folder: Path, num_blocks: int) -> None:
@@ -81,8 +88,25 @@ class Resident:
             self.seconds[name] = time.perf_counter() - started
 
 
+def _expected(sizes: preflight.ModelSizes, num_sequences: int, seq_len: int) -> dict[str, int]:
+    """Return what the preflight expects of each stage on a CPU."""
+    windows = {"random": num_sequences}
+    validation = preflight.validation_needs(sizes, windows, seq_len, BATCH)
+    needs = {
+        "calibrate": preflight.calibration_needs(sizes, num_sequences, seq_len, BATCH),
+        "compress": preflight.compression_needs(sizes),
+        "measure dense": preflight.reference_needs(sizes, windows, seq_len, BATCH),
+        "measure compressed": validation,
+        "export": preflight.export_needs(sizes, 1),
+        "measure export": validation,
+    }
+    on_cpu = preflight.Available(device=None, host=0, disk=0)
+    return {stage: preflight.host_bytes(each, on_cpu, 1) for stage, each in needs.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=METHODS, default="2:4")
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--seq_len", type=int, default=512)
@@ -101,7 +125,7 @@ def main() -> None:
     with resident.stage("calibrate"):
         run.calibrate(windows, "dense", 0, BATCH)
     with resident.stage("compress"):
-        run.compress(NoWagPruner(pattern=(2, 4)))
+        run.compress(METHODS[args.method])
     with resident.stage("measure dense"):
         run.reference({"random": windows}, BATCH)
     with resident.stage("measure compressed"):
@@ -116,13 +140,25 @@ def main() -> None:
     config = run.checkpoint.config
     activations = 2 * windows.numel() * config.hidden_size + 2 * 4 * BATCH * args.seq_len * config.intermediate_size
     bound = 2.5 * block + skeleton + activations
-    sizes = f"{args.blocks} blocks of {block / 2**20:.0f} MiB, embeddings and head {skeleton / 2**20:.0f} MiB"
-    table = Table(title=f"{sizes}, activations {activations / 2**20:.0f} MiB")
-    for column in ("stage", "seconds", "MiB", "blocks, less embeddings and activations", "share of the bound"):
+    block_mib, skeleton_mib, activations_mib = (round(size / 2**20) for size in (block, skeleton, activations))
+    title = f"{args.method}: {args.blocks} blocks of {block_mib} MiB, embeddings and head {skeleton_mib} MiB"
+    table = Table(title=f"{title}, activations {activations_mib} MiB")
+    expected = _expected(preflight.ModelSizes.of(model, METHODS[args.method]), *windows.shape)
+    columns = (
+        "stage",
+        "seconds",
+        "MiB",
+        "expected MiB",
+        "blocks, less embeddings and activations",
+        "share of the bound",
+    )
+    for column in columns:
         table.add_column(column, justify="left" if column == "stage" else "right")
     for name, peak in resident.peaks.items():
         own = (peak - skeleton - activations) / block
-        table.add_row(name, f"{resident.seconds[name]:.1f}", f"{peak / 2**20:.0f}", f"{own:.2f}", f"{peak / bound:.2f}")
+        at_most = f"{expected[name] / 2**20:.0f}" if name in expected else ""
+        numbers = f"{resident.seconds[name]:.1f}", f"{peak / 2**20:.0f}", at_most, f"{own:.2f}", f"{peak / bound:.2f}"
+        table.add_row(name, *numbers)
     Console(width=140).print(table)
 
 

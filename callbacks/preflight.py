@@ -11,7 +11,7 @@ from rich.table import Table
 from nowag_pl.compressors import Compressor
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.trainer import is_compressing
-from nowag_pl.pipeline.preflight import Available, ModelSizes, StageNeeds, gibibytes, host_bytes, shortages
+from nowag_pl.pipeline.preflight import Available, ModelSizes, StageNeeds, host_bytes, readable, shortages
 
 _log = logging.getLogger("nowag_pl")
 
@@ -68,13 +68,13 @@ def _table(stages: list[StageNeeds], available: Available, num_processes: int) -
         table.add_column(column, justify="left" if column == "stage" else "right")
     on_device = available.device is not None
     for needs in stages:
-        host = gibibytes(host_bytes(needs, available, num_processes))
-        table.add_row(needs.stage, gibibytes(needs.device) if on_device else "", host, gibibytes(needs.disk))
+        host = readable(host_bytes(needs, available, num_processes))
+        table.add_row(needs.stage, readable(needs.device) if on_device else "", host, readable(needs.disk))
     table.add_section()
     table.add_row(
         "available",
-        gibibytes(available.device) if available.device is not None else "(is host memory)",
-        gibibytes(available.host),
-        gibibytes(available.disk),
+        readable(available.device) if available.device is not None else "(is host memory)",
+        readable(available.host),
+        readable(available.disk),
     )
     return table

@@ -14,7 +14,8 @@ from tiny_models import ROOT
 import main as command_line
 from nowag_pl import MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner
 from nowag_pl.data.sources import HubDataset
-from nowag_pl.functional.bits import masked_bits_per_weight, vector_quantized_bits_per_weight
+from nowag_pl.pipeline import preflight
+from nowag_pl.pipeline.preflight import ModelSizes, StageNeeds
 
 CONFIGS = ROOT / "configs"
 METHODS = {
@@ -207,25 +208,42 @@ def test_recipe_tells_the_memory_and_disk_of_the_formulas(recipe):
     _, hidden, intermediate, kv, num_blocks, vocabulary, seq_len = RECIPES[recipe]
     shapes = [(hidden, hidden)] * 2 + [(kv, hidden)] * 2 + [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
     block = sum(rows * columns for rows, columns in shapes)
-    others = 2 * vocabulary * hidden + (2 * num_blocks + 1) * hidden
-    quantizer = METHODS["nowag_vq_2bit_d7" if recipe.endswith("70b") else "nowag_vq_2bit"]
-    codes = (quantizer.subvector_dim, quantizer.codebook_size)
-    quantized = sum(vector_quantized_bits_per_weight(shape, *codes) * shape[0] * shape[1] for shape in shapes) / block
-    pruned = masked_bits_per_weight((2, 2), 2, 16)
+    quantizer, pruner = METHODS["nowag_vq_2bit_d7" if recipe.endswith("70b") else "nowag_vq_2bit"], NoWagPruner()
 
-    def run(bits: float) -> float:
-        reference, moments = 600 * seq_len * hidden * 2, 4 * num_blocks * (6 * hidden + intermediate)
-        return 2 * bits / 8 * block * num_blocks + 2 * others + moments + reference
+    def sizes(compressor) -> ModelSizes:
+        bits = [compressor.expected_bits_per_weight(shape, 16) * shape[0] * shape[1] for shape in shapes]
+        return ModelSizes(
+            num_blocks=num_blocks,
+            hidden=hidden,
+            widest=intermediate,
+            vocabulary=vocabulary,
+            itemsize=2,
+            skeleton=2 * (2 * vocabulary * hidden + hidden),
+            block=2 * (block + 2 * hidden),
+            largest_linear=hidden * intermediate,
+            compressed_block=round(sum(bits) / 8),
+            compressed=round(num_blocks * sum(bits) / 8),
+            others=2 * 2 * hidden * num_blocks,
+            moments=4 * num_blocks * sum(columns for _, columns in shapes),
+            working=compressor.working_bytes_per_weight,
+        )
 
-    compressing = 30 * hidden * intermediate + 2**29 + pruned / 8 * block
-    calibrating = seq_len * (4 * hidden + 14 * intermediate) + 2 * seq_len * vocabulary
-    measuring = 4096 * vocabulary * 4 + 1024 * vocabulary * 20
+    def stages(compressor) -> list[StageNeeds]:
+        of, windows = sizes(compressor), {"wikitext2": 200, "c4": 200, "c4-new": 200}
+        return [
+            preflight.calibration_needs(of, 128, seq_len, 1),
+            preflight.compression_needs(of),
+            preflight.reference_needs(of, windows, seq_len, 1),
+            preflight.validation_needs(of, windows, seq_len, 1),
+            preflight.export_needs(of, 1),
+        ]
+
+    both = [*stages(pruner), *stages(quantizer)]
     expected = [
-        4 * vocabulary * hidden + 2 * block + max(compressing, calibrating, measuring),
-        600 * seq_len * hidden * 2 + 2 * pruned / 8 * block + 3 * 2**30,
-        2 * (block * num_blocks + others),
-        run(pruned),
-        run(quantized),
+        max(needs.device for needs in both),
+        max(needs.host + needs.shared_host for needs in both) + 3 * 2**30,
+        2 * num_blocks * (block + 2 * hidden) + 2 * (2 * vocabulary * hidden + hidden),
+        *(sum(needs.disk for needs in stages(each)) for each in (pruner, quantizer)),
     ]
     text = (CONFIGS / "recipes" / f"{recipe}.yaml").read_text()
     assert [int(number) for number in re.findall(r"(\d+) GiB", text)] == [ceil(size / 2**30) for size in expected]

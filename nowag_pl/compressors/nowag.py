@@ -13,7 +13,7 @@ from nowag_pl.compressors.pruner import Pruner
 from nowag_pl.functional.bits import vector_quantized_bits_per_weight
 from nowag_pl.functional.chunks import empty_like, fill_rows
 from nowag_pl.functional.kmeans import check_num_codewords, weighted_kmeans
-from nowag_pl.functional.normalization import Normalized, normalize, normalize_rows, norms
+from nowag_pl.functional.normalization import normalize, normalize_rows, norms
 from nowag_pl.functional.pruning import keep_structured, nowag_scores
 from nowag_pl.modules import VQLinear
 
@@ -86,7 +86,7 @@ class NoWagQuantizer:
     max_iters: int = 100
     tolerance: float = 5e-4
     weighting: Literal["output", "normalized"] = "output"
-    working_bytes_per_weight: ClassVar[float] = 30  # points, their weights, products of both, codes, in float32
+    working_bytes_per_weight: ClassVar[float] = 24  # points, weights, products of both, in float32; codes, distances
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -109,12 +109,13 @@ class NoWagQuantizer:
     def compress(self, linear: nn.Linear, second_moment: Tensor) -> nn.Module:
         """Quantize one linear; see :class:`~nowag_pl.compressors.protocol.Compressor`."""
         check_inputs(linear, second_moment)
-        normalized = normalize(linear.weight)
+        weight, in_scale, out_scale = normalize(linear.weight)
         dim, out_features = self.subvector_dim, linear.out_features
         num_groups = ceil(linear.in_features / dim)
         padding = (0, num_groups * dim - linear.in_features)
-        points = F.pad(normalized.weight, padding).view(-1, dim)  # [out * groups, d]
-        weights = F.pad(self._weights(normalized, second_moment), padding).view(-1, dim)
+        points = F.pad(weight, padding).view(-1, dim)  # [out * groups, d]
+        del weight  # it is large
+        weights = F.pad(self._weights(in_scale, out_scale, second_moment), padding).view(-1, dim)
         fit = weighted_kmeans(
             points,
             weights,
@@ -126,16 +127,19 @@ class NoWagQuantizer:
         return VQLinear(
             fit.codebook,
             fit.codes.view(out_features, num_groups),
-            normalized.in_scale,
-            normalized.out_scale,
+            in_scale,
+            out_scale,
             linear.bias,
             linear.weight.dtype,
         )
 
-    def _weights(self, normalized: Normalized, second_moment: Tensor) -> Tensor:
+    def _weights(self, in_scale: Tensor, out_scale: Tensor, second_moment: Tensor) -> Tensor:
         """Return the weight of each coordinate in the k-means objective, `[out, in]`."""
-        weights = second_moment.to(normalized.weight.device).expand_as(normalized.weight)
-        if self.weighting == "output":
-            weights = weights * (normalized.in_scale * normalized.out_scale[:, None]).square()
-            weights = weights / weights.mean().clamp(min=torch.finfo(weights.dtype).tiny)
-        return weights
+        second_moment = second_moment.to(in_scale.device)
+        if self.weighting == "normalized":
+            return second_moment.expand(len(out_scale), -1)
+        weights = fill_rows(
+            in_scale.new_empty(len(out_scale), len(in_scale)),
+            lambda rows: second_moment * (in_scale * out_scale[rows, None]).square(),
+        )
+        return weights.div_(weights.mean().clamp(min=torch.finfo(weights.dtype).tiny))

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nowag_pl.functional.chunks import row_chunks
+
 CPU_CHUNK_ELEMENTS = 2**20  # distances at a time: as many as stay in the cache
 CUDA_CHUNK_ELEMENTS = 2**27
 INTERLEAVED_COLUMNS = 64
@@ -137,8 +139,12 @@ def kmeans_plus_plus(
 
 
 def _prepare(points: Tensor, weights: Tensor) -> _Points:
-    weighted = weights * points
-    return _Points(torch.cat([weights, weighted], dim=1), (weighted * points).sum(dim=1))
+    dim = points.shape[1]
+    features, offset = points.new_empty(len(points), 2 * dim), points.new_empty(len(points))
+    for rows in row_chunks(len(points), dim):
+        features[rows, :dim], features[rows, dim:] = weights[rows], weights[rows] * points[rows]
+        offset[rows] = (features[rows, dim:] * points[rows]).sum(dim=1)
+    return _Points(features, offset)
 
 
 def _codeword_features(codebook: Tensor) -> Tensor:

@@ -283,11 +283,11 @@ def shortages(
     return found
 
 
-def gibibytes(size: float) -> str:
-    """Return a size for people to read."""
-    return f"{size / 2**30:.2f} GiB"
+def readable(size: float) -> str:
+    """Return a size for people."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def _shortage(stage: str, needed: int, what: str, available: int, option: str) -> str:
     remedy = f"; change {option}" if option else ""
-    return f"{stage} may need {gibibytes(needed)} of {what}, but {gibibytes(available)} are free{remedy}"
+    return f"{stage} may need {readable(needed)} of {what}, but {readable(available)} are free{remedy}"

@@ -1,0 +1,168 @@
+"""What a run is expected to need, against what it wrote, and what is said where it does not fit."""
+
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_pipeline_run import EVALUATION, everything
+from tiny_models import fit_arguments
+from torch import nn
+
+from nowag_pl import MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner
+from nowag_pl.compressors.protocol import expected_bits_per_weight, working_bytes_per_weight
+from nowag_pl.files import read_tensors
+from nowag_pl.models.loading import Checkpoint
+from nowag_pl.models.streaming import StreamedModel
+from nowag_pl.pipeline import preflight
+from nowag_pl.pipeline.preflight import Available, ModelSizes, StageNeeds, host_bytes, readable, shortages
+
+pytest_plugins = ["tiny_fixtures"]
+
+COMPRESSORS = [
+    NoWagPruner(sparsity=0.3),
+    NoWagPruner(pattern=(3, 8)),
+    NoWagPruner(sparsity=0.3, structured="rows"),
+    NoWagPruner(sparsity=0.3, structured="columns"),
+    MagnitudePruner(sparsity=0.37),
+    WandaPruner(sparsity=0.37),
+    WandaPruner(pattern=(1, 4)),
+    NoWagQuantizer(subvector_dim=5, codebook_size=12, max_iters=1),
+]
+
+
+class Custom:
+    def compress(self, linear, second_moment):
+        raise NotImplementedError
+
+
+def tensor_bytes(file: Path) -> int:
+    return sum(tensor.nbytes for tensor in read_tensors(file)[0].values())
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+@pytest.mark.parametrize("shape", [(6, 8), (7, 16)])
+def test_foreseen_bits_are_those_of_the_result(compressor, shape):
+    linear = nn.Linear(shape[1], shape[0], dtype=torch.bfloat16)
+    result = compressor.compress(linear, torch.rand(shape[1]))
+    assert expected_bits_per_weight(compressor, shape, 16) == result.bits_per_weight
+
+
+def test_compressor_that_foresees_nothing_counts_as_dense():
+    assert expected_bits_per_weight(Custom(), (6, 8), 16) == 16
+    assert working_bytes_per_weight(Custom()) >= max(working_bytes_per_weight(each) for each in COMPRESSORS)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+@pytest.mark.parametrize("compressor", [NoWagPruner(pattern=(2, 4)), NoWagQuantizer(subvector_dim=4, codebook_size=32)])
+def test_expected_disk_is_what_is_written(family, compressor, model_folder, tmp_path):
+    run = everything(model_folder(family, tied=family == "qwen2"), tmp_path / "run", compressor)
+    run.compressed().save(tmp_path / "export")
+    sizes = ModelSizes.of(run.model, compressor)
+    windows = {name: len(tokens) for name, tokens in EVALUATION.items()}
+
+    def written(folder):
+        return sum(tensor_bytes(file) for file in (tmp_path / folder).glob("*.safetensors"))
+
+    biases = sum(
+        linear.bias.numel() * 4
+        for index in range(len(run.model))
+        for linear in run.model.linears(index).values()
+        if linear.bias is not None
+    )
+    num_linears = sum(len(run.model.linears(index)) for index in range(len(run.model)))
+    rounding = num_linears  # bits of a linear in whole bytes
+    assert written("run/moments") == preflight.calibration_needs(sizes, 7, 24, 3).disk
+    assert written("run/compressed") - biases == pytest.approx(preflight.compression_needs(sizes).disk, abs=rounding)
+    assert written("export") == pytest.approx(preflight.export_needs(sizes, 1).disk, abs=rounding)
+    arrays = sum(file.stat().st_size - 128 for file in (tmp_path / "run" / "reference").glob("*.npy"))
+    assert arrays == preflight.reference_needs(sizes, windows, 24, 2).disk
+
+
+def test_sizes_are_those_of_the_model(model_folder):
+    model = StreamedModel(Checkpoint(str(model_folder("phi3", dtype=torch.bfloat16))))
+    sizes = ModelSizes.of(model, NoWagPruner())
+    assert (sizes.itemsize, sizes.hidden, sizes.widest) == (2, 32, 96)  # gate and up in one
+    assert sizes.block == sum(p.nbytes for p in model.load_block(0).parameters())
+    assert sizes.skeleton == sum(p.nbytes for p in model.skeleton.parameters())
+    assert sizes.largest_linear == 96 * 32
+
+
+FITS = Available(device=100, host=100, disk=100)
+STAGE = StageNeeds("one", 60, 30, 20, 50, "fewer.on_device", "fewer.in_host", "fewer.on_disk")
+
+
+def test_what_fits_is_not_mentioned():
+    assert shortages([STAGE, replace(STAGE, stage="two")], FITS) == []
+
+
+@pytest.mark.parametrize(
+    ("available", "processes", "stage", "option"),
+    [
+        (replace(FITS, device=59), 1, "one may need .* of device memory", "change fewer.on_device$"),
+        (replace(FITS, host=49), 1, "one may need .* of host memory", "change fewer.in_host$"),
+        (FITS, 3, "one may need .* of host memory", "change fewer.in_host$"),
+        (Available(None, 109, 100), 1, "one may need .* of host memory", "fewer.in_host or fewer.on_device$"),
+        (replace(FITS, disk=49), 1, "the run may need .* of disk", "change fewer.on_disk, run_dir on another disk$"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_an_option(available, processes, stage, option):
+    (sentence,) = shortages([STAGE], available, processes)
+    assert re.match(stage, sentence)
+    assert re.search(option, sentence)
+
+
+def test_disk_of_all_stages_adds_up_less_what_is_there():
+    assert len(shortages([STAGE, STAGE, STAGE], FITS)) == 1
+    assert shortages([STAGE, STAGE, STAGE], FITS, on_disk=50) == []
+
+
+def test_device_is_part_of_the_host_on_a_cpu():
+    assert host_bytes(STAGE, FITS, 2) == 80
+    assert host_bytes(STAGE, Available(None, 0, 0), 2) == 200
+
+
+def test_folder_need_not_exist(tmp_path):
+    available = Available.here(tmp_path / "not" / "there", torch.device("cpu"))
+    assert available.device is None
+    assert available.host > 0
+    assert available.disk > 0
+
+
+def test_sizes_are_readable():
+    assert readable(3 * 2**19) == "1.5 MiB"
+    assert readable(5 * 2**29) == "2.5 GiB"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--compression.compressor.pattern=[2,5]"], r"layers\.0\.self_attn\.q_proj: .*divisible by 5"),
+        (
+            ["--compression.compressor=nowag_pl.NoWagQuantizer", "--compression.compressor.codebook_size=180"],
+            r"layers\.0\.self_attn\.k_proj: .*180 codewords for 96 subvectors",
+        ),
+    ],
+)
+def test_method_that_fits_no_linear_is_refused_before_calibration(
+    options, message, command_line, model_folder, workplace, tmp_path
+):
+    outcome = command_line(fit_arguments(workplace, model_folder(), tmp_path / "run", *options))
+    assert outcome.code == 1
+    assert re.search(message, outcome.message)
+    assert not (tmp_path / "run" / "moments").exists()
+
+
+def test_fit_shows_every_stage_and_warns(command_line, model_folder, workplace, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(Available, "here", classmethod(lambda cls, folder, device: cls(None, 2**14, 2**40)))
+    with caplog.at_level(logging.WARNING, "nowag_pl"):
+        arguments = fit_arguments(workplace, model_folder(), tmp_path / "run", "--finetuning.enabled=true")
+        outcome = command_line([*arguments, "--finetuning.max_epochs=1", "--finetuning.num_sequences=2"])
+    assert outcome.code == 0
+    said = outcome.message
+    for stage in ("calibration", "compression", "dense reference", "validation", "finetuning", "export", "available"):
+        assert stage in said, said[:2000]
+    assert "calibration.num_sequences" in caplog.text + said
+    assert "finetuning.activations=disk" in caplog.text + said
