@@ -232,3 +232,13 @@ def test_positional_arguments_are_recorded_by_name():
     calls = []
     streaming._StandIn(Block(), lambda *call: calls.append(call))(TOKENS, None, 3.0, position_ids=4)
     assert calls == [(TOKENS, {"attention_mask": None, "scale": 3.0, "position_ids": 4})]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_as_long_as_the_models_own_context(family, tmp_path):
+    folder = save_tiny_model(tmp_path / "model", family, num_blocks=2, max_position_embeddings=10**9)
+    model = StreamedModel(Checkpoint(str(folder)))
+    arguments = model.embed(TOKENS).arguments
+    tensors = [*model.skeleton.buffers(), *(value for each in arguments for value in each.values())]
+    assert all(tensor.numel() < 10**6 for tensor in tensors if isinstance(tensor, torch.Tensor))
+    assert streamed_logits(model, TOKENS).isfinite().all()
