@@ -2,13 +2,13 @@
 
 import logging
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.trainer import validated_phase
-from nowag_pl.models.checkpoint import save_compressed
+from nowag_pl.models.checkpoint import save_compressed, save_dense
 from nowag_pl.pipeline.preflight import ModelSizes, StageNeeds, export_needs
 
 _log = logging.getLogger("nowag_pl")
@@ -19,15 +19,19 @@ class ModelExport(Callback):
 
     Args:
         enabled: whether to write it.
+        format: "packed" with compressed linears, which nowag_pl reads; "dense" as an ordinary checkpoint of the dense
+            model's size, with zeros or reconstructed weights, which other programs read.
     """
 
-    def __init__(self, enabled: bool = True) -> None:
+    def __init__(self, enabled: bool = True, format: Literal["packed", "dense"] = "packed") -> None:
         self.enabled = enabled
+        self.dense = format == "dense"
 
     def needs(self, sizes: ModelSizes, trainer: Trainer) -> list[StageNeeds]:
         """Return what the folders will need."""
         finetunes = any(getattr(each, "finetunes_blocks", False) for each in trainer.callbacks)  # type: ignore[attr-defined]
-        return [export_needs(sizes, 2 if finetunes or trainer.max_epochs != 0 else 1)] if self.enabled else []
+        num_copies = 2 if finetunes or trainer.max_epochs != 0 else 1
+        return [export_needs(sizes, num_copies, self.dense)] if self.enabled else []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder on rank zero, if this run changed the model."""
@@ -40,8 +44,9 @@ class ModelExport(Callback):
         if module.model is not None:
             model = module.whole_model()
             if trainer.is_global_zero:
-                save_compressed(cast(Any, model), folder, source=module.checkpoint.path)
+                save = save_dense if self.dense else save_compressed
+                save(cast(Any, model), folder, source=module.checkpoint.path)
         elif trainer.is_global_zero and module.compressed is not None:
-            module.compressed.save(folder)
+            module.compressed.save(folder, self.dense)
         if trainer.is_global_zero:
             _log.info("Model written to %s", folder)

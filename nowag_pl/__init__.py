@@ -3,9 +3,12 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from nowag_pl.models.registration import install as _install
+
 if TYPE_CHECKING:
     from nowag_pl.compressors import MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner
-    from nowag_pl.models.checkpoint import load_compressed, save_compressed
+    from nowag_pl.models.checkpoint import load_compressed, save_compressed, save_dense
+    from nowag_pl.models.lora import lora_for_compressed
     from nowag_pl.modules import SecondMoment
 
 __version__ = "0.1.0"
@@ -17,7 +20,9 @@ _HOMES = {
     "SecondMoment": "nowag_pl.modules",
     "WandaPruner": "nowag_pl.compressors",
     "load_compressed": "nowag_pl.models.checkpoint",
+    "lora_for_compressed": "nowag_pl.models.lora",
     "save_compressed": "nowag_pl.models.checkpoint",
+    "save_dense": "nowag_pl.models.checkpoint",
 }
 __all__ = [
     "MagnitudePruner",
@@ -26,8 +31,12 @@ __all__ = [
     "SecondMoment",
     "WandaPruner",
     "load_compressed",
+    "lora_for_compressed",
     "save_compressed",
+    "save_dense",
 ]
+
+_install()  # so that AutoModelForCausalLM knows compressed models
 
 
 def __getattr__(name: str) -> Any:

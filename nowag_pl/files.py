@@ -31,8 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        flush(temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(
@@ -43,13 +42,17 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
-    _fsync_folder(path.parent)
+    flush(path.parent)
 
 
-def _fsync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut, where the platform can."""
+def flush(path: Path) -> None:
+    """Make the content of a file survive a power cut, or the renames inside a folder, where the platform can."""
+    if not path.is_dir():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+        return
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
     except OSError:
         return
     try:

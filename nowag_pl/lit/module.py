@@ -50,6 +50,7 @@ class LitCausalLM(LightningModule):
         weight_decay: decay of AdamW for matrices; vectors (norms, biases, scales) are not decayed.
         warmup_fraction: share of the steps in which the learning rate rises, before it falls along a cosine.
         distillation: train a compressed model towards the dense model's predictions. null: towards the next token.
+        verify: compare each weight file with its checksum, where the model has them, as exported ones do.
         run_dir: folder of artefacts and report; without it nothing can be compressed.
     """
 
@@ -62,11 +63,13 @@ class LitCausalLM(LightningModule):
         weight_decay: float = 0.1,
         warmup_fraction: float = 0.05,
         distillation: Distillation | None = None,
+        verify: bool = True,
         run_dir: str | None = None,
     ) -> None:
         super().__init__()
         self.run_dir = run_dir
-        self.checkpoint = Checkpoint(path, dtype)
+        self.checkpoint = Checkpoint(path, dtype, verify)
+        self.verify = verify
         self.random_init = random_init
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -165,7 +168,7 @@ class LitCausalLM(LightningModule):
         if self.random_init:
             return self.checkpoint.build()
         if is_compressed(self.checkpoint.folder):
-            return load_compressed(self.checkpoint.folder, self.checkpoint.dtype)
+            return load_compressed(self.checkpoint.folder, self.checkpoint.dtype, self.verify)
         return self.checkpoint.load()
 
     def _widen(self) -> None:

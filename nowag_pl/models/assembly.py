@@ -1,5 +1,7 @@
 """Build a whole model from a dense checkpoint and compressed linears, without ever holding the dense linears."""
 
+import copy
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -62,8 +64,12 @@ def fill(model: "PreTrainedModel", tensors: Mapping[str, Tensor], required: tupl
 
 def empty_like_described(model: nn.Module, descriptions: Mapping[str, Mapping[str, object]]) -> None:
     """Replace linears of `model` by compressed ones of the given descriptions, on the meta device."""
+    made: dict[str, CompressedLinear] = {}  # one of each kind is made, and copied
     for name, description in descriptions.items():
-        set_module(model, name, CompressedLinear.from_description(description).to("meta"))
+        kind = json.dumps(description)
+        if kind not in made:
+            made[kind] = CompressedLinear.from_description(description).to("meta")
+        set_module(model, name, copy.deepcopy(made[kind]))
 
 
 def parameter_dtype(model: nn.Module, name: str) -> torch.dtype:

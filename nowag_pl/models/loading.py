@@ -1,6 +1,7 @@
 """Open a model folder or hub id: configuration, tokenizer, weights. Only safetensors are read, never a pickle."""
 
 import re
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import cached_property
 from importlib.resources import files
@@ -12,13 +13,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from nowag_pl.files import read_json
+from nowag_pl.models.checksums import INDEX_FILE, Checksums
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "embedded"
-FORMAT = 1  # of compressed models
-DESCRIPTION_FILE = "nowag_pl.json"  # beside a compressed model's weights
+FORMAT = 2  # of compressed models, see docs/format.md
+METHOD = "nowag_pl"  # quant_method of the quantization_config
+CONFIG_FILE = "config.json"
+DESCRIPTION_FILE = "nowag_pl.json"  # of format 1, beside the weights
 _SAFE_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -37,7 +41,7 @@ def resolve_folder(path: str) -> Path:
         return Path(str(files("nowag_pl"))) / "assets" / "embedded"
     folder = Path(path).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not (folder / CONFIG_FILE).is_file():
             raise ValueError(f"Expected {folder} to hold a Hugging Face model, but got a folder without config.json.")
         return folder
     looks_local = folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1
@@ -63,17 +67,19 @@ class Checkpoint:
     Args:
         path: "embedded", a local folder or a Hugging Face id.
         dtype: "auto" for the checkpoint's own type, or "float32", "bfloat16", "float16".
+        verify: compare each file that is read with its checksum, where the folder has one.
 
     Raises:
         ValueError: there is no such model, it holds no safetensors, or a file is damaged.
     """
 
-    def __init__(self, path: str, dtype: str = "auto") -> None:
+    def __init__(self, path: str, dtype: str = "auto", verify: bool = True) -> None:
         if dtype != "auto" and dtype not in _DTYPES:
             raise ValueError(f"Expected dtype to be 'auto' or one of {sorted(_DTYPES)}, but got {dtype!r}.")
         self.path = path
         self.folder = resolve_folder(path)
         self._dtype = dtype
+        self._checksums = Checksums(self.folder, verify)
 
     @cached_property
     def config(self) -> "PretrainedConfig":
@@ -84,6 +90,7 @@ class Checkpoint:
         """
         from transformers import AutoConfig
 
+        self._checksums.check_small_files()
         try:
             config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
             text_config = config.get_text_config()
@@ -101,6 +108,7 @@ class Checkpoint:
         """The model's tokenizer."""
         from transformers import AutoTokenizer
 
+        self._checksums.check_small_files()
         try:
             return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -140,23 +148,26 @@ class Checkpoint:
         """Descriptions of the compressed linears by their name in the model; none in a dense model.
 
         Raises:
-            ValueError: the model is of a newer format.
+            ValueError: the model is of a newer format, or compressed by another program.
         """
-        if not (self.folder / DESCRIPTION_FILE).is_file():
-            return {}
-        description = read_json(self.folder / DESCRIPTION_FILE)
-        if description["format"] > FORMAT:
-            raise ValueError(
-                f"Expected format {FORMAT} or older in {self.folder}, but got {description['format']}: update nowag_pl."
-            )
-        return description["linears"]
+        return described_linears(self._quantization)
+
+    @property
+    def _quantization(self) -> dict[str, Any]:
+        """What the configuration says of compressed linears; format 1 said it in a file of its own."""
+        quantization = getattr(self.config, "quantization_config", None)
+        if quantization is None and (self.folder / DESCRIPTION_FILE).is_file():
+            return {"quant_method": METHOD, **read_json(self.folder / DESCRIPTION_FILE)}
+        return quantization or {}
 
     @cached_property
     def weight_map(self) -> dict[str, Path]:
         """Name of every tensor to the file that holds it."""
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            files = sorted({self.folder / name for name in read_json(index)["weight_map"].values()})
+        single, index = self.folder / "model.safetensors", self.folder / INDEX_FILE
+        if single.is_file():
+            files = [single]
+        elif index.is_file():
+            files = _indexed_files(index)
         else:
             files = sorted(self.folder.glob("*.safetensors"))
         if not files:
@@ -182,6 +193,7 @@ class Checkpoint:
             )
         tensors: dict[str, Tensor] = {}
         for file in sorted({self.weight_map[name] for name in names}):
+            self._checksums.check(file)
             with safe_open(file, framework="pt", device=str(device)) as opened:
                 tensors |= {name: opened.get_tensor(name) for name in names if self.weight_map[name] == file}
         return tensors
@@ -214,7 +226,7 @@ class Checkpoint:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
-        self.weight_map  # noqa: B018 - checks that the files are whole, with a message of ours
+        self._checksums.check(*set(self.weight_map.values()))
         model: PreTrainedModel
         info: dict[str, Any]
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -237,6 +249,45 @@ class Checkpoint:
 def _first_sentence(error: Exception) -> str:
     """Return the beginning of an error text of another library, which may go on for pages."""
     return re.split(r"(?<=\w[.:!])\s|\n", str(error).strip())[0][:200].rstrip(".: ") + "."
+
+
+def described_linears(quantization: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the descriptions of the compressed linears by their name in the model.
+
+    Args:
+        quantization: `quantization_config` of a model; empty for a dense one.
+
+    Raises:
+        ValueError: it is of a newer format, of another program, or damaged.
+    """
+    if not quantization:
+        return {}
+    if quantization.get("quant_method") != METHOD:
+        raise ValueError(
+            f"Expected a dense model, or one that {METHOD} compressed, but got quant_method "
+            f"{quantization.get('quant_method')!r}."
+        )
+    number, linears = quantization.get("format"), quantization.get("linears")
+    if not isinstance(number, int) or not isinstance(linears, dict):
+        raise ValueError(
+            "Expected format and linears in quantization_config, but it is damaged: copy config.json again."
+        )
+    if number > FORMAT:
+        raise ValueError(f"Expected a compressed model of format {FORMAT} or older, but got {number}: update {METHOD}.")
+    return linears
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    """Return the weight files that an index names.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"Expected a weight_map in {index}, but there is none: it is damaged, copy it again.")
+    return sorted({index.with_name(str(name)) for name in weight_map.values()})
 
 
 def _tensor_names(file: Path) -> list[str]:

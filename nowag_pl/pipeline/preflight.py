@@ -214,13 +214,15 @@ def finetuning_needs(
     )
 
 
-def export_needs(sizes: ModelSizes, num_copies: int) -> StageNeeds:
-    """Return the needs of writing that many model folders."""
+def export_needs(sizes: ModelSizes, num_copies: int, dense: bool = False) -> StageNeeds:
+    """Return the needs of writing that many model folders, compressed or dense again."""
+    packed_block = sizes.compressed_block + sizes.others // sizes.num_blocks
+    blocks = sizes.num_blocks * sizes.block if dense else sizes.compressed + sizes.others
     return StageNeeds(
         "export",
         device=sizes.skeleton,
-        host=2 * (sizes.compressed_block + sizes.others // sizes.num_blocks),
-        disk=num_copies * (sizes.skeleton + sizes.compressed + sizes.others),
+        host=2 * packed_block + (sizes.block if dense else 0),
+        disk=num_copies * (sizes.skeleton + blocks),
         disk_option="export.enabled=false",
     )
 

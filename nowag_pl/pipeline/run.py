@@ -210,9 +210,9 @@ class CompressedModel:
             model.get_submodule(run.model.block_name(index)).load_state_dict(state)
         return model
 
-    def save(self, folder: str | Path) -> None:
-        """Write the model as a folder, a block at a time."""
-        save_streamed(self._run.model, self.load_block, folder)
+    def save(self, folder: str | Path, dense: bool = False) -> None:
+        """Write the model as a folder, a block at a time; `dense` as an ordinary model."""
+        save_streamed(self._run.model, self.load_block, folder, dense)
 
     def check_fixed(self, model: nn.Module | None = None) -> None:
         """Check that training left masks and codes as they were.

@@ -1,0 +1,88 @@
+"""Find damaged files of a model folder by the SHA-256 of each, which its index holds."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from nowag_pl.files import read_json
+
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal, read piece by piece."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Checksums:
+    """The checksums of a folder. Each file is read for its checksum once, when it is first asked for.
+
+    Folders without checksums, as other programs write them, pass.
+
+    Args:
+        folder: a model folder.
+        enabled: False trusts every file.
+    """
+
+    def __init__(self, folder: Path, enabled: bool = True) -> None:
+        self._folder = folder
+        self._enabled = enabled
+        self._unchecked: dict[str, str] | None = None
+
+    def check_small_files(self) -> None:
+        """Check everything but the weights.
+
+        Raises:
+            ValueError: a file is damaged or missing.
+        """
+        for name in [name for name in self._pending() if not name.endswith(".safetensors")]:
+            self.check(self._folder / name)
+
+    def check(self, *files: Path) -> None:
+        """Check files, if the folder has checksums for them.
+
+        Raises:
+            ValueError: a file is damaged or missing.
+        """
+        for file in files:
+            name = file.relative_to(self._folder).as_posix()
+            expected = self._pending().pop(name, None)
+            if expected is None:
+                continue
+            if not file.is_file():
+                raise ValueError(
+                    f"Expected {self._folder} to hold {name!r}, which its index names, but it is not there."
+                )
+            if file_digest(file) != expected:
+                raise ValueError(
+                    f"Expected {file} as it was written, but its SHA-256 is another than {INDEX_FILE} says: it is "
+                    "damaged, copy it again. If you changed it on purpose, take its line out of the index."
+                )
+
+    def covers(self, files: Iterable[Path]) -> bool:
+        """Tell whether all of these files have checksums: not if another program wrote weights into the folder."""
+        return {file.relative_to(self._folder).as_posix() for file in files} <= self._pending().keys()
+
+    def _pending(self) -> dict[str, str]:
+        """Return the checksums that have not been compared yet, by file."""
+        if self._unchecked is None:
+            self._unchecked = _recorded(self._folder / INDEX_FILE) if self._enabled else {}
+        return self._unchecked
+
+
+def _recorded(index: Path) -> dict[str, str]:
+    """Return the checksums in an index; none where there is no index, or one that another program wrote.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
+    if not index.is_file():
+        return {}
+    content: Any = read_json(index)
+    for key in ("metadata", "sha256"):
+        content = content.get(key, {}) if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        raise ValueError(f"Expected {index} to hold an index of weights, but it is damaged: copy it again.")
+    return dict(content)

@@ -1,0 +1,49 @@
+"""LoRA (arXiv:2106.09685) over compressed linears, by PEFT (the extra `lora`)."""
+
+from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
+
+from nowag_pl.modules import CompressedLinear
+
+_INITIALIZATIONS = (True, False, "gaussian", "orthogonal")  # those that leave the base weight as it is
+
+
+class LoraCompressedLinear(LoraLinear):
+    """A compressed linear plus the product of two small matrices, `scaling * B A x`."""
+
+    def _get_in_out_features(self, module: CompressedLinear) -> tuple[int, int]:  # type: ignore[override]
+        return module.in_features, module.out_features
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse: the sum of a compressed weight and a low-rank one is dense.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "Expected a dense model to merge an adapter into, but got a compressed one: a merged weight is not "
+            "compressed any more. Keep the adapter beside it, or load the adapter over model.dequantize()."
+        )
+
+
+def lora_for_compressed(config: LoraConfig) -> LoraConfig:
+    """Let a LoRA configuration find compressed linears, which PEFT does not know.
+
+    It is not stored with an adapter: call it also where one is loaded.
+
+    Args:
+        config: names its `target_modules`; "all-linear" finds ordinary linears only.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: the adapter would start by changing the base weights, which compressed linears do not allow.
+    """
+    if config.init_lora_weights not in _INITIALIZATIONS:
+        raise ValueError(
+            f"Expected init_lora_weights to be one of {_INITIALIZATIONS} over compressed linears, but got "
+            f"{config.init_lora_weights!r}, which changes the base weights."
+        )
+    config._register_custom_module({CompressedLinear: LoraCompressedLinear})
+    return config
