@@ -7,7 +7,6 @@ first model class.
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
@@ -26,7 +25,7 @@ def _register() -> None:
     import_module("nowag_pl.models.quantizer")
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     """Finds the awaited module where it is, and registers when it has run."""
 
     def find_spec(
