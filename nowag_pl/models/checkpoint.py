@@ -174,13 +174,12 @@ def load_compressed(folder: str | Path, dtype: torch.dtype | None = None, verify
     Raises:
         ValueError: the folder holds no compressed model, one of a newer format, or a damaged one.
     """
-    folder = Path(folder)
-    if not is_compressed(folder):
+    checkpoint = Checkpoint(str(folder), verify=verify)
+    if not is_compressed(checkpoint.folder):
         raise ValueError(
             f"Expected {folder} to hold a model that {METHOD} compressed, but it does not. Load dense models with "
             "transformers."
         )
-    checkpoint = Checkpoint(str(folder), verify=verify)
     model = checkpoint.build(empty=True)
     empty_like_described(model, checkpoint.compressed_linears)
     compressed = tuple(f"{name}." for name in checkpoint.compressed_linears)

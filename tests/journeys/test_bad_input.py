@@ -397,6 +397,9 @@ def finished_run(model_folder, workplace, tmp_path, tmp_path_factory):
 def test_damaged_export_is_refused(command_line, fit, workplace, tmp_path):
     assert fit().code == 0
     export = tmp_path / "run" / "export"
-    (export / "nowag_pl.json").write_text("{")
-    outcome = command_line(validate_arguments(workplace, export, tmp_path / "validation"))
-    assert_refused(outcome, r"nowag_pl\.json")
+    for name in ("config.json", "model-00003-of-00004.safetensors"):
+        content = (export / name).read_bytes()
+        (export / name).write_bytes(content.replace(b"2", b"3", 1))
+        outcome = command_line(validate_arguments(workplace, export, tmp_path / "validation"))
+        assert_refused(outcome, name, "SHA-256")
+        (export / name).write_bytes(content)
