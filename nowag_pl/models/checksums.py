@@ -48,7 +48,7 @@ class Checksums:
         """
         for file in files:
             name = file.relative_to(self._folder).as_posix()
-            expected = self._pending().pop(name, None)
+            expected = self._pending().get(name)
             if expected is None:
                 continue
             if not file.is_file():
@@ -60,10 +60,11 @@ class Checksums:
                     f"Expected {file} as it was written, but its SHA-256 is another than {INDEX_FILE} says: it is "
                     "damaged, copy it again. If you changed it on purpose, take its line out of the index."
                 )
+            del self._pending()[name]
 
     def covers(self, files: Iterable[Path]) -> bool:
         """Tell whether all of these files have checksums: not if another program wrote weights into the folder."""
-        return {file.relative_to(self._folder).as_posix() for file in files} <= self._pending().keys()
+        return all(file.parent == self._folder and file.name in self._pending() for file in files)
 
     def _pending(self) -> dict[str, str]:
         """Return the checksums that have not been compared yet, by file."""

@@ -116,4 +116,4 @@ def attach(model: "PreTrainedModel", linears: dict[str, dict[str, Any]]) -> None
     attributes.hf_quantizer = quantizer
     attributes.is_quantized = True
     attributes.quantization_method = METHOD
-    model.config.quantization_config = quantizer.quantization_config
+    quantizer.postprocess_model(model)

@@ -31,8 +31,8 @@ def export(model_folder, tmp_path_factory):
     """Return folders of a packed and a dense export in several shards, and what their model says."""
     source, folder = model_folder(), tmp_path_factory.mktemp("exports")
     model = assemble(Checkpoint(str(source)), compressed_linears(source, COMPRESSORS["quantized"]))
-    save_compressed(model, folder / "packed", source=str(source), max_shard_bytes=100_000)
-    save_dense(model, folder / "dense", source=str(source), max_shard_bytes=100_000)
+    save_compressed(model, folder / "packed", source=str(source), max_shard_bytes=6000)
+    save_dense(model, folder / "dense", source=str(source), max_shard_bytes=6000)
     return folder, logits(model)
 
 
@@ -133,8 +133,9 @@ def test_damaged_block_is_found_when_it_is_read(export, tmp_path):
     file.write_bytes(content)
     model = StreamedModel(Checkpoint(str(folder)))
     model.load_block(0)
-    with pytest.raises(ValueError, match=re.escape(file.name)):
-        model.load_block(2)
+    for _ in range(2):  # it is no better the second time
+        with pytest.raises(ValueError, match=re.escape(file.name)):
+            model.load_block(2)
 
 
 @pytest.mark.parametrize("content", ["[]", '{"metadata": []}', '{"metadata": {"sha256": 1}}', "{"])

@@ -77,6 +77,8 @@ def test_expected_disk_is_what_is_written(family, compressor, model_folder, tmp_
     assert written("run/moments") == preflight.calibration_needs(sizes, 7, 24, 3).disk
     assert written("run/compressed") - biases == pytest.approx(preflight.compression_needs(sizes).disk, abs=rounding)
     assert written("export") == pytest.approx(preflight.export_needs(sizes, 1).disk, abs=rounding)
+    run.compressed().save(tmp_path / "dense", dense=True)
+    assert written("dense") == preflight.export_needs(sizes, 1, dense=True).disk
     arrays = sum(file.stat().st_size - 128 for file in (tmp_path / "run" / "reference").glob("*.npy"))
     assert arrays == preflight.reference_needs(sizes, windows, 24, 2).disk
 

@@ -1,0 +1,132 @@
+"""A dense export is an ordinary model, which transformers opens without this package."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_assembly import COMPRESSORS, compressed_linears, logits
+from tiny_models import FAMILIES, load_whole, subprocess_environment
+
+from nowag_pl import save_compressed, save_dense
+from nowag_pl.models.assembly import assemble
+from nowag_pl.models.checkpoint import compressed_linears as linears_of
+from nowag_pl.models.checkpoint import is_compressed, save_streamed
+from nowag_pl.models.loading import Checkpoint, set_module
+from nowag_pl.models.streaming import StreamedModel
+
+pytest_plugins = ["tiny_fixtures"]
+
+
+def tensors_in(folder):
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.fixture
+def models(model_folder):
+    """Return a function that gives a compressed tiny model and the folder of the dense one."""
+
+    def make(method, family="llama", **settings):
+        source = model_folder(family, **settings)
+        return assemble(Checkpoint(str(source)), compressed_linears(source, COMPRESSORS[method])), source
+
+    return make
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("method", COMPRESSORS)
+def test_it_has_the_tensors_of_the_dense_model_and_the_weights_of_the_compressed_one(method, tied, models, tmp_path):
+    model, source = models(method, "qwen2", tied=tied, dtype=torch.bfloat16)
+    before = logits(model)
+    save_dense(model, tmp_path / "dense", source=str(source))
+    assert torch.equal(logits(model), before)
+    assert linears_of(model)
+    actual, dense = tensors_in(tmp_path / "dense"), tensors_in(source)
+    assert actual.keys() == dense.keys()
+    linears = linears_of(model)
+    for name, tensor in actual.items():
+        assert tensor.dtype == torch.bfloat16
+        assert tensor.shape == dense[name].shape
+        owner = name.removesuffix(".weight")
+        assert torch.equal(tensor, linears[owner].weight if owner in linears else dense[name])
+        if owner in linears and method != "quantized":
+            assert (tensor == 0).float().mean() >= 0.5
+            assert torch.equal(tensor[tensor != 0], dense[name][tensor != 0])
+    assert not is_compressed(tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("method", COMPRESSORS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_opens_it(family, method, models, tmp_path):
+    model, source = models(method, family)
+    save_dense(model, tmp_path / "dense", source=str(source))
+    assert torch.equal(logits(load_whole(tmp_path / "dense")), logits(model))
+
+
+def test_it_is_opened_where_the_package_is_not_installed(models, tmp_path):
+    model, source = models("quantized", tied=True)
+    save_dense(model, tmp_path / "dense", source=str(source), max_shard_bytes=50_000)
+    tokens = list(range(5, 25))
+    expected = model(torch.tensor([tokens])).logits.detach()
+    code = (
+        "import sys, importlib.abc\n"
+        "class Absent(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] == 'nowag_pl': raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "import torch\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "folder, out, *tokens = sys.argv[1:]\n"
+        "model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)\n"
+        "assert not info['missing_keys'] and not info['unexpected_keys'] and not info['mismatched_keys'], info\n"
+        "AutoTokenizer.from_pretrained(folder)('a word')\n"
+        "torch.save(model(torch.tensor([[int(t) for t in tokens]])).logits.detach(), out)\n"
+    )
+    arguments = [str(tmp_path / "dense"), str(tmp_path / "logits.pt"), *map(str, tokens)]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True, text=True, cwd=tmp_path, timeout=120, env=subprocess_environment(), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False)])
+@pytest.mark.parametrize("method", COMPRESSORS)
+def test_streamed_export_holds_the_same_tensors(method, family, tied, dense, models, tmp_path):
+    model, source = models(method, family, tied=tied, sharded=True)
+    streamed = StreamedModel(Checkpoint(str(source)))
+
+    def load_block(index):
+        block, prefix = streamed.load_block(index), f"{streamed.block_name(index)}."
+        for name, linear in linears_of(model).items():
+            if name.startswith(prefix):
+                set_module(block, name.removeprefix(prefix), linear)
+        return block
+
+    save_streamed(streamed, load_block, tmp_path / "streamed", dense)
+    (save_dense if dense else save_compressed)(model, tmp_path / "whole", source=str(source))
+    actual, expected = tensors_in(tmp_path / "streamed"), tensors_in(tmp_path / "whole")
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        content = [json.loads((tmp_path / kind / name).read_text()) for kind in ("streamed", "whole")]
+        assert content[0] == content[1], name
+    index = json.loads((tmp_path / "streamed" / "model.safetensors.index.json").read_text())
+    for number in range(3):
+        files = {file for name, file in index["weight_map"].items() if name.startswith(f"model.layers.{number}.")}
+        assert files == {f"model-{number + 2:05d}-of-00004.safetensors"}
+
+
+def test_finetuned_in_float32_it_is_saved_in_the_type_of_the_model(models, tmp_path):
+    model, _ = models("quantized", dtype=torch.bfloat16)
+    linear = model.model.layers[0].mlp.up_proj
+    with torch.no_grad():
+        linear.codebook += 1e-3
+    save_dense(model, tmp_path / "dense")
+    saved = tensors_in(tmp_path / "dense")["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(saved, linear.weight.detach().to(torch.bfloat16))
