@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from nowag_pl import NoWagPruner, NoWagQuantizer, load_compressed, save_compressed, save_dense
 from nowag_pl.models.checkpoint import compressed_linears
@@ -42,8 +42,7 @@ def compressed_models(draw):
     )  # fmt: skip
     torch.manual_seed(draw(st.integers(0, 99)))
     dtype = draw(st.sampled_from(DTYPES))
-    model = Qwen3ForCausalLM(config).to(dtype).eval()
-    model.config.dtype = dtype
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     linears = find_linears(model.model)
     compressor = draw(compressors([linear.weight.shape for linear in linears.values()]))
     left = draw(st.sampled_from([None, "layers.0.mlp.up_proj"]))
