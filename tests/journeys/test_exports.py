@@ -38,7 +38,7 @@ def bytes_of_tensors(folder) -> dict[str, int]:
     return sizes
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", METHODS)
 def test_report_says_what_the_files_hold(method, dtype, command_line, model_folder, workplace, tmp_path):
     model = model_folder("qwen2", dtype=dtype)  # with biases, which nothing compresses
@@ -61,7 +61,13 @@ def test_report_says_what_the_files_hold(method, dtype, command_line, model_fold
 
 
 @pytest.mark.parametrize(
-    ("method", "finetuning"), [*((method, []) for method in METHODS), ("vq", ["--trainer.max_epochs=1"])]
+    ("method", "finetuning"),
+    [
+        ("4:8", []),
+        ("vq", ["--trainer.max_epochs=1"]),
+        pytest.param("unstructured", [], marks=pytest.mark.slow),
+        pytest.param("vq", [], marks=pytest.mark.slow),
+    ],
 )
 def test_dense_export(method, finetuning, command_line, model_folder, workplace, tmp_path):
     more = [*METHODS[method], *finetuning, "--export.format=dense"]

@@ -43,7 +43,7 @@ def open_by_package(folder):
 
 
 @pytest.mark.parametrize("kind", ["packed", "dense"])
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_flipped_byte_is_found_or_harmless(kind, export, data):
     folder = export[0] / kind
@@ -88,7 +88,7 @@ def test_missing_file_is_named(pattern, export, tmp_path):
         load_compressed(folder)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_transformers_finds_flipped_bytes_of_weights_and_descriptions(export, data):
     folder = export[0] / "packed"

@@ -156,7 +156,7 @@ def run(code: str, *arguments: object) -> str:
     "imports",
     [
         "import nowag_pl; from transformers import AutoModelForCausalLM",
-        "from transformers import AutoModelForCausalLM; import nowag_pl",
+        pytest.param("from transformers import AutoModelForCausalLM; import nowag_pl", marks=pytest.mark.slow),
     ],
 )
 def test_one_import_of_the_package_is_enough(imports, export):

@@ -55,7 +55,7 @@ def compressed_models(draw):
 
 
 @pytest.mark.filterwarnings("ignore:.*codebook")
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(model=compressed_models(), max_shard_bytes=st.integers(1, 20_000))
 def test_model_comes_back(model, max_shard_bytes, tmp_path_factory):
     folder, tokens = tmp_path_factory.mktemp("model"), torch.arange(5)[None]
