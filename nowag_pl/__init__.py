@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nowag_pl.compressors import MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner
     from nowag_pl.models.checkpoint import load_compressed, save_compressed
-    from nowag_pl.modules import SecondMoment
+    from nowag_pl.modules import SecondMoment, accelerate
 
 __version__ = "0.1.0"
 
@@ -16,6 +16,7 @@ _HOMES = {
     "NoWagQuantizer": "nowag_pl.compressors",
     "SecondMoment": "nowag_pl.modules",
     "WandaPruner": "nowag_pl.compressors",
+    "accelerate": "nowag_pl.modules",
     "load_compressed": "nowag_pl.models.checkpoint",
     "save_compressed": "nowag_pl.models.checkpoint",
 }
@@ -25,6 +26,7 @@ __all__ = [
     "NoWagQuantizer",
     "SecondMoment",
     "WandaPruner",
+    "accelerate",
     "load_compressed",
     "save_compressed",
 ]
