@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from nowag_pl.compressors import MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner
     from nowag_pl.models.checkpoint import load_compressed, save_compressed, save_dense
     from nowag_pl.models.lora import lora_for_compressed
-    from nowag_pl.modules import SecondMoment
+    from nowag_pl.modules import SecondMoment, accelerate
 
 __version__ = "0.1.0"
 
@@ -19,6 +19,7 @@ _HOMES = {
     "NoWagQuantizer": "nowag_pl.compressors",
     "SecondMoment": "nowag_pl.modules",
     "WandaPruner": "nowag_pl.compressors",
+    "accelerate": "nowag_pl.modules",
     "load_compressed": "nowag_pl.models.checkpoint",
     "lora_for_compressed": "nowag_pl.models.lora",
     "save_compressed": "nowag_pl.models.checkpoint",
@@ -30,6 +31,7 @@ __all__ = [
     "NoWagQuantizer",
     "SecondMoment",
     "WandaPruner",
+    "accelerate",
     "load_compressed",
     "lora_for_compressed",
     "save_compressed",

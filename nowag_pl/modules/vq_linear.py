@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nowag_pl.functional.bits import vector_quantized_bits_per_weight
 from nowag_pl.functional.normalization import denormalize
 from nowag_pl.functional.packing import code_bits, pack, unpack
+from nowag_pl.functional.vq_matmul import is_for_few_tokens, vq_matmul
 from nowag_pl.modules.compressed_linear import CompressedLinear, dtype_name
 
 _STORED_DTYPE = torch.float16  # more of its 16 bits are mantissa; norms and unit vectors need little range
@@ -20,6 +21,8 @@ class VQLinear(CompressedLinear):
 
     Codes are held in packed bytes of `ceil(log2(k))` bits each. Codebook and scales are float32 parameters, so that
     they can be trained; they are rounded to 16 bits at the start and whenever they are stored.
+
+    For few tokens and without gradients the weight is never reconstructed: :mod:`nowag_pl.functional.vq_matmul`.
 
     Args:
         codebook: codewords `[k, d]` of the normalised weight.
@@ -120,6 +123,31 @@ class VQLinear(CompressedLinear):
     def stored_dtypes(self) -> dict[str, torch.dtype]:
         """Codebook and scales in 16 bits."""
         return {**super().stored_dtypes, **dict.fromkeys(("codebook", "in_scale", "out_scale"), _STORED_DTYPE)}
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """Apply the linear.
+
+        Args:
+            activations: `[..., in]`.
+
+        Returns:
+            `[..., out]`, in the type of the activations.
+        """
+        num_tokens = activations.numel() // self.in_features
+        if (
+            self._gives_gradients(activations)
+            or torch.compiler.is_compiling()
+            or not is_for_few_tokens(num_tokens, activations.device)
+        ):
+            return super().forward(activations)
+        if torch.is_autocast_enabled(activations.device.type):
+            activations = activations.to(torch.get_autocast_dtype(activations.device.type))
+        output = vq_matmul(activations, self.codes, self.codebook, self.in_scale, self.out_scale)
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def _gives_gradients(self, activations: Tensor) -> bool:
+        wanted = activations.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
+        return torch.is_grad_enabled() and wanted
 
 
 def _round(values: Tensor) -> Tensor:

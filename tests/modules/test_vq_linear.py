@@ -1,4 +1,6 @@
 import json
+import pickle
+from copy import deepcopy
 from math import ceil
 
 import pytest
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nowag_pl.functional.vq_matmul import CPU_MAX_TOKENS
 from nowag_pl.modules import CompressedLinear, VQLinear
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -142,3 +145,99 @@ def test_codes_outside_of_the_codebook_are_refused(code):
 def test_values_that_sixteen_bits_do_not_hold_are_refused(bad):
     with pytest.raises(ValueError, match="codebook and scales under 65504"):
         VQLinear(torch.ones(1, 2), torch.zeros(2, 1).int(), torch.tensor([1.0, bad]), torch.ones(2))
+
+
+@pytest.fixture
+def no_weight(monkeypatch):
+    def refuse(_):
+        raise AssertionError("the weight was reconstructed")
+
+    monkeypatch.setattr(VQLinear, "weight", property(refuse))
+
+
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 3e-3}
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(7,), (1, 7), (2, 3, 7), (CPU_MAX_TOKENS, 7), (0, 7)])
+def test_few_tokens_never_reconstruct_the_weight(dtype, bias, shape, generator, request):
+    module, _, _ = make(bias=bias, dtype=dtype)
+    activations = torch.randn(shape, generator=generator).to(dtype)
+    bias_values = None if module.bias is None else module.bias.float()
+    expected = F.linear(activations.float(), module.weight.float(), bias_values)
+    request.getfixturevalue("no_weight")
+    with torch.no_grad():
+        output = module(activations)
+    assert output.dtype == dtype
+    assert output.shape == expected.shape
+    assert (output.float() - expected).norm() <= TOLERANCES[dtype] * expected.norm()
+
+
+def test_many_tokens_take_the_reconstructed_weight(generator):
+    module, _, _ = make(dtype=torch.bfloat16)
+    activations = torch.randn(CPU_MAX_TOKENS + 1, 7, generator=generator).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(module(activations), F.linear(activations, module.weight, module.bias))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_few_tokens_give_the_gradients_of_the_weight(num_tokens, generator):
+    module, codebook, codes = make()
+    activations = torch.randn(num_tokens, 7, generator=generator, requires_grad=True)
+    reference = [t.detach().clone().requires_grad_() for t in (codebook, module.in_scale, module.out_scale)]
+    inputs, bias = activations.detach().clone().requires_grad_(), module.bias.detach().clone().requires_grad_()
+    rows = reference[0][codes].flatten(1)[:, :7]
+    F.linear(inputs, reference[2][:, None] * rows * reference[1], bias).square().sum().backward()
+    module(activations).square().sum().backward()
+    for ours, expected in zip(
+        (module.codebook, module.in_scale, module.out_scale, module.bias, activations),
+        (*reference, bias, inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("trained", ["activations", "bias"])
+def test_one_thing_that_is_trained_is_enough_for_gradients(trained):
+    module, _, _ = make()
+    module.requires_grad_(False)
+    module.bias.requires_grad_(trained == "bias")
+    activations = torch.ones(1, 7, requires_grad=trained == "activations")
+    assert module(activations).requires_grad
+
+
+def test_frozen_linear_never_reconstructs_the_weight(no_weight):
+    module, _, _ = make()
+    assert not module.requires_grad_(False)(torch.ones(2, 7)).requires_grad
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, CPU_MAX_TOKENS + 1])
+def test_autocast_gives_its_type(num_tokens):
+    module, _, _ = make()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert module(torch.ones(num_tokens, 7)).dtype == torch.bfloat16
+
+
+def test_parameters_that_change_are_seen(generator):
+    module, _, _ = make(bias=False)
+    activations = torch.randn(1, 7, generator=generator)
+    with torch.no_grad():
+        before = module(activations)
+        module.codebook.mul_(2)
+        torch.testing.assert_close(module(activations), 2 * before)
+        module.out_scale.mul_(0.5)
+        torch.testing.assert_close(module(activations), before)
+        module.in_scale.mul_(2)
+        torch.testing.assert_close(module(activations), 2 * before)
+
+
+@pytest.mark.parametrize("copy", [deepcopy, lambda module: pickle.loads(pickle.dumps(module))])  # noqa: S301
+def test_copies_run_after_the_original_ran(copy):
+    module, _, _ = make()
+    activations = torch.ones(1, 7)
+    with torch.no_grad():
+        expected = module(activations)
+        duplicate = copy(module)
+        assert torch.equal(duplicate(activations), expected)
+    assert set(duplicate.state_dict()) == {"codes", "codebook", "in_scale", "out_scale", "bias"}

@@ -1,0 +1,144 @@
+import logging
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_masked_linear import random_keep
+from torch import nn
+from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorCUTLASS
+
+from nowag_pl import accelerate
+from nowag_pl.modules import CompressedLinear, MaskedLinear, SemiStructuredLinear, acceleration
+
+
+def masked(rows=64, columns=128, pattern=(2, 4), dtype=torch.bfloat16, bias=True, device="cpu"):
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[0, :8] = 0  # kept zeros are kept
+    bias_values = torch.arange(rows, dtype=torch.float32) if bias else None
+    return MaskedLinear(weight, random_keep(rows, columns, pattern), bias_values, pattern).to(device)
+
+
+@pytest.fixture
+def sparse_cores(monkeypatch):
+    """Torch's own conversion for CUTLASS runs on a CPU; only the product, which has no CPU kernel, is replaced."""
+
+    def multiply(self, other, *, bias=None, should_transpose_dense=False):
+        product = self.to_dense() @ (other.T if should_transpose_dense else other)
+        product = product if bias is None else product + bias[:, None]
+        return product.T if should_transpose_dense else product
+
+    cutlass = SparseSemiStructuredTensorCUTLASS
+    monkeypatch.setattr(SparseSemiStructuredTensor, "_FORCE_CUTLASS", True)
+    monkeypatch.setattr(cutlass, "_validate_device_dim_dtype_shape", classmethod(lambda cls, weight: None))
+    monkeypatch.setattr(cutlass, "_mm", multiply)
+    original = acceleration.semi_structured_obstacle
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(
+        acceleration,
+        "semi_structured_obstacle",
+        lambda shape, pattern, dtype, _: original(shape, pattern, dtype, torch.device("cuda")),
+    )
+
+
+def small_model():
+    layers = [("sparse", masked()), ("free", masked(64, 64, None)), ("odd", masked(64, 72)), ("head", nn.Linear(8, 8))]
+    return nn.Sequential(OrderedDict(layers)).eval()
+
+
+def test_linears_that_fit_are_replaced_and_the_others_named(sparse_cores, caplog):
+    model = small_model()
+    others = list(model)[1:]
+    with caplog.at_level(logging.WARNING):
+        assert accelerate(model) == 1
+    assert isinstance(model.sparse, SemiStructuredLinear)
+    assert list(model)[1:] == others
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 pruned linears run densely: pattern None instead of (2, 4)",
+        "1 pruned linears run densely: shape (64, 72), no multiple of 64",
+    ]
+
+
+def test_without_the_hardware_nothing_changes(caplog):
+    model = small_model()
+    before = list(model)
+    assert accelerate(model) == 0
+    assert list(model) == before
+    assert "on cpu, not on CUDA" in caplog.text
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(128,), (3, 128), (2, 5, 128)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_output_is_that_of_the_masked_linear(sparse_cores, bias, shape, dtype, generator):
+    linear = masked(bias=bias)
+    model = nn.Sequential(linear).eval()
+    accelerate(model)
+    activations = torch.randn(shape, generator=generator).to(dtype)
+    output = model(activations)
+    assert output.dtype == dtype
+    torch.testing.assert_close(output, linear(activations), rtol=2e-2, atol=2e-2)
+    assert not output.requires_grad
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_state_and_description_are_those_of_the_masked_linear(sparse_cores, bias):
+    linear = masked(bias=bias)
+    linear.values.data = linear.values.data.float()  # as while it was trained
+    model = nn.Sequential(linear).eval()
+    accelerate(model)
+    fast = model[0]
+    assert torch.equal(fast.weight, linear.weight.bfloat16())
+    assert fast.description() == linear.description()
+    assert (fast.bits_per_weight, fast.sparsity) == (linear.bits_per_weight, linear.sparsity)
+    assert fast.storage_bytes == linear.storage_bytes
+    expected, stored = linear.storage(), fast.storage()
+    assert set(stored) == set(expected)
+    assert all(torch.equal(stored[name], tensor) for name, tensor in expected.items())
+    assert all(stored[name].dtype == tensor.dtype for name, tensor in expected.items())
+    again = CompressedLinear.from_description(fast.description())
+    again.load_state_dict(fast.state_dict())
+    assert torch.equal(again.weight, fast.weight)
+
+
+def test_loading_into_it_is_refused(sparse_cores):
+    model = nn.Sequential(masked()).eval()
+    state = model.state_dict()
+    accelerate(model)
+    with pytest.raises(RuntimeError, match="Expected to load 0 before accelerate"):
+        model.load_state_dict(state)
+
+
+def test_a_shared_linear_stays_shared(sparse_cores):
+    linear = masked(64, 64)
+    model = nn.Sequential(linear, nn.Sequential(linear)).eval()
+    assert accelerate(model) == 1
+    assert model[0] is model[1][0]
+
+
+def test_a_model_in_training_mode_is_refused():
+    with pytest.raises(RuntimeError, match=r"evaluation mode.*model.eval\(\)"):
+        accelerate(small_model().train())
+
+
+def test_an_empty_one_keeps_the_first_weights(sparse_cores):
+    module = SemiStructuredLinear.empty(masked().settings())
+    assert (module.in_features, module.out_features) == (128, 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_accelerated_linear_on_a_gpu(dtype, bias):
+    linear = masked(dtype=dtype, bias=bias, device="cuda")
+    model = nn.Sequential(linear).eval()
+    assert accelerate(model) == 1
+    activations = torch.randn(3, 128, device="cuda").to(dtype)
+    torch.testing.assert_close(
+        model(activations),
+        F.linear(activations, linear.weight, linear.bias.to(dtype) if bias else None),
+        rtol=2e-2,
+        atol=5e-2,
+    )
+    assert torch.equal(model[0].weight, linear.weight)
+    assert torch.equal(model[0].storage()["values"], linear.storage()["values"])
