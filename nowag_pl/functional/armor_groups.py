@@ -1,8 +1,8 @@
 """The discrete step of ARMOR (arXiv:2510.05528): new supports and values for one group of M weights per block pair.
 
 `(A S B)_pq = A_p S_pq B_q`: a block of W_bar depends on one pair of an A-block and a B-block only, so that the groups
-of all pairs are solved at once. With a the column of A_p that the group's row meets, B_J the rows of B_q that its columns
-meet and E the residual without the group, its values s cost `||E - a s B_J||^2`, weighted by u and h. That is
+of all pairs are solved at once. With a the column of A_p that the group's row meets, B_J the rows of B_q that its
+columns meet and E the residual without the group, its values s cost `||E - a s B_J||^2`, weighted by u and h. That is
 `s^T G s - 2 c^T s` and a constant, `G = (a^T U a) B_J H B_J^T`, `c = B_J H E^T U a`; for each of the C(M, N) supports
 the best s solves an N x N system.
 """
@@ -113,11 +113,12 @@ def improve_groups(
     better = (objective.gain(values) > objective.gain(before))[..., None]
     values, keep = torch.where(better, values, before), torch.where(better, keep, keep_before)
     change = ((values - before)[..., None, :] @ objective.rows).squeeze(-2)  # [p, q, b]
-    moved = torch.einsum("pqa,pqb->paqb", objective.column, change).reshape(residual.shape)
+    blocks = residual.view(*factors.out_factor.shape[:2], *factors.in_factor.shape[:2])  # [p, a, q, b]
+    moved = torch.addcmul(blocks, objective.column.mT[..., None], change[:, None], value=-1)
     core, mask = factors.core.clone(), factors.keep.clone()
     _grouped(core, factors, group_size)[_index(groups)] = values
     _grouped(mask, factors, group_size)[_index(groups)] = keep
-    return factors._replace(core=core, keep=mask), residual - moved
+    return factors._replace(core=core, keep=mask), moved.view(residual.shape)
 
 
 def _quadratic(

@@ -26,6 +26,11 @@ METHODS = {
         "--compression.compressor.subvector_dim=4",
         "--compression.compressor.codebook_size=16",
     ),
+    "armor_2_4": (
+        "--compression.compressor=nowag_pl.ArmorCompressor",
+        "--compression.compressor.block_size=8",
+        "--compression.compressor.max_iters=5",
+    ),
 }
 BLOCKWISE = (
     "--finetuning.enabled=true",
