@@ -43,11 +43,10 @@ CHOICES: dict[str, dict[str, Any]] = {
     "default": {},
     "learning rate 1e-4": {"learning_rate": 1e-4},
     "learning rate 1e-3": {"learning_rate": 1e-3},
-    "learning rate 3e-2": {"learning_rate": 3e-2},
     "random groups": {"selection": "random"},
     "output weighting": {"weighting": "output"},
     "blocks of 16": {"block_size": 16},
-    "blocks of 64": {"block_size": 64},
+    "blocks of 8": {"block_size": 8},
 }
 
 
@@ -152,6 +151,19 @@ def timings(size: int, block: int) -> tuple[float, float, float, float]:
     return iteration, blocks, dense, ratio
 
 
+def cost_table() -> Table:
+    """Return a table of timings."""
+    costs = Table(title=f"one iteration beside A S B and its gradient, CPU ms, {torch.get_num_threads()} thread(s)")
+    for column in ("size", "blocks", "iteration", "A S B, gradient", "ratio", "A, B as dense matrices"):
+        costs.add_column(column, justify="right")
+    for size, block in ((128, 32), (192, 32), (512, 128), (1024, 128)):
+        iteration, blocks, dense, ratio = timings(size, block)
+        costs.add_row(
+            str(size), str(block), f"{1e3 * iteration:.2f}", f"{1e3 * blocks:.2f}", f"{ratio:.2f}", f"{1e3 * dense:.2f}"
+        )
+    return costs
+
+
 def timed(function: Callable[[], Any]) -> float:
     """Return the CPU seconds of a call."""
     started = time.process_time()
@@ -167,22 +179,16 @@ def main() -> None:
     parser.add_argument("--choices", action="store_true", help="compare settings on prose-llama, with 200 iterations")
     args = parser.parse_args()
     console = Console(width=140)
-    costs = Table(title=f"one iteration beside A S B and its gradient, CPU ms, {torch.get_num_threads()} thread(s)")
-    for column in ("size", "blocks", "iteration", "A S B, gradient", "ratio", "A, B as dense matrices"):
-        costs.add_column(column, justify="right")
-    for size, block in ((128, 32), (192, 32), (512, 128), (1024, 128)):
-        iteration, blocks, dense, ratio = timings(size, block)
-        costs.add_row(
-            str(size), str(block), f"{1e3 * iteration:.2f}", f"{1e3 * blocks:.2f}", f"{ratio:.2f}", f"{1e3 * dense:.2f}"
-        )
-    console.print(costs)
-    fits = {f"ARMOR, {number} iterations": armor(max_iters=number, tolerance=0.0) for number in args.iterations}
+    if args.choices:
+        chosen = {name: armor(max_iters=200, tolerance=0.0, **settings) for name, settings in CHOICES.items()}
+        methods, names = {"NoWag-P 2:4": pruner, **chosen}, ["prose-llama"]
+    else:
+        console.print(cost_table())
+        fits = {f"ARMOR, {number} iterations": armor(max_iters=number, tolerance=0.0) for number in args.iterations}
+        methods, names = {"NoWag-P 2:4": pruner, **fits}, ["embedded", "prose-llama"]
     for subject in subjects(args.shared):
-        if not args.choices:
-            console.print(compare(subject, {"NoWag-P 2:4": pruner, **fits}, args.seeds))
-        elif subject.name == "prose-llama":
-            chosen = {name: armor(max_iters=200, **settings) for name, settings in CHOICES.items()}
-            console.print(compare(subject, {"NoWag-P 2:4": pruner, **chosen}, args.seeds))
+        if subject.name in names:
+            console.print(compare(subject, methods, args.seeds))
 
 
 if __name__ == "__main__":
