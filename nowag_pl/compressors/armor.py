@@ -1,7 +1,7 @@
 """ARMOR (arXiv:2510.05528): a 2:4 core between two block-diagonal factors."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,10 @@ from nowag_pl.compressors.protocol import check_inputs
 from nowag_pl.functional.armor import Selection, fit_armor
 from nowag_pl.functional.armor_groups import supports_of
 from nowag_pl.functional.armor_objective import ArmorTarget, identity_factors
+from nowag_pl.functional.bits import armor_bits_per_weight
 from nowag_pl.functional.block_diagonal import largest_block
 from nowag_pl.functional.normalization import Normalized, normalize
-from nowag_pl.functional.pruning import check_pattern, keep_n_of_m, nowag_scores
+from nowag_pl.functional.pruning import check_pattern, check_row, keep_n_of_m, nowag_scores
 from nowag_pl.modules import ArmorLinear
 
 
@@ -43,6 +44,7 @@ class ArmorCompressor:
     selection: Selection = "gradient"
     weighting: Literal["normalized", "output"] = "normalized"
     seed: int = 0
+    working_bytes_per_weight: ClassVar[float] = 64  # factors, gradients, Adam's moments, residuals and products
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -60,21 +62,33 @@ class ArmorCompressor:
             if getattr(self, name) not in choices:
                 raise ValueError(f"Expected {name} to be one of {choices}, but got {getattr(self, name)!r}.")
 
+    def block_sizes(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return the size of the blocks of A and of B for a linear `(out, in)`.
+
+        Raises:
+            ValueError: M does not divide the input features.
+        """
+        check_row(shape[1], self.pattern)
+        return (
+            largest_block(shape[0], self.block_size),
+            largest_block(shape[1], self.block_size, multiple_of=self.pattern[1]),
+        )
+
+    def expected_bits_per_weight(self, shape: tuple[int, int], value_bits: int) -> float:
+        """Return the storage of a fitted linear; see :class:`~nowag_pl.compressors.protocol.Foreseeing`."""
+        return armor_bits_per_weight(shape, *self.block_sizes(shape), self.pattern)
+
     @torch.no_grad()
     def compress(self, linear: nn.Linear, second_moment: Tensor) -> nn.Module:
         """Fit one linear; see :class:`~nowag_pl.compressors.protocol.Compressor`."""
         check_inputs(linear, second_moment)
+        sizes = self.block_sizes((linear.out_features, linear.in_features))
         normalized = normalize(linear.weight)
         second_moment = second_moment.to(linear.weight.device)
         keep = keep_n_of_m(nowag_scores(normalized.weight, second_moment), self.pattern)
         fit = fit_armor(
             self._target(normalized, second_moment),
-            identity_factors(
-                normalized.weight,
-                keep,
-                largest_block(linear.out_features, self.block_size),
-                largest_block(linear.in_features, self.block_size, multiple_of=self.pattern[1]),
-            ),
+            identity_factors(normalized.weight, keep, *sizes),
             self.pattern,
             torch.Generator().manual_seed(self.seed),
             self.max_iters,

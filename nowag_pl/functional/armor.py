@@ -77,6 +77,7 @@ def fit_armor(
             descent.slow_down()
         by_gradient = gradients.core if selection == "gradient" else None
         groups = choose_groups(factors, pattern[1], generator, by_gradient)
+        del gradients, moved, moved_residual, by_gradient  # they are large
         factors, residual = improve_groups(target, factors, residual, groups, supports, pattern[1])
         losses.append(loss := target.loss(residual))
         if iteration % CHECK_ITERS == 0 and loss >= (1 - tolerance) * losses[-1 - CHECK_ITERS]:
@@ -117,6 +118,7 @@ class _Descent:
         self._parameters[1].grad = gradients.core * factors.keep
         self._optimizer.step()
         self._schedule.step()
+        self._optimizer.zero_grad()
         out_factor, core, in_factor = self._parameters
         return ArmorFactors(out_factor.clone(), core * factors.keep, factors.keep, in_factor.clone())
 

@@ -1,6 +1,7 @@
 """A linear `A S B`: an N:M sparse core between two block-diagonal factors (ARMOR, arXiv:2510.05528)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import ceil
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from nowag_pl.functional.armor_objective import ArmorFactors, reconstruct
 from nowag_pl.functional.bits import armor_bits_per_weight
 from nowag_pl.functional.block_diagonal import multiply_right
-from nowag_pl.functional.packing import pack_keep, unpack_keep
+from nowag_pl.functional.packing import pack_keep, pattern_bits, unpack_keep
+from nowag_pl.functional.pruning import kept_values
 from nowag_pl.modules.compressed_linear import CompressedLinear, dtype_name
 
 _STORED_DTYPE = torch.float16  # more of its 16 bits are mantissa; the core is normalised and needs little range
@@ -52,12 +54,17 @@ class ArmorLinear(CompressedLinear):
                     f"Expected square blocks of the {name} factor with {size} rows in all, but got shape "
                     f"{tuple(blocks.shape)}."
                 )
+        values = [factors.out_factor, factors.in_factor, kept_values(factors.core, factors.keep)]
+        self._hold([_round(each) for each in values], pack_keep(factors.keep, pattern), pattern, dtype)
+
+    def _hold(self, values: Sequence[Tensor], mask: Tensor, pattern: tuple[int, int], dtype: torch.dtype) -> None:
         self.pattern = pattern
         self.dtype = dtype
-        self.out_factor = nn.Parameter(_round(factors.out_factor))  # [out / a, a, a]
-        self.in_factor = nn.Parameter(_round(factors.in_factor))  # [in / b, b, b]
-        self.values = nn.Parameter(_round(factors.core[factors.keep]))  # [num_kept], row-major
-        self.register_buffer("mask", pack_keep(factors.keep, pattern))
+        out_factor, in_factor, core_values = values
+        self.out_factor = nn.Parameter(out_factor)  # [out / a, a, a]
+        self.in_factor = nn.Parameter(in_factor)  # [in / b, b, b]
+        self.values = nn.Parameter(core_values)  # [num_kept], row-major
+        self.register_buffer("mask", mask)
 
     @property
     def keep(self) -> Tensor:
@@ -68,8 +75,7 @@ class ArmorLinear(CompressedLinear):
     def core(self) -> Tensor:
         """The core S `[out, in]` in float32, with zeros where values were removed."""
         keep = self.keep
-        values = self.values.float()
-        return values.new_zeros(keep.shape).masked_scatter(keep, values)
+        return torch.zeros(keep.shape, device=keep.device).masked_scatter_(keep, self.values.float())
 
     @property
     def weight(self) -> Tensor:
@@ -131,20 +137,21 @@ class ArmorLinear(CompressedLinear):
 
     @classmethod
     def empty(cls, settings: Mapping[str, Any]) -> "ArmorLinear":
-        """Return a module with the right shapes and zeros; its mask keeps the first weights of each group."""
-        shape, pattern = (settings["out_features"], settings["in_features"]), tuple(settings["pattern"])
-        keep = (torch.arange(shape[1]) % pattern[1] < pattern[0]).expand(shape)
-        factors = ArmorFactors(
-            _zero_blocks(shape[0], settings["out_block"]),
-            torch.zeros(shape),
-            keep,
-            _zero_blocks(shape[1], settings["in_block"]),
+        """Return a module with the right shapes and zeros for values and mask."""
+        in_features, out_features = settings["in_features"], settings["out_features"]
+        out_block, in_block, pattern = settings["out_block"], settings["in_block"], tuple(settings["pattern"])
+        num_groups = out_features * in_features // pattern[1]
+        shapes = (
+            (out_features // out_block, out_block, out_block),
+            (in_features // in_block, in_block, in_block),
+            (num_groups * pattern[0],),
         )
-        return cls(factors, pattern, cls.empty_bias(settings), getattr(torch, settings["dtype"]))
-
-
-def _zero_blocks(num_features: int, size: int) -> Tensor:
-    return torch.zeros(num_features // size, size, size)
+        linear = cls.__new__(cls)  # neither a dense core nor its mask is needed to be replaced
+        CompressedLinear.__init__(linear, in_features, out_features, cls.empty_bias(settings))
+        mask = torch.zeros(ceil(num_groups * pattern_bits(pattern) / 8), dtype=torch.uint8)
+        values = [torch.zeros(shape, dtype=_STORED_DTYPE) for shape in shapes]
+        linear._hold(values, mask, pattern, getattr(torch, settings["dtype"]))
+        return linear
 
 
 def _round(values: Tensor) -> Tensor:
