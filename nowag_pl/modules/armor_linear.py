@@ -15,14 +15,16 @@ from nowag_pl.functional.packing import pack_keep, pattern_bits, unpack_keep
 from nowag_pl.functional.pruning import kept_values
 from nowag_pl.modules.compressed_linear import CompressedLinear, dtype_name
 
-_STORED_DTYPE = torch.float16  # more of its 16 bits are mantissa; the core is normalised and needs little range
+_STORED_DTYPE = torch.float16  # of a wider weight: norms and normalised values need little range
 
 
 class ArmorLinear(CompressedLinear):
     """A linear of two block-diagonal factors and the kept values of a core between them.
 
-    All values are held and stored in 16 bits, the mask in `ceil(log2(C(M, N)))` bits per group. Training can bring back
-    neither what was removed from the core nor what lies outside of the blocks.
+    All values are rounded to 16 bits, at the start and whenever they are stored: to the weight's type, or to float16
+    where that is wider. They are held in the weight's type, as FSDP2 wants one type for all parameters of a module. The
+    mask is in `ceil(log2(C(M, N)))` bits per group. Training can bring back neither what was removed from the core nor
+    what lies outside of the blocks.
 
     Args:
         factors: A with the row scales in it, S with its mask, B with the column scales in it.
@@ -55,7 +57,7 @@ class ArmorLinear(CompressedLinear):
                     f"{tuple(blocks.shape)}."
                 )
         values = [factors.out_factor, factors.in_factor, kept_values(factors.core, factors.keep)]
-        self._hold([_round(each) for each in values], pack_keep(factors.keep, pattern), pattern, dtype)
+        self._hold([_round(each, dtype) for each in values], pack_keep(factors.keep, pattern), pattern, dtype)
 
     def _hold(self, values: Sequence[Tensor], mask: Tensor, pattern: tuple[int, int], dtype: torch.dtype) -> None:
         self.pattern = pattern
@@ -116,7 +118,8 @@ class ArmorLinear(CompressedLinear):
     @property
     def stored_dtypes(self) -> dict[str, torch.dtype]:
         """Values and factors in 16 bits."""
-        return {**super().stored_dtypes, **dict.fromkeys(("out_factor", "in_factor", "values"), _STORED_DTYPE)}
+        names = ("out_factor", "in_factor", "values")
+        return {**super().stored_dtypes, **dict.fromkeys(names, _sixteen_bits(self.dtype))}
 
     @property
     def _block_sizes(self) -> tuple[int, int]:
@@ -149,21 +152,26 @@ class ArmorLinear(CompressedLinear):
         linear = cls.__new__(cls)  # neither a dense core nor its mask is needed to be replaced
         CompressedLinear.__init__(linear, in_features, out_features, cls.empty_bias(settings))
         mask = torch.zeros(ceil(num_groups * pattern_bits(pattern) / 8), dtype=torch.uint8)
-        values = [torch.zeros(shape, dtype=_STORED_DTYPE) for shape in shapes]
-        linear._hold(values, mask, pattern, getattr(torch, settings["dtype"]))
+        dtype = getattr(torch, settings["dtype"])
+        linear._hold([torch.zeros(shape, dtype=dtype) for shape in shapes], mask, pattern, dtype)
         return linear
 
 
-def _round(values: Tensor) -> Tensor:
-    """Return values in 16 bits.
+def _sixteen_bits(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which values of a weight of some type are stored."""
+    return dtype if dtype.itemsize == _STORED_DTYPE.itemsize else _STORED_DTYPE
+
+
+def _round(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values of a type that 16 bits hold exactly.
 
     Raises:
         ValueError: a value is too large.
     """
-    rounded = values.detach().to(_STORED_DTYPE)
+    rounded = values.detach().to(_sixteen_bits(dtype))
     if not rounded.isfinite().all():
         raise ValueError(
-            f"Expected factors and values under {torch.finfo(_STORED_DTYPE).max}, but got up to "
+            f"Expected factors and values under {torch.finfo(rounded.dtype).max}, but got up to "
             f"{values.abs().max():.3g}."
         )
-    return rounded
+    return rounded.to(dtype)
