@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from nowag_pl.models.registration import install as _install
 
 if TYPE_CHECKING:
-    from nowag_pl.compressors import MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner
+    from nowag_pl.compressors import ArmorCompressor, MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner
     from nowag_pl.models.checkpoint import load_compressed, save_compressed, save_dense
     from nowag_pl.models.lora import lora_for_compressed
     from nowag_pl.modules import SecondMoment, accelerate
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ArmorCompressor": "nowag_pl.compressors",
     "MagnitudePruner": "nowag_pl.compressors",
     "NoWagPruner": "nowag_pl.compressors",
     "NoWagQuantizer": "nowag_pl.compressors",
@@ -26,6 +27,7 @@ _HOMES = {
     "save_dense": "nowag_pl.models.checkpoint",
 }
 __all__ = [
+    "ArmorCompressor",
     "MagnitudePruner",
     "NoWagPruner",
     "NoWagQuantizer",

@@ -12,13 +12,14 @@ import yaml
 from tiny_models import ROOT
 
 import main as command_line
-from nowag_pl import MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner
+from nowag_pl import ArmorCompressor, MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner
 from nowag_pl.data.sources import HubDataset
 from nowag_pl.pipeline import preflight
 from nowag_pl.pipeline.preflight import ModelSizes, StageNeeds
 
 CONFIGS = ROOT / "configs"
 METHODS = {
+    "armor_2_4": ArmorCompressor(pattern=(2, 4), block_size=32),
     "nowag_p_50": NoWagPruner(sparsity=0.5),
     "nowag_p_2_4": NoWagPruner(pattern=(2, 4)),
     "nowag_p_4_8": NoWagPruner(pattern=(4, 8)),

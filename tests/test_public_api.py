@@ -12,7 +12,7 @@ import nowag_pl
 
 
 @pytest.mark.parametrize(
-    "name", ["NoWagPruner", "NoWagQuantizer", "SecondMoment", "load_compressed", "save_compressed"]
+    "name", ["ArmorCompressor", "NoWagPruner", "NoWagQuantizer", "SecondMoment", "load_compressed", "save_compressed"]
 )
 def test_promised_names_are_there(name):
     assert name in nowag_pl.__all__
@@ -47,8 +47,9 @@ def test_root_import_loads_neither_lightning_nor_transformers():
         lambda: nowag_pl.NoWagPruner(sparsity=0.5),
         lambda: nowag_pl.NoWagPruner(pattern=(2, 4)),
         lambda: nowag_pl.NoWagQuantizer(subvector_dim=6, codebook_size=16, seed=0, max_iters=100),
+        lambda: nowag_pl.ArmorCompressor(block_size=8, max_iters=5),
     ],
-    ids=["50 %", "2:4", "vq"],
+    ids=["50 %", "2:4", "vq", "armor"],
 )
 def test_promised_use(compressor, bias):
     torch.manual_seed(0)

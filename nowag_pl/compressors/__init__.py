@@ -1,7 +1,8 @@
 """Compression methods: one linear in, one compressed module out."""
 
+from nowag_pl.compressors.armor import ArmorCompressor
 from nowag_pl.compressors.baselines import MagnitudePruner, WandaPruner
 from nowag_pl.compressors.nowag import NoWagPruner, NoWagQuantizer
 from nowag_pl.compressors.protocol import Compressor
 
-__all__ = ["Compressor", "MagnitudePruner", "NoWagPruner", "NoWagQuantizer", "WandaPruner"]
+__all__ = ["ArmorCompressor", "Compressor", "MagnitudePruner", "NoWagPruner", "NoWagQuantizer", "WandaPruner"]

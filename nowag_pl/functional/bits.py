@@ -42,3 +42,29 @@ def vector_quantized_bits_per_weight(
     num_codes = shape[0] * ceil(shape[1] / subvector_dim)
     num_values = codebook_size * subvector_dim + sum(shape)
     return (num_codes * code_bits(codebook_size) + num_values * value_bits) / (shape[0] * shape[1])
+
+
+def armor_bits_per_weight(
+    shape: tuple[int, int],
+    out_block: int,
+    in_block: int,
+    pattern: tuple[int, int],
+    value_bits: int = 16,
+) -> float:
+    """Return the cost of an N:M core, its mask, and a block-diagonal factor on either side.
+
+    Args:
+        shape: (out, in).
+        out_block: size of the blocks `[out / a, a, a]` of the left factor.
+        in_block: size of the blocks `[in / b, b, b]` of the right factor.
+        pattern: (N, M) of the core.
+        value_bits: bits of a value of the core and of a factor.
+
+    Example:
+        >>> armor_bits_per_weight((4096, 4096), 128, 128, (2, 4))  # 8.75 for the core
+        9.75
+    """
+    num_kept = shape[0] * shape[1] // pattern[1] * pattern[0]
+    num_factors = shape[0] * out_block + shape[1] * in_block
+    core_bits = masked_bits_per_weight(shape, num_kept, value_bits, pattern)
+    return core_bits + num_factors * value_bits / (shape[0] * shape[1])

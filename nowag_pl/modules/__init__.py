@@ -1,10 +1,19 @@
 """Modules: running statistics and compressed linears."""
 
 from nowag_pl.modules.acceleration import accelerate
+from nowag_pl.modules.armor_linear import ArmorLinear
 from nowag_pl.modules.compressed_linear import CompressedLinear
 from nowag_pl.modules.masked_linear import MaskedLinear
 from nowag_pl.modules.second_moment import SecondMoment
 from nowag_pl.modules.semi_structured_linear import SemiStructuredLinear
 from nowag_pl.modules.vq_linear import VQLinear
 
-__all__ = ["CompressedLinear", "MaskedLinear", "SecondMoment", "SemiStructuredLinear", "VQLinear", "accelerate"]
+__all__ = [
+    "ArmorLinear",
+    "CompressedLinear",
+    "MaskedLinear",
+    "SecondMoment",
+    "SemiStructuredLinear",
+    "VQLinear",
+    "accelerate",
+]

@@ -26,6 +26,11 @@ METHODS = {
         "--compression.compressor.subvector_dim=4",
         "--compression.compressor.codebook_size=16",
     ),
+    "armor_2_4": (
+        "--compression.compressor=nowag_pl.ArmorCompressor",
+        "--compression.compressor.block_size=8",
+        "--compression.compressor.max_iters=5",
+    ),
 }
 BLOCKWISE = (
     "--finetuning.enabled=true",
@@ -334,6 +339,8 @@ UNEVEN = ("--calibration.num_sequences=7", "--finetuning.num_sequences=9")
         ("fsdp2", "nowag_vq"),
         pytest.param("ddp", "nowag_vq", marks=pytest.mark.slow),
         pytest.param("fsdp2", "nowag_p_2_4", marks=pytest.mark.slow),
+        pytest.param("ddp", "armor_2_4", marks=pytest.mark.slow),
+        pytest.param("fsdp2", "armor_2_4", marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_are_one_rank(strategy, method, fit, model_folder, workplace, tmp_path):
@@ -357,8 +364,9 @@ def test_two_ranks_are_one_rank(strategy, method, fit, model_folder, workplace, 
 
 
 @pytest.mark.slow
-def test_validate_shards_a_compressed_model(fit, command_line, workplace, tmp_path):
-    assert fit(*METHODS["nowag_vq"]).code == 0
+@pytest.mark.parametrize("method", ["nowag_vq", "armor_2_4"])
+def test_validate_shards_a_compressed_model(method, fit, command_line, workplace, tmp_path):
+    assert fit(*METHODS[method]).code == 0
     log = tmp_path / "log"
     finish(start(validate_arguments(workplace, tmp_path / "run" / "export", tmp_path / "val", *FSDP), log), log)
     expected = read_report(tmp_path / "run")["perplexity"]["held_out"]["one_shot"]

@@ -52,6 +52,22 @@ def test_fit_on_two_ranks_is_the_fit_on_one(report, model_folder, tmp_path):
 
 
 @pytest.mark.slow
+def test_armor_on_two_ranks_fits_the_factors_of_one(report, model_folder, tmp_path):
+    method = [
+        "--compression.compressor=nowag_pl.ArmorCompressor",
+        "--compression.compressor.block_size=8",
+        "--compression.compressor.max_iters=20",
+    ]
+    one = report("one", model_folder("qwen2"), *method)
+    two = report("two", model_folder("qwen2"), *method, *TWO)
+    assert figures(two) == pytest.approx(figures(one), rel=1e-6, abs=1e-9)
+    first, second = artefacts(tmp_path / "one"), artefacts(tmp_path / "two")
+    for index in range(3):
+        name = f"compressed/block_{index:03d}.safetensors"
+        assert first[name][0] == second[name][0]
+
+
+@pytest.mark.slow
 def test_propagated_fit_on_two_ranks_is_the_fit_on_one(report, model_folder, tmp_path):
     mode = "--calibration.mode=propagated"
     one = report("one", model_folder(), mode)

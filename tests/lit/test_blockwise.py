@@ -3,13 +3,14 @@
 import gc
 import json
 import warnings
+from itertools import product
 
 import pytest
 import torch
 from tiny_models import artefacts, load_whole, random_tokens
 from torch import nn
 
-from nowag_pl import NoWagPruner, NoWagQuantizer
+from nowag_pl import ArmorCompressor, NoWagPruner, NoWagQuantizer
 from nowag_pl.lit import blockwise
 from nowag_pl.lit.block_module import BlockModule
 from nowag_pl.lit.blockwise import BlockwiseSettings, finetune_blocks
@@ -26,6 +27,7 @@ COMPRESSORS = {
     "pruner": NoWagPruner(pattern=(2, 4)),
     "quantizer": NoWagQuantizer(subvector_dim=4, codebook_size=32, max_iters=3),
 }
+ALL_COMPRESSORS = COMPRESSORS | {"armor": ArmorCompressor(block_size=8, max_iters=3)}
 SETTINGS = {"max_epochs": 3, "learning_rate": 3e-3, "batch_size": 3}
 
 
@@ -47,7 +49,7 @@ def finetuned(model_folder, tmp_path):
     def make(name="run", family="qwen2", compressor="pruner", train=TRAIN, folder=None, **settings) -> CompressionRun:
         run = CompressionRun(Checkpoint(str(folder or model_folder(family))), tmp_path / name)
         run.calibrate(TRAIN, "dense", 0, 4)
-        run.compress(COMPRESSORS[compressor])
+        run.compress(ALL_COMPRESSORS[compressor])
         finetune_blocks(run, train, HELD_OUT, BlockwiseSettings(**SETTINGS | settings), {"accelerator": "cpu"})
         return run
 
@@ -66,8 +68,7 @@ def hidden_states(model: nn.Module, windows: torch.Tensor) -> list[torch.Tensor]
     return seen
 
 
-@pytest.mark.parametrize("compressor", COMPRESSORS)
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize(("family", "compressor"), [*product(["qwen2", "llama"], COMPRESSORS), ("qwen2", "armor")])
 def test_every_block_comes_nearer_to_its_targets(family, compressor, finetuned):
     run = finetuned(family=family, compressor=compressor)
     rows = run.finetuning_statistics()

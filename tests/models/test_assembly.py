@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, copy_model, edit_tensors, load_whole, random_tokens
 
-from nowag_pl import NoWagPruner, NoWagQuantizer
+from nowag_pl import ArmorCompressor, NoWagPruner, NoWagQuantizer
 from nowag_pl.models.assembly import assemble
 from nowag_pl.models.loading import Checkpoint, set_module
 from nowag_pl.models.streaming import StreamedModel, find_linears
@@ -16,6 +16,7 @@ pytest_plugins = ["tiny_fixtures"]
 
 TOKENS = random_tokens(2)
 COMPRESSORS = {
+    "armor": ArmorCompressor(block_size=8, max_iters=3),
     "pruned": NoWagPruner(),
     "2:4": NoWagPruner(pattern=(2, 4)),
     "quantized": NoWagQuantizer(subvector_dim=5, codebook_size=16, max_iters=3),

@@ -53,7 +53,7 @@ def test_round_trip_gives_identical_logits(family, method, tied, saved):
     assert not torch.allclose(logits(loaded), logits(load_whole(dense)), atol=1e-2)
 
 
-@pytest.mark.parametrize("method", ["pruned", "quantized"])
+@pytest.mark.parametrize("method", ["pruned", "quantized", "armor"])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_round_trip_in_bfloat16(family, method, saved):
     model, folder, _ = saved(COMPRESSORS[method], family, dtype="bfloat16")
@@ -62,7 +62,7 @@ def test_round_trip_in_bfloat16(family, method, saved):
     assert loaded.lm_head.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("method", ["pruned", "quantized"])
+@pytest.mark.parametrize("method", ["pruned", "quantized", "armor"])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_stored_in_bfloat16_it_runs_in_float32(family, method, saved):
     model, folder, _ = saved(COMPRESSORS[method], family, dtype="bfloat16")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import random_tokens
 
-from nowag_pl import NoWagPruner, NoWagQuantizer
+from nowag_pl import ArmorCompressor, NoWagPruner, NoWagQuantizer
 from nowag_pl.models.checkpoint import stored_state
 from nowag_pl.models.loading import Checkpoint
 from nowag_pl.pipeline import compression, finetuning
@@ -13,6 +13,7 @@ from nowag_pl.pipeline.run import CompressionRun
 pytest_plugins = ["tiny_fixtures"]
 
 COMPRESSORS = {
+    "armor": ArmorCompressor(block_size=8, max_iters=3),
     "pruner": NoWagPruner(pattern=(2, 4)),
     "quantizer": NoWagQuantizer(subvector_dim=4, codebook_size=32, max_iters=3),
 }

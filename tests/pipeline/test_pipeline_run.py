@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from math import log
 
 import pytest
@@ -10,7 +11,7 @@ from rank_threads import on_ranks
 from test_pipeline_moments import WINDOWS, Alone, calibrated
 from tiny_models import artefacts, load_whole, random_tokens
 
-from nowag_pl import NoWagPruner, NoWagQuantizer
+from nowag_pl import ArmorCompressor, NoWagPruner, NoWagQuantizer
 from nowag_pl.models.loading import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.pipeline import calibration, compression
@@ -107,6 +108,19 @@ def test_global_random_state_does_not_matter(model_folder, tmp_path):
     everything(model_folder(), tmp_path / "two")
     assert artefacts(tmp_path / "one") == artefacts(tmp_path / "two")
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_two_ranks_fit_the_factors_that_one_fits(model_folder, tmp_path):
+    compressor = ArmorCompressor(block_size=8, max_iters=20)
+    calibrated(model_folder("qwen2"), tmp_path / "one").compress(compressor)
+    shutil.copytree(tmp_path / "one" / "moments", tmp_path / "two" / "moments")
+    shutil.copy(tmp_path / "one" / "manifest.json", tmp_path / "two")
+
+    def compress(ranks):
+        calibrated(model_folder("qwen2"), tmp_path / "two", ranks=ranks).compress(compressor)
+
+    on_ranks(2, compress)
+    assert artefacts(tmp_path / "one") == artefacts(tmp_path / "two")
 
 
 def test_another_seed_gives_other_codes(model_folder, tmp_path):

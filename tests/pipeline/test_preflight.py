@@ -11,7 +11,7 @@ from test_pipeline_run import EVALUATION, everything
 from tiny_models import fit_arguments
 from torch import nn
 
-from nowag_pl import MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner
+from nowag_pl import ArmorCompressor, MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner
 from nowag_pl.compressors.protocol import expected_bits_per_weight, working_bytes_per_weight
 from nowag_pl.files import read_tensors
 from nowag_pl.models.loading import Checkpoint
@@ -42,7 +42,7 @@ def tensor_bytes(file: Path) -> int:
     return sum(tensor.nbytes for tensor in read_tensors(file)[0].values())
 
 
-@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+@pytest.mark.parametrize("compressor", [*COMPRESSORS, ArmorCompressor(block_size=4, max_iters=1)], ids=repr)
 @pytest.mark.parametrize("shape", [(6, 8), (7, 16)])
 def test_foreseen_bits_are_those_of_the_result(compressor, shape):
     linear = nn.Linear(shape[1], shape[0], dtype=torch.bfloat16)

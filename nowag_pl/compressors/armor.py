@@ -1,0 +1,115 @@
+"""ARMOR (arXiv:2510.05528): a 2:4 core between two block-diagonal factors."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nowag_pl.compressors.protocol import check_inputs
+from nowag_pl.functional.armor import Selection, fit_armor
+from nowag_pl.functional.armor_groups import supports_of
+from nowag_pl.functional.armor_objective import ArmorTarget, identity_factors
+from nowag_pl.functional.bits import armor_bits_per_weight
+from nowag_pl.functional.block_diagonal import largest_block
+from nowag_pl.functional.normalization import Normalized, normalize
+from nowag_pl.functional.pruning import check_pattern, check_row, keep_n_of_m, nowag_scores
+from nowag_pl.modules import ArmorLinear
+
+
+@dataclass(frozen=True)
+class ArmorCompressor:
+    """ARMOR: `A S B` for the normalised weight, fitted from NoWag-P's N:M result by block coordinate descent.
+
+    Args:
+        pattern: (N, M): the core S keeps N of every M consecutive weights of a row.
+        block_size: size of the blocks of A and B; of each, the largest divisor of its features that is not above this
+            is taken (for B one that M divides). A and B cost 16 (block / in + block / out) bits per weight.
+        max_iters: iterations at the most, each a step of Adam and a choice of supports.
+        learning_rate: of Adam on A and B at the start; it falls to zero over max_iters. That of S is scaled by the size
+            of its values.
+        tolerance: stop when 50 iterations lower the loss by less than this fraction; 0 to go on while it falls.
+        selection: how a group of each pair of blocks is chosen for a new support: with "gradient" in proportion to the
+            squared gradient of the loss, or "random".
+        weighting: what an error of the normalised weight counts. "normalized": the paper's `h_j`; "output": as much as
+            it moves the linear's output, `h_j r1_j^2 r2_i^2`.
+        seed: seed of the choice of groups.
+    """
+
+    pattern: tuple[int, int] = (2, 4)
+    block_size: int = 128
+    max_iters: int = 500
+    learning_rate: float = 1e-2
+    tolerance: float = 1e-3
+    selection: Selection = "gradient"
+    weighting: Literal["normalized", "output"] = "normalized"
+    seed: int = 0
+    working_bytes_per_weight: ClassVar[float] = 64  # factors, gradients, Adam's moments, residuals and products
+
+    def __post_init__(self) -> None:
+        """Check the settings.
+
+        Raises:
+            ValueError: the pattern is no (N, M) or has too many supports, or another setting is out of its range.
+        """
+        object.__setattr__(self, "pattern", tuple(self.pattern))
+        check_pattern(self.pattern)
+        supports_of(self.pattern)
+        for name, least in {"block_size": self.pattern[1], "max_iters": 0, "learning_rate": 0, "tolerance": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"Expected {name} of at least {least}, but got {getattr(self, name)}.")
+        for name, choices in {"selection": ("gradient", "random"), "weighting": ("normalized", "output")}.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"Expected {name} to be one of {choices}, but got {getattr(self, name)!r}.")
+
+    def block_sizes(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return the size of the blocks of A and of B for a linear `(out, in)`.
+
+        Raises:
+            ValueError: M does not divide the input features.
+        """
+        check_row(shape[1], self.pattern)
+        return (
+            largest_block(shape[0], self.block_size),
+            largest_block(shape[1], self.block_size, multiple_of=self.pattern[1]),
+        )
+
+    def expected_bits_per_weight(self, shape: tuple[int, int], value_bits: int) -> float:
+        """Return the storage of a fitted linear; see :class:`~nowag_pl.compressors.protocol.Foreseeing`."""
+        return armor_bits_per_weight(shape, *self.block_sizes(shape), self.pattern)
+
+    @torch.no_grad()
+    def compress(self, linear: nn.Linear, second_moment: Tensor) -> nn.Module:
+        """Fit one linear; see :class:`~nowag_pl.compressors.protocol.Compressor`."""
+        check_inputs(linear, second_moment)
+        sizes = self.block_sizes((linear.out_features, linear.in_features))
+        normalized = normalize(linear.weight)
+        second_moment = second_moment.to(linear.weight.device)
+        keep = keep_n_of_m(nowag_scores(normalized.weight, second_moment), self.pattern)
+        fit = fit_armor(
+            self._target(normalized, second_moment),
+            identity_factors(normalized.weight, keep, *sizes),
+            self.pattern,
+            torch.Generator().manual_seed(self.seed),
+            self.max_iters,
+            self.learning_rate,
+            self.tolerance,
+            self.selection,
+        )
+        out_factor, in_factor = fit.factors.out_factor, fit.factors.in_factor
+        scaled = fit.factors._replace(
+            out_factor=out_factor * normalized.out_scale.view(*out_factor.shape[:2], 1),
+            in_factor=in_factor * normalized.in_scale.view(len(in_factor), 1, -1),
+        )
+        return ArmorLinear(scaled, self.pattern, linear.bias, linear.weight.dtype)
+
+    def _target(self, normalized: Normalized, second_moment: Tensor) -> ArmorTarget:
+        """Return the objective; weights average 1, so that gradients are large beside Adam's epsilon."""
+        row_weights, column_weights = torch.ones_like(normalized.out_scale), second_moment
+        if self.weighting == "output":
+            row_weights, column_weights = normalized.out_scale.square(), second_moment * normalized.in_scale.square()
+        return ArmorTarget(normalized.weight, _average_one(row_weights), _average_one(column_weights))
+
+
+def _average_one(weights: Tensor) -> Tensor:
+    return weights / weights.mean().clamp(min=torch.finfo(weights.dtype).tiny)
