@@ -45,12 +45,20 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in model.modules():
         if isinstance(module, CompressedLinear):
+            _unify_types(module)
             fully_shard(module, mesh=mesh)
     for module in list(model.modules()):
         if isinstance(module, nn.ModuleList):
             for block in module:
                 fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def _unify_types(linear: CompressedLinear) -> None:
+    """Hold the parameters of a linear in one type, as FSDP2 needs it: float32 where a bias has another than the rest."""
+    if len({parameter.dtype for parameter in linear.parameters()}) > 1:
+        for parameter in linear.parameters():
+            parameter.data = parameter.data.float()
 
 
 def gathered_state(model: nn.Module) -> dict[str, Any]:
