@@ -80,7 +80,7 @@ class LitCausalLM(LightningModule):
         self.compressed: CompressedModel | None = None  # set by what compresses
         self.reference: DenseReference | None = None  # set by what compares with the dense model
         self.eval_metrics: dict[str, dict[str, float]] = {}  # of the last validation, by text
-        self._stored_dtypes: dict[str, torch.dtype] = {}  # while parameters are held in float32
+        self._dtypes: dict[str, tuple[torch.dtype, torch.dtype]] = {}  # stored and held otherwise; while in float32
         self._streams: dict[str, tuple[StreamedModel, HiddenStream]] = {}  # evaluation windows behind the last block
         self._perplexity: dict[str, Perplexity] = {}
         self._dense_perplexity: dict[str, Perplexity] = {}
@@ -136,7 +136,7 @@ class LitCausalLM(LightningModule):
     def release(self) -> None:
         """Let go of the model, so that it can be built anew from newer artefacts."""
         self.model = None
-        self._stored_dtypes = {}
+        self._dtypes = {}
 
     def configure_model(self) -> None:
         """Build the model for training, or sharded; else it is streamed, a block at a time."""
@@ -176,7 +176,7 @@ class LitCausalLM(LightningModule):
 
         Without mixed precision everything is held in float32, so that all of the model computes in one type.
         """
-        if self._stored_dtypes:
+        if self._dtypes:
             return
         assert self.model is not None
         linears = {name: module for name, module in self.model.named_modules() if isinstance(module, CompressedLinear)}
@@ -184,7 +184,7 @@ class LitCausalLM(LightningModule):
             f"{name}.{key}": dtype for name, linear in linears.items() for key, dtype in linear.stored_dtypes.items()
         }
         for name, parameter in self.model.named_parameters():
-            self._stored_dtypes[name] = stored.get(name, parameter.dtype)
+            self._dtypes[name] = stored.get(name, parameter.dtype), parameter.dtype
             parameter.requires_grad_(not linears or name in stored or parameter.ndim < 2)
             if parameter.requires_grad or self.trainer.precision == "32-true":
                 parameter.data = parameter.data.float()
@@ -195,13 +195,13 @@ class LitCausalLM(LightningModule):
         """Round what was trained to the types in which it is stored, so that what is measured is what is saved."""
         assert self.model is not None
         for name, parameter in self.model.named_parameters():
-            rounded = parameter.data.to(self._stored_dtypes[name])
-            owner = self.model.get_submodule(name.rpartition(".")[0])
-            if self._is_sharded or (isinstance(owner, CompressedLinear) and name.endswith(("codebook", "_scale"))):
+            stored, held = self._dtypes[name]
+            rounded = parameter.data.to(stored)
+            if self._is_sharded:
                 parameter.data.copy_(rounded)
             else:
-                parameter.data = rounded
-        self._stored_dtypes = {}
+                parameter.data = rounded.to(held)
+        self._dtypes = {}
 
     def whole_model(self) -> nn.Module:
         """Return the model with whole parameters, those of a sharded one on rank zero only; all ranks must call."""

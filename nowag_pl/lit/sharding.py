@@ -55,7 +55,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
 
 
 def _unify_types(linear: CompressedLinear) -> None:
-    """Hold the parameters of a linear in one type, as FSDP2 needs it: float32 where a bias has another than the rest."""
+    """Hold the parameters of a linear in one type, as FSDP2 needs it: float32 where they differ."""
     if len({parameter.dtype for parameter in linear.parameters()}) > 1:
         for parameter in linear.parameters():
             parameter.data = parameter.data.float()
