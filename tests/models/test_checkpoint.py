@@ -272,7 +272,7 @@ def test_shards_are_bounded_and_hold_everything(save, saved, tmp_path):
     assert index["weight_map"] == {n: f.name for f, c in zip(files, contents, strict=True) for n in c}
     assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
     loaded = load_compressed(tmp_path / "sharded") if save is save_compressed else load_whole(tmp_path / "sharded")
-    assert torch.equal(logits(loaded), logits(model))
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
 
 
 def test_shards_of_no_bytes_are_refused(model_folder, tmp_path):

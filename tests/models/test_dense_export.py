@@ -16,6 +16,7 @@ from nowag_pl.models.checkpoint import compressed_linears as linears_of
 from nowag_pl.models.checkpoint import is_compressed, save_streamed
 from nowag_pl.models.loading import Checkpoint, set_module
 from nowag_pl.models.streaming import StreamedModel
+from nowag_pl.modules import MaskedLinear
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -51,7 +52,7 @@ def test_it_has_the_tensors_of_the_dense_model_and_the_weights_of_the_compressed
         assert tensor.shape == dense[name].shape
         owner = name.removesuffix(".weight")
         assert torch.equal(tensor, linears[owner].weight if owner in linears else dense[name])
-        if owner in linears and method != "quantized":
+        if isinstance(linears.get(owner), MaskedLinear):
             assert (tensor == 0).float().mean() >= 0.5
             assert torch.equal(tensor[tensor != 0], dense[name][tensor != 0])
     assert not is_compressed(tmp_path / "dense")
@@ -63,7 +64,7 @@ def test_it_has_the_tensors_of_the_dense_model_and_the_weights_of_the_compressed
 def test_transformers_opens_it(family, method, models, tmp_path):
     model, source = models(method, family)
     save_dense(model, tmp_path / "dense", source=str(source))
-    assert torch.equal(logits(load_whole(tmp_path / "dense")), logits(model))
+    torch.testing.assert_close(logits(load_whole(tmp_path / "dense")), logits(model), rtol=1e-4, atol=1e-4)
 
 
 def test_it_is_opened_where_the_package_is_not_installed(models, tmp_path):
@@ -91,7 +92,7 @@ def test_it_is_opened_where_the_package_is_not_installed(models, tmp_path):
         capture_output=True, text=True, cwd=tmp_path, timeout=120, env=subprocess_environment(), check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dense", [False, True])
