@@ -35,3 +35,24 @@ def _distances(points: Tensor, weights: Tensor, codebook: Tensor) -> Tensor:
     for j in range(points.shape[1]):
         distances += weights[:, j, None] * (points[:, j, None] - codebook[None, :, j]).square()
     return distances
+
+
+def prune(weight: Tensor, second_moment: Tensor, sparsity: float) -> Tensor:
+    """Prune as NoWag-P's pseudo-code says, by a sort of all scores.
+
+    Args:
+        weight: `[out, in]`.
+        second_moment: `[in]`.
+        sparsity: fraction to remove.
+
+    Returns:
+        The weight with zeros, `[out, in]`.
+    """
+    in_scale = weight.square().sum(dim=0).sqrt()
+    scaled = weight / in_scale
+    out_scale = scaled.square().sum(dim=1, keepdim=True).sqrt()
+    scores = ((scaled / out_scale).square() * second_moment).flatten()
+    order = scores.argsort()
+    pruned = weight.clone().flatten()
+    pruned[order[: round(sparsity * len(order))]] = 0
+    return pruned.view_as(weight)

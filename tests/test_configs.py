@@ -18,9 +18,14 @@ from nowag_pl.pipeline import preflight
 from nowag_pl.pipeline.preflight import ModelSizes, StageNeeds
 
 CONFIGS = ROOT / "configs"
+PLUS = {"weighting": "output", "update": "alternating", "refit_scales": True, "damping": 0.1}
 METHODS = {
     "armor_2_4": ArmorCompressor(pattern=(2, 4), block_size=32),
     "nowag_p_50": NoWagPruner(sparsity=0.5),
+    "nowag_p_50_plus": NoWagPruner(sparsity=0.5, update="alternating"),
+    "nowag_p_2_4_plus": NoWagPruner(pattern=(2, 4), update="alternating"),
+    "nowag_vq_2bit_plus": NoWagQuantizer(subvector_dim=6, codebook_size=4096, **PLUS),
+    "nowag_vq_2bit_small_plus": NoWagQuantizer(subvector_dim=4, codebook_size=256, **PLUS),
     "nowag_p_2_4": NoWagPruner(pattern=(2, 4)),
     "nowag_p_4_8": NoWagPruner(pattern=(4, 8)),
     "nowag_vq_2bit": NoWagQuantizer(subvector_dim=6, codebook_size=4096),

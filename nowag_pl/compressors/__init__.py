@@ -3,6 +3,14 @@
 from nowag_pl.compressors.armor import ArmorCompressor
 from nowag_pl.compressors.baselines import MagnitudePruner, WandaPruner
 from nowag_pl.compressors.nowag import NoWagPruner, NoWagQuantizer
-from nowag_pl.compressors.protocol import Compressor
+from nowag_pl.compressors.protocol import Compressor, needs_full_second_moment
 
-__all__ = ["ArmorCompressor", "Compressor", "MagnitudePruner", "NoWagPruner", "NoWagQuantizer", "WandaPruner"]
+__all__ = [
+    "ArmorCompressor",
+    "Compressor",
+    "MagnitudePruner",
+    "NoWagPruner",
+    "NoWagQuantizer",
+    "WandaPruner",
+    "needs_full_second_moment",
+]

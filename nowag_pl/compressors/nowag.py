@@ -5,17 +5,24 @@ from math import ceil
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nowag_pl.compressors.protocol import check_inputs
 from nowag_pl.compressors.pruner import Pruner
+from nowag_pl.functional.alternating import alternating_keep
 from nowag_pl.functional.bits import vector_quantized_bits_per_weight
 from nowag_pl.functional.chunks import empty_like, fill_rows
+from nowag_pl.functional.feedback import refine
 from nowag_pl.functional.kmeans import check_num_codewords, weighted_kmeans
 from nowag_pl.functional.normalization import normalize, normalize_rows, norms
+from nowag_pl.functional.output_error import damped_inverse_factor, mean_squares
 from nowag_pl.functional.pruning import keep_structured, nowag_scores
-from nowag_pl.modules import VQLinear
+from nowag_pl.functional.quantized import Quantized, subvectors
+from nowag_pl.functional.refit import refit_kept
+from nowag_pl.modules import MaskedLinear, VQLinear
+
+DAMPING = 0.01
+REFIT_STEPS = 60  # of conjugate gradients
 
 
 @dataclass(frozen=True)
@@ -26,21 +33,50 @@ class NoWagPruner(Pruner):
         sparsity: fraction of the weights to remove, in [0, 1). null: 0.5, unless a pattern says it.
         pattern: (N, M) to keep N of every M consecutive weights of a row, such as [2, 4]. null: no pattern.
         structured: remove whole "rows" (output channels) or "columns" (input channels). null: single weights.
+        update: how kept weights make up for the removed ones, by the full second moments. null: not at all, as in the
+            paper; "refit": those that NoWag-P keeps are fitted to the linear's output by least squares; "alternating":
+            the mask is chosen together with the values, by alternating directions (ADMM), then they are fitted.
+        damping: with an update, what is added to the diagonal of the second moments, as a share of its mean.
     """
 
     structured: Literal["rows", "columns"] | None = None
+    update: Literal["refit", "alternating"] | None = None
+    damping: float = DAMPING
 
     def __post_init__(self) -> None:
         """Check the settings.
 
         Raises:
-            ValueError: as :class:`Pruner`, or both pattern and structured are given.
+            ValueError: as :class:`Pruner`, both pattern and structured are given, or damping is not positive.
         """
         super().__post_init__()
         if self.structured not in (None, "rows", "columns"):
             raise ValueError(f"Expected structured to be 'rows', 'columns' or null, but got {self.structured!r}.")
         if self.structured and self.pattern:
             raise ValueError(f"Expected pattern or structured, but got {self.pattern} and {self.structured!r}.")
+        if self.update not in (None, "refit", "alternating"):
+            raise ValueError(f"Expected update to be 'refit', 'alternating' or null, but got {self.update!r}.")
+        _check_damping(self.damping)
+
+    @property
+    def full_second_moment(self) -> bool:
+        """Whether the matrix of x x^T is needed."""
+        return self.update is not None
+
+    @torch.no_grad()
+    def compress(self, linear: nn.Linear, second_moment: Tensor) -> nn.Module:
+        """Prune one linear; see :class:`~nowag_pl.compressors.protocol.Compressor`."""
+        if self.update is None:
+            return super().compress(linear, second_moment)
+        check_inputs(linear, second_moment, full=True)
+        matrix = second_moment.to(linear.weight.device)
+        damped, _ = damped_inverse_factor(matrix, self.damping)
+        if self.update == "refit":
+            keep = self.keep(self.scores(linear.weight, matrix.diagonal()))
+        else:
+            keep = alternating_keep(linear.weight, damped, self.keep)
+        weight = refit_kept(linear.weight, keep, damped, REFIT_STEPS)
+        return MaskedLinear(weight.to(linear.weight.dtype), keep, linear.bias, self.pattern)
 
     def scores(self, weight: Tensor, second_moment: Tensor) -> Tensor:
         """Return NoWag-P's importance, `[out, in]`."""
@@ -76,8 +112,16 @@ class NoWagQuantizer:
         max_iters: Lloyd iterations at the most.
         tolerance: stop when an iteration lowers the loss by less than this fraction; 0 to stop only when the codes
             settle.
-        weighting: what an error of the normalised weight counts. "output": as much as it moves the linear's output,
-            `h_j r1_j^2 r2_i^2`; "normalized": the paper's `h_j`.
+        weighting: what an error of the normalised weight counts. "normalized": the paper's `h_j`; "output": as much as
+            it moves the linear's output, `h_j r1_j^2 r2_i^2`.
+        restarts: k-means runs from different starts, of which the one with the smallest loss is taken.
+        update: how codes make up for each other's errors, by the full second moments. null: not at all, as in the
+            paper; "feedback": each column of subvectors takes up the errors of those before it; "alternating": codes
+            and codebook are chosen by alternating directions (ADMM). The codebook is fitted by least squares to either.
+        rounds: with an update, how often codes are chosen and the codebook is fitted; after the first time, each column
+            takes up the errors of all others.
+        refit_scales: whether the scales are fitted to the linear's output by least squares, by the full second moments.
+        damping: for both, what is added to the diagonal of the second moments, as a share of its mean.
     """
 
     subvector_dim: int = 6
@@ -85,7 +129,12 @@ class NoWagQuantizer:
     seed: int = 0
     max_iters: int = 100
     tolerance: float = 5e-4
-    weighting: Literal["output", "normalized"] = "output"
+    weighting: Literal["output", "normalized"] = "normalized"
+    restarts: int = 1
+    update: Literal["feedback", "alternating"] | None = None
+    rounds: int = 4
+    refit_scales: bool = False
+    damping: float = DAMPING
     working_bytes_per_weight: ClassVar[float] = 24  # points, weights, products of both, in float32; codes, distances
 
     def __post_init__(self) -> None:
@@ -94,11 +143,20 @@ class NoWagQuantizer:
         Raises:
             ValueError: a number is out of its range.
         """
-        for name, least in {"subvector_dim": 1, "codebook_size": 1, "max_iters": 0, "tolerance": 0}.items():
+        least_of = {"subvector_dim": 1, "codebook_size": 1, "max_iters": 0, "tolerance": 0}
+        for name, least in (least_of | {"restarts": 1, "rounds": 1}).items():
             if getattr(self, name) < least:
                 raise ValueError(f"Expected {name} of at least {least}, but got {getattr(self, name)}.")
         if self.weighting not in ("output", "normalized"):
             raise ValueError(f"Expected weighting to be 'output' or 'normalized', but got {self.weighting!r}.")
+        if self.update not in (None, "feedback", "alternating"):
+            raise ValueError(f"Expected update to be 'feedback', 'alternating' or null, but got {self.update!r}.")
+        _check_damping(self.damping)
+
+    @property
+    def full_second_moment(self) -> bool:
+        """Whether the matrix of x x^T is needed."""
+        return self.update is not None or self.refit_scales
 
     def expected_bits_per_weight(self, shape: tuple[int, int], value_bits: int) -> float:
         """Return the storage of a quantized linear; see :class:`~nowag_pl.compressors.protocol.Foreseeing`."""
@@ -108,30 +166,28 @@ class NoWagQuantizer:
     @torch.no_grad()
     def compress(self, linear: nn.Linear, second_moment: Tensor) -> nn.Module:
         """Quantize one linear; see :class:`~nowag_pl.compressors.protocol.Compressor`."""
-        check_inputs(linear, second_moment)
+        check_inputs(linear, second_moment, self.full_second_moment)
+        quantized = self._quantize(linear, mean_squares(second_moment))
+        if self.full_second_moment:
+            matrix = second_moment.to(linear.weight.device)
+            settings = (self.update, self.rounds, self.refit_scales, self.damping)
+            quantized = refine(linear.weight, quantized, matrix, *settings)
+        return VQLinear(*quantized, linear.bias, linear.weight.dtype)
+
+    def _quantize(self, linear: nn.Linear, second_moment: Tensor) -> Quantized:
+        """Fit codebook and codes to the normalised weight by k-means."""
         weight, in_scale, out_scale = normalize(linear.weight)
-        dim, out_features = self.subvector_dim, linear.out_features
-        num_groups = ceil(linear.in_features / dim)
-        padding = (0, num_groups * dim - linear.in_features)
-        points = F.pad(weight, padding).view(-1, dim)  # [out * groups, d]
+        points = subvectors(weight, self.subvector_dim)  # [out * groups, d]
         del weight  # it is large
-        weights = F.pad(self._weights(in_scale, out_scale, second_moment), padding).view(-1, dim)
-        fit = weighted_kmeans(
-            points,
-            weights,
-            self.codebook_size,
-            torch.Generator().manual_seed(self.seed),
-            max_iters=self.max_iters,
-            tolerance=self.tolerance,
+        weights = subvectors(self._weights(in_scale, out_scale, second_moment), self.subvector_dim)
+        generator = torch.Generator().manual_seed(self.seed)
+        fits = (
+            weighted_kmeans(points, weights, self.codebook_size, generator, self.max_iters, self.tolerance)
+            for _ in range(self.restarts)
         )
-        return VQLinear(
-            fit.codebook,
-            fit.codes.view(out_features, num_groups),
-            in_scale,
-            out_scale,
-            linear.bias,
-            linear.weight.dtype,
-        )
+        fit = min(fits, key=lambda fit: fit.loss)
+        codes = fit.codes.view(linear.out_features, -1)
+        return Quantized(fit.codebook, codes, in_scale, out_scale)
 
     def _weights(self, in_scale: Tensor, out_scale: Tensor, second_moment: Tensor) -> Tensor:
         """Return the weight of each coordinate in the k-means objective, `[out, in]`."""
@@ -143,3 +199,8 @@ class NoWagQuantizer:
             lambda rows: second_moment * (in_scale * out_scale[rows, None]).square(),
         )
         return weights.div_(weights.mean().clamp(min=torch.finfo(weights.dtype).tiny))
+
+
+def _check_damping(damping: float) -> None:
+    if not damping > 0:
+        raise ValueError(f"Expected damping greater than 0, but got {damping}.")

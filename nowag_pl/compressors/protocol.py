@@ -5,6 +5,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from nowag_pl.functional.chunks import row_chunks
+from nowag_pl.functional.output_error import mean_squares
 
 
 @runtime_checkable
@@ -46,6 +47,7 @@ class Foreseeing(Protocol):
 
 
 _UNKNOWN_WORKING_BYTES = 32.0
+_FULL_WORKING_BYTES = 96.0  # H, damped, its factor and eigenvectors in float64; five copies of the weight
 
 
 def expected_bits_per_weight(compressor: Compressor, shape: tuple[int, int], value_bits: int) -> float:
@@ -58,18 +60,31 @@ def expected_bits_per_weight(compressor: Compressor, shape: tuple[int, int], val
 
 
 def working_bytes_per_weight(compressor: Compressor) -> float:
-    """Return what a compressor foresees, or 32 where it does not."""
-    return compressor.working_bytes_per_weight if isinstance(compressor, Foreseeing) else _UNKNOWN_WORKING_BYTES
+    """Return what a compressor foresees, or 32 where it does not; 96 more where it needs full second moments."""
+    own = compressor.working_bytes_per_weight if isinstance(compressor, Foreseeing) else _UNKNOWN_WORKING_BYTES
+    return own + (_FULL_WORKING_BYTES if needs_full_second_moment(compressor) else 0)
 
 
-def check_inputs(linear: nn.Linear, second_moment: Tensor) -> None:
+def needs_full_second_moment(compressor: Compressor) -> bool:
+    """Return whether a compressor must be given the matrix `[in, in]`."""
+    return bool(getattr(compressor, "full_second_moment", False))
+
+
+def check_inputs(linear: nn.Linear, second_moment: Tensor, full: bool = False) -> None:
     """Raise ValueError where a weight or a second moment cannot be compressed.
 
     Args:
         linear: dense linear `[out, in]`.
-        second_moment: `[in]`.
+        second_moment: `[in]` or `[in, in]`.
+        full: whether it must be the matrix.
     """
-    if second_moment.shape != (linear.in_features,):
+    matrix = second_moment.shape == (linear.in_features, linear.in_features)
+    if full and not matrix:
+        raise ValueError(
+            f"Expected the full second moments of {linear.in_features} input features, a square matrix, but got shape "
+            f"{tuple(second_moment.shape)}. SecondMoment(num_features, full=True) gathers them."
+        )
+    if second_moment.shape != (linear.in_features,) and not matrix:
         raise ValueError(
             f"Expected a second moment for each of {linear.in_features} input features, "
             f"but got shape {tuple(second_moment.shape)}."
@@ -80,5 +95,6 @@ def check_inputs(linear: nn.Linear, second_moment: Tensor) -> None:
             raise ValueError(
                 f"Expected finite {name}, but got {int((~tensor.isfinite()).sum())} NaN or infinite values."
             )
-    if (second_moment < 0).any():
-        raise ValueError(f"Expected second moments of at least 0, but got {float(second_moment.min()):.3g}.")
+    squares = mean_squares(second_moment)
+    if (squares < 0).any():
+        raise ValueError(f"Expected second moments of at least 0, but got {float(squares.min()):.3g}.")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nowag_pl.compressors.protocol import check_inputs
 from nowag_pl.functional.bits import masked_bits_per_weight
+from nowag_pl.functional.output_error import mean_squares
 from nowag_pl.functional.pruning import (
     check_pattern,
     check_row,
@@ -57,7 +58,7 @@ class Pruner(ABC):
     def compress(self, linear: nn.Linear, second_moment: Tensor) -> nn.Module:
         """Prune one linear; see :class:`~nowag_pl.compressors.protocol.Compressor`."""
         check_inputs(linear, second_moment)
-        keep = self.keep(self.scores(linear.weight, second_moment.to(linear.weight.device)))
+        keep = self.keep(self.scores(linear.weight, mean_squares(second_moment).to(linear.weight.device)))
         return MaskedLinear(linear.weight, keep, linear.bias, self.pattern)
 
     def expected_bits_per_weight(self, shape: tuple[int, int], value_bits: int) -> float:

@@ -163,11 +163,11 @@ def _assign(points: _Points, codebook: Tensor, chunk_size: int) -> tuple[Tensor,
         left = points.features[start : start + chunk_size]
         chunk = torch.mm(left, right, out=products[: len(left)])
         stop = start + len(left)
-        nearest[start:stop], codes[start:stop] = _row_minima(chunk)
+        nearest[start:stop], codes[start:stop] = row_minima(chunk)
     return codes, (nearest + points.offset).clamp_(min=0)
 
 
-def _row_minima(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def row_minima(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return the minimum of each row and a column that has it, always the same one.
 
     On a CPU, torch's minima without indices are many times faster than those with, and so is NumPy's argmin on one

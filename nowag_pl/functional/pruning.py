@@ -102,7 +102,7 @@ def _keep_in_long_row(scores: Tensor, num_removed: int, keep: Tensor) -> None:
     """Fill the mask `[columns]` of one row in chunks of columns."""
     threshold = kth_smallest(scores, num_removed)
     parts = scores.split(chunks.CHUNK_ELEMENTS)
-    num_ties_kept = len(scores) - num_removed - sum(int((part > threshold).sum()) for part in parts)
+    num_ties_kept = len(scores) - num_removed - sum(int(torch.count_nonzero(part > threshold)) for part in parts)
     for part, keep_part in zip(parts, keep.split(chunks.CHUNK_ELEMENTS), strict=True):
         ties = part == threshold
         keep_part.copy_((part > threshold) | (ties & (ties.cumsum(dim=0) <= num_ties_kept)))

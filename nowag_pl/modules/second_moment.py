@@ -1,17 +1,21 @@
-"""Second moments of activations: mean of x_j^2 over tokens."""
+"""Second moments of activations: mean over tokens of x_j^2, or of x x^T."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nowag_pl.functional.output_error import mean_squares
+
 
 class SecondMoment(nn.Module):
-    """Running mean of the squares of each input feature, over tokens.
+    """Running mean of the squares of each input feature, or of the products of all pairs, over tokens.
 
-    Sums are float64, so that neither the order of the batches nor their number matters.
+    Sums are float64, so that neither the order of the batches nor their number matters. Products of pairs are made in
+    float32, a sequence at a time.
 
     Args:
         num_features: length of the last dimension of what is observed.
+        full: gather the matrix of x_i x_j, whose diagonal are the squares.
 
     Example:
         >>> import torch
@@ -24,9 +28,10 @@ class SecondMoment(nn.Module):
     total: Tensor
     num_tokens: Tensor
 
-    def __init__(self, num_features: int) -> None:
+    def __init__(self, num_features: int, full: bool = False) -> None:
         super().__init__()
-        self.register_buffer("total", torch.zeros(num_features, dtype=torch.float64))
+        shape = (num_features, num_features) if full else (num_features,)
+        self.register_buffer("total", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("num_tokens", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
@@ -41,19 +46,25 @@ class SecondMoment(nn.Module):
         """
         if activations.shape[-1] != len(self.total):
             raise ValueError(f"Expected activations of {len(self.total)} features, but got {activations.shape[-1]}.")
-        tokens = activations.reshape(-1, len(self.total))  # [tokens, features]
-        self.total += tokens.float().square().sum(dim=0, dtype=torch.float64)
-        self.num_tokens += len(tokens)
+        if self.total.dim() == 1:
+            tokens = activations.reshape(-1, len(self.total))  # [tokens, features]
+            self.total += tokens.float().square().sum(dim=0, dtype=torch.float64)
+        else:
+            for sequence in activations.reshape(-1, *activations.shape[-2:]):  # [seq_len, features]
+                self.total += sequence.float().T @ sequence.float()
+        self.num_tokens += activations[..., 0].numel()
 
     @torch.no_grad()
     def merge(self, other: "SecondMoment") -> None:
         """Add the tokens that another one has seen.
 
         Raises:
-            ValueError: the other one has another number of features.
+            ValueError: the other one has another number of features, or only one of both is full.
         """
-        if len(other.total) != len(self.total):
-            raise ValueError(f"Expected second moments of {len(self.total)} features, but got {len(other.total)}.")
+        if other.total.shape != self.total.shape:
+            raise ValueError(
+                f"Expected second moments of shape {tuple(self.total.shape)}, but got {tuple(other.total.shape)}."
+            )
         self.total += other.total
         self.num_tokens += other.num_tokens
 
@@ -65,7 +76,7 @@ class SecondMoment(nn.Module):
             dist.all_reduce(self.num_tokens)
 
     def compute(self) -> Tensor:
-        """Return the mean squares `[num_features]`, float32.
+        """Return the mean squares `[num_features]`, or products `[num_features, num_features]`, float32.
 
         Raises:
             RuntimeError: nothing was observed.
@@ -74,9 +85,10 @@ class SecondMoment(nn.Module):
         if self.num_tokens == 0:
             raise RuntimeError("Expected at least one update before compute, but got none.")
         mean = (self.total / self.num_tokens).float()
-        if not mean.isfinite().all():
+        finite = mean_squares(mean).isfinite()  # no product of two is larger than both squares
+        if not finite.all():
             raise ValueError(
-                f"Expected finite activations, but got NaN or infinity in {int((~mean.isfinite()).sum())} of "
+                f"Expected finite activations, but got NaN or infinity in {int((~finite).sum())} of "
                 f"{len(mean)} input features."
             )
         return mean

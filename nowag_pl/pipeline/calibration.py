@@ -5,8 +5,12 @@ import time
 
 from torch import Tensor, nn
 
+from nowag_pl.functional.output_error import mean_squares
 from nowag_pl.models.streaming import StreamedModel, find_linears
+from nowag_pl.modules import SecondMoment
 from nowag_pl.pipeline.progress import block_progress
+from nowag_pl.pipeline.ranks import Ranks
+from nowag_pl.pipeline.shared_inputs import full_second_moments
 from nowag_pl.pipeline.store import ArtefactStore
 from nowag_pl.pipeline.stream import HiddenStream, observed_inputs
 
@@ -47,8 +51,9 @@ def calibrate_block(
     index: int,
     store: ArtefactStore,
     advance: bool,
+    full: bool = False,
 ) -> dict[str, Tensor]:
-    """Gather, reduce, check and write the second moments of one block.
+    """Gather, reduce, check and write the second moments of one block. Only mean squares are written.
 
     Args:
         model: dense model.
@@ -57,27 +62,62 @@ def calibrate_block(
         index: its number.
         store: run directory.
         advance: whether the stream goes on behind the dense block.
+        full: as for :func:`gather`.
 
     Returns:
-        Second moment `[in]` of each linear by its name in the block, float32.
+        As :func:`gather`.
     """
     started = time.perf_counter()
-    for name, linear in find_linears(block).items():
-        if not linear.weight.isfinite().all():
-            raise ValueError(f"{model.block_name(index)}.{name}: Expected finite weights, but got NaN or infinity.")
-    with observed_inputs(block) as moments:
-        stream.run(block, index, advance)
-    means: dict[str, Tensor] = {}
-    for name, moment in moments.items():
-        moment.all_reduce()
-        try:
-            means[name] = moment.compute().cpu()
-        except ValueError as error:
-            raise ValueError(f"{model.block_name(index)}.{name}: {error}") from error
-    dead = {name: int((mean == 0).sum()) for name, mean in means.items() if (mean == 0).any()}
+    means, num_tokens = gather(model, stream, block, index, store.ranks, advance, full)
+    squares = {name: mean_squares(mean).contiguous() for name, mean in means.items()}
+    dead = {name: int((square == 0).sum()) for name, square in squares.items() if (square == 0).any()}
     if dead:
         _log.warning("%s: input channels that are always zero: %s", model.block_name(index), dead)
     seconds = time.perf_counter() - started
-    num_tokens = int(next(iter(moments.values())).num_tokens) if moments else 0
-    store.write(STAGE, index, means, {"seconds": seconds, "num_tokens": num_tokens, "dead_channels": dead})
+    store.write(STAGE, index, squares, {"seconds": seconds, "num_tokens": num_tokens, "dead_channels": dead})
     return means
+
+
+def gather(
+    model: StreamedModel,
+    stream: HiddenStream,
+    block: nn.Module,
+    index: int,
+    ranks: Ranks,
+    advance: bool,
+    full: bool,
+) -> tuple[dict[str, Tensor], int]:
+    """Gather, reduce and check the second moments of one block.
+
+    Args:
+        model: dense model.
+        stream: hidden states in front of the block.
+        block: the dense block.
+        index: its number.
+        ranks: the processes of the run.
+        advance: whether the stream goes on behind the block.
+        full: whether to gather the matrices of x x^T.
+
+    Returns:
+        Second moment of each linear by its name in the block, `[in]`, or `[in, in]` if `full`, float32 in host memory;
+        and the number of tokens.
+    """
+    for name, linear in find_linears(block).items():
+        if not linear.weight.isfinite().all():
+            raise ValueError(f"{model.block_name(index)}.{name}: Expected finite weights, but got NaN or infinity.")
+    if full:
+        moments = full_second_moments(block, lambda: stream.run(block, index, advance), ranks)
+    else:
+        with observed_inputs(block) as moments:
+            stream.run(block, index, advance)
+    computed: dict[SecondMoment, Tensor] = {}  # linears may share one
+    for name, moment in moments.items():
+        if moment in computed:
+            continue
+        moment.all_reduce()
+        try:
+            computed[moment] = moment.compute().cpu()
+        except ValueError as error:
+            raise ValueError(f"{model.block_name(index)}.{name}: {error}") from error
+    num_tokens = int(next(iter(moments.values())).num_tokens) if moments else 0
+    return {name: computed[moment] for name, moment in moments.items()}, num_tokens

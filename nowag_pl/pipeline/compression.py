@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nowag_pl.compressors import Compressor
+from nowag_pl.compressors import Compressor, needs_full_second_moment
 from nowag_pl.functional.objective import reconstruction_loss
+from nowag_pl.functional.output_error import mean_squares
 from nowag_pl.models.loading import set_module
 from nowag_pl.models.streaming import StreamedModel, find_linears
 from nowag_pl.modules import CompressedLinear
@@ -33,6 +34,7 @@ def compress(
     compressor: Compressor,
     store: ArtefactStore,
     stream: HiddenStream | None = None,
+    propagate: bool = True,
 ) -> None:
     """Write the compressed linears of every block that lacks them.
 
@@ -40,8 +42,10 @@ def compress(
         model: dense model.
         compressor: what is done with each linear.
         store: run directory, with the second moments of every block unless `stream` is given.
-        stream: calibration sequences in front of block 0. With them, second moments are those of the inputs that the
-            compressed blocks before produce.
+        stream: calibration sequences in front of block 0, to gather second moments anew, full ones if the compressor
+            needs them.
+        propagate: whether they are those of the inputs that the compressed blocks before produce, instead of the dense
+            ones.
 
     Raises:
         ValueError: a linear cannot be compressed; the message names it.
@@ -55,7 +59,10 @@ def compress(
             if index not in missing and stream is None:
                 report("(already there)")
                 continue
-            losses = _process_block(model, index, compressor, store, stream, is_missing=index in missing)
+            if stream is not None and not propagate:
+                losses = _process_dense(model, index, compressor, store, stream, is_missing=index in missing)
+            else:
+                losses = _process_block(model, index, compressor, store, stream, is_missing=index in missing)
             report(f"mean loss {sum(losses) / max(len(losses), 1):.4f}")
 
 
@@ -73,12 +80,35 @@ def _process_block(
         if stream is None:
             moments, _ = store.read(calibration.STAGE, index)
         else:
-            moments = calibration.calibrate_block(model, stream, block, index, store, advance=False)
+            full = needs_full_second_moment(compressor)
+            moments = calibration.calibrate_block(model, stream, block, index, store, advance=False, full=full)
         _compress_block(model, block, index, compressor, moments, store)
     if stream is not None:
         for name, linear in read_block(store, index).items():
             set_module(block, name, linear.to(model.device))
         stream.run(block, index)
+    return _losses(store, index)
+
+
+def _process_dense(
+    model: StreamedModel,
+    index: int,
+    compressor: Compressor,
+    store: ArtefactStore,
+    stream: HiddenStream,
+    is_missing: bool,
+) -> list[float]:
+    """Compress a block, if it is missing, by the full second moments of its dense inputs; as :func:`_process_block`."""
+    block = model.load_block(index)
+    if is_missing:
+        moments, _ = calibration.gather(model, stream, block, index, store.ranks, advance=True, full=True)
+        _compress_block(model, block, index, compressor, moments, store)
+    else:
+        stream.run(block, index)
+    return _losses(store, index)
+
+
+def _losses(store: ArtefactStore, index: int) -> list[float]:
     return [row["loss"] for row in store.read_metadata(STAGE, index)["statistics"].values()]
 
 
@@ -140,11 +170,12 @@ def measure(linear: nn.Linear, compressed: CompressedLinear, second_moment: Tens
     Args:
         linear: the dense linear `[out, in]`.
         compressed: what became of it.
-        second_moment: `[in]`.
+        second_moment: `[in]` or `[in, in]`.
     """
+    squares = mean_squares(second_moment).to(linear.weight.device)
     statistics = {
         "shape": list(linear.weight.shape),
-        "loss": reconstruction_loss(linear.weight, compressed.weight, second_moment.to(linear.weight.device)),
+        "loss": reconstruction_loss(linear.weight, compressed.weight, squares),
         "bits_per_weight": compressed.bits_per_weight,
         "sparsity": compressed.sparsity,
         "bytes": compressed.storage_bytes,

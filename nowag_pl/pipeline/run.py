@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nowag_pl.compressors import Compressor
+from nowag_pl.compressors import Compressor, needs_full_second_moment
 from nowag_pl.data.tokens import tokens_digest
 from nowag_pl.models.assembly import assemble
 from nowag_pl.models.checkpoint import save_streamed
@@ -102,10 +102,11 @@ class CompressionRun:
         self._settings["compression"] = compression.describe(compressor)
         self.store.claim("compression", self._settings["compression"], compression.STAGE)
         self.method = repr(compressor)
-        stream = None
-        if self._mode == "propagated" and self.store.missing(compression.STAGE, len(self.model)):
+        stream, propagate = None, self._mode == "propagated"
+        needs_stream = propagate or needs_full_second_moment(compressor)
+        if needs_stream and self.store.missing(compression.STAGE, len(self.model)):
             stream = HiddenStream(self.model, self.store.ranks.share(self._windows), self._batch_size)
-        compression.compress(self.model, compressor, self.store, stream)
+        compression.compress(self.model, compressor, self.store, stream, propagate)
 
     def claim_finetuning(self, train: Tensor, held_out: Tensor, settings: Any) -> None:
         """Enter in the manifest what the finetuned blocks depend on, or check it.

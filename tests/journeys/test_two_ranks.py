@@ -122,3 +122,12 @@ def test_error_on_one_rank_ends_both_with_its_message(linear, model_folder, work
     assert process.returncode not in (0, -9)
     assert f"model.layers.1.mlp.{linear}" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_fit_by_full_second_moments_on_two_ranks_is_the_fit_on_one(report, model_folder):
+    update = "--compression.compressor.update=refit"
+    one = report("one", model_folder(), update)
+    two = report("two", model_folder(), update, *TWO)
+    assert figures(two) == pytest.approx(figures(one), rel=1e-5, abs=1e-8)
+    assert figures(report("plain", model_folder())) != pytest.approx(figures(one), rel=1e-3)

@@ -53,7 +53,7 @@ def test_merge_equals_one_pass_and_leaves_the_other(generator):
 
 def test_merge_of_other_features_is_refused():
     moment = observe(torch.ones(2, 3))
-    with pytest.raises(ValueError, match="3 features, but got 1"):
+    with pytest.raises(ValueError, match=r"shape \(3,\), but got \(1,\)"):
         moment.merge(observe(torch.ones(2, 1)))
 
 
@@ -107,3 +107,31 @@ def test_state_restores():
     restored = SecondMoment(2)
     restored.load_state_dict(observe(torch.tensor([[1.0, 2.0], [3.0, 0.0]])).state_dict())
     assert restored.compute().tolist() == [5.0, 2.0]
+
+
+def test_full_matrix_is_the_mean_of_the_products_in_any_batches():
+    generator = torch.Generator().manual_seed(0)
+    activations = torch.randn(5, 7, 3, generator=generator)
+    tokens = activations.double().flatten(0, 1)
+    whole, parts = SecondMoment(3, full=True), SecondMoment(3, full=True)
+    whole.update(activations)
+    for part in activations.split(2):
+        other = SecondMoment(3, full=True)
+        other.update(part)
+        parts.merge(other)
+    torch.testing.assert_close(whole.compute().double(), tokens.T @ tokens / 35, rtol=1e-6, atol=1e-6)
+    assert torch.equal(whole.compute(), parts.compute())
+    torch.testing.assert_close(whole.compute().diagonal(), observe(activations).compute())
+    assert int(whole.num_tokens) == 35
+
+
+def test_full_matrix_of_bad_activations_is_refused():
+    moment = SecondMoment(3, full=True)
+    moment.update(torch.tensor([[1.0, float("inf"), 0.0]]))
+    with pytest.raises(ValueError, match="NaN or infinity in 1 of 3 input features"):
+        moment.compute()
+
+
+def test_full_and_squares_do_not_merge():
+    with pytest.raises(ValueError, match=r"shape \(3, 3\), but got \(3,\)"):
+        SecondMoment(3, full=True).merge(SecondMoment(3))
