@@ -5,10 +5,10 @@ python main.py fit --config configs/method/nowag_vq_2bit_small.yaml
 python main.py fit --config configs/method/nowag_p_2_4.yaml --config configs/finetuning/embedded.yaml
 python main.py fit --model.path <folder or hub id> --config configs/data/wikitext2_c4.yaml
 python main.py validate --model.path <folder or hub id>   perplexity of a dense or compressed model
+python main.py compare <run> <run> ... [--output FILE]    finished runs beside each other
 python main.py evaluate --model.path <folder or hub id>   questions of lm-evaluation-harness (the extra `eval`)
 """
 
-import argparse
 import logging
 import os
 import re
@@ -17,22 +17,26 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import DefaultHelpFormatter
+from jsonargparse import set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from callbacks.calibration import ModelCalibration
 from callbacks.compression import ModelCompression
 from callbacks.export import ModelExport
 from callbacks.finetuning import ModelFinetuning
+from callbacks.inspection import ModelInspection
 from callbacks.preflight import ModelPreflight
 from callbacks.reporting import ModelReport
+from nowag_pl.lit.command_line import HelpFormatter, SuggestingParser, suggestion
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.preemption import EXIT_CODE, Preemption, install
 from nowag_pl.lit.trainer import CHECKPOINT, CompressionTrainer
+from nowag_pl.pipeline.comparing import compare
 
 CALLBACKS = {
     "preflight": ModelPreflight,
@@ -40,12 +44,9 @@ CALLBACKS = {
     "compression": ModelCompression,
     "finetuning": ModelFinetuning,
     "report": ModelReport,
+    "inspection": ModelInspection,
     "export": ModelExport,
 }
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the lines of the description."""
 
 
 class CompressionCLI(LightningCLI):
@@ -78,6 +79,24 @@ class CompressionCLI(LightningCLI):
             "validate": {"model", "dataloaders", "datamodule", "verbose", "weights_only"},
             "evaluate": {"model", "datamodule"},
         }
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Add `compare`, which needs no model and so no Trainer."""
+        super()._add_subcommands(parser, **kwargs)
+        description = "Compare finished runs: a table here, and the same with figures in one HTML file."
+        compare_parser = SuggestingParser(description=description)
+        compare_parser.add_argument("run_dirs", nargs="+", help="run directories, each with a report.json")
+        compare_parser.add_argument("--output", default="compare.html", help="HTML file to write")
+        commands = parser._subcommands_action
+        assert commands is not None
+        commands.add_subcommand("compare", compare_parser, help=description)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; what needs no model ends here, as --help does."""
+        super().parse_arguments(parser, args)
+        if self.config.subcommand == "compare":
+            compare(self.config.compare.run_dirs, self.config.compare.output)
+            parser.exit()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add what stops a training in good order."""
@@ -125,11 +144,12 @@ def _run_name(config: Any, subcommand: str) -> str:
 def main(args: ArgsType = None) -> CompressionCLI:
     """Parse the command line and run it."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("nowag_pl").setLevel(logging.INFO)
+    logging.getLogger("nowag_pl").setLevel(logging.INFO if getattr(rank_zero_only, "rank", 0) == 0 else logging.ERROR)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
     warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")  # values are reduced already
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
+    set_parsing_settings(add_print_completion_argument=True)
     return CompressionCLI(
         LitCausalLM,
         TokenDataModule,
@@ -143,9 +163,10 @@ def main(args: ArgsType = None) -> CompressionCLI:
         },
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
+        parser_class=SuggestingParser,
         parser_kwargs={
             "description": __doc__,
-            "formatter_class": _Formatter,
+            "formatter_class": HelpFormatter,
             **{
                 name: {"usage": f"main.py {name} [--config FILE ...] [--GROUP.NAME VALUE ...]"}
                 for name in CompressionCLI.subcommands()
@@ -169,4 +190,6 @@ if __name__ == "__main__":
         message: object = error
         if isinstance(error, OSError) and error.strerror:  # without the number
             message = error.strerror + (f": {error.filename}" if error.filename else "")
+        if found := suggestion(str(message)):
+            message = f"{message}\ndid you mean {found}?"
         sys.exit(f"error: {message}\n(NOWAG_PL_TRACEBACK=1 shows where)")

@@ -29,14 +29,14 @@ class ModelFinetuning(Callback):
         targets: "block" for what the dense block makes of the same inputs; "model" for the hidden states of the dense
             model.
         max_epochs: passes over the training sequences at most.
-        learning_rate: of AdamW at the start.
+        learning_rate: learning rate of AdamW at the start.
         batch_size: sequences per step on all devices together.
         accumulate_grad_batches: batches whose gradients are added up before a step.
-        gradient_clip_val: largest norm of a gradient.
+        gradient_clip_val: largest norm of a gradient; a larger one is scaled down to it.
         plateau_patience: epochs without a lower held-out error before the learning rate is halved.
         stop_patience: epochs without a lower held-out error before a block is done.
         activations: where hidden states are while a block uses them: "memory" for host memory, "disk" for mapped files.
-        precision: of the computation; "auto" for bf16-mixed where the device has it, else 32-true.
+        precision: precision of the computation; "auto" for bf16-mixed where the device has it, else 32-true.
     """
 
     def __init__(  # noqa: PLR0913 - each is an option of the command line

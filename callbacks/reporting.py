@@ -1,6 +1,8 @@
 """When the dense model is recorded, and when the report is written and shown."""
 
+import math
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,25 +10,27 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
-from nowag_pl.files import write_json
+from nowag_pl.files import write_json, write_text
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.trainer import is_compressing, validated_phase
 from nowag_pl.pipeline.preflight import ModelSizes, StageNeeds, reference_needs, validation_needs
-from nowag_pl.pipeline.report import REPORT_FILE, build_report
+from nowag_pl.pipeline.report import PAGE_FILE, REPORT_FILE, build_report
 
 
 class ModelReport(Callback):
-    """Compare with the dense model, show a table, write <run_dir>/report.json.
+    """Compare with the dense model, show a table, write <run_dir>/report.json and report.html.
 
     Args:
         batch_size: windows of the evaluation texts that pass a block of the dense model together.
+        html: whether to write report.html, one file with tables and figures, beside report.json.
     """
 
-    def __init__(self, batch_size: int = 8) -> None:
+    def __init__(self, batch_size: int = 8, html: bool = True) -> None:
         if batch_size < 1:
             raise ValueError(f"Expected report.batch_size of at least 1, but got {batch_size}.")
         self.batch_size = batch_size
+        self.html = html
         self._metrics: dict[str, dict[str, dict[str, float]]] = {}
         self._evaluation_seconds = 0.0
         self._training_seconds = 0.0
@@ -34,6 +38,7 @@ class ModelReport(Callback):
         self._training_started = 0.0
         self._tables: list[Table] = []
         self._path: Path | None = None
+        self._memory = ExitStack()
 
     def needs(self, sizes: ModelSizes, trainer: Trainer) -> list[StageNeeds]:
         """Return what the dense reference and the validation will need."""
@@ -50,12 +55,16 @@ class ModelReport(Callback):
         if module.reference is None and module.is_compressed_here and is_compressing(trainer, stage):
             started = time.perf_counter()
             data = cast(TokenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
-            module.reference = module.run.reference(data.eval_windows, self.batch_size)
+            with module.run.measuring("evaluation"):
+                module.reference = module.run.reference(data.eval_windows, self.batch_size)
             self._evaluation_seconds += time.perf_counter() - started
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._validation_started = time.perf_counter()
+        module = cast(LitCausalLM, pl_module)
+        if module.is_compressed_here and validated_phase(trainer) is not None:
+            self._memory.enter_context(module.run.measuring("evaluation"))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the figures of this phase and write the report of all so far."""
@@ -64,6 +73,7 @@ class ModelReport(Callback):
         if phase is None:
             return
         self._evaluation_seconds += time.perf_counter() - self._validation_started
+        self._memory.close()
         self._keep(phase, module, data)
         if phase != "one_shot" and module.compressed is not None:
             module.compressed.check_fixed(module.model)
@@ -72,19 +82,27 @@ class ModelReport(Callback):
         self._tables = [_perplexity_table(self._metrics, data, module.is_compressed_here)]
         if module.is_compressed_here:
             seconds = {"finetuning": self._training_seconds, "evaluation": self._evaluation_seconds}
-            report = build_report(module.run, data.seq_len, self._metrics, seconds)
+            report = build_report(module.run, data.eval_windows, self._metrics, seconds)
             path = module.run.store.folder / REPORT_FILE
             write_json(path, report)
+            if self.html:
+                from nowag_pl.pipeline.page import report_page  # which imports matplotlib
+
+                write_text(path.with_name(PAGE_FILE), report_page(report))
             self._tables.append(_summary_table(report))
             self._path = path
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._training_started = time.perf_counter()
+        module = cast(LitCausalLM, pl_module)
+        if module.is_compressed_here:
+            self._memory.enter_context(module.run.measuring("finetuning"))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""
         self._training_seconds += time.perf_counter() - self._training_started
+        self._memory.close()
 
     def show(self) -> None:
         """Print the tables of the last validation; to be called when no progress bar is drawn any more."""
@@ -92,7 +110,8 @@ class ModelReport(Callback):
         for table in self._tables:
             console.print(table)
         if self._path is not None:
-            console.print(f"Report written to {self._path}", soft_wrap=True)
+            beside = f" and {PAGE_FILE}" if self.html else ""
+            console.print(f"Report written to {self._path}{beside}", soft_wrap=True)
 
     def _keep(self, phase: str, module: LitCausalLM, data: TokenDataModule) -> None:
         figures: dict[str, dict[str, float]] = {}
@@ -130,11 +149,12 @@ def _summary_table(report: dict[str, Any]) -> Table:
     parameters, compressed = report["num_parameters"], report["num_compressed_parameters"]
     calibration, seconds = report["calibration"], report["seconds"]
     losses = [row["loss"] for row in report["linears"]]
+    mean_loss = sum(row["loss"] * math.prod(row["shape"]) for row in report["linears"]) / compressed
     rows = {
         "parameters compressed": f"{compressed:,} of {parameters:,} ({compressed / parameters:.1%})",
         "bits per weight": f"{report['bits_per_weight']:.3f} (they take {report['bytes_on_disk'] / 2**20:.2f} MiB)",
         "sparsity": f"{report['sparsity']:.1%}",
-        "normalised loss": f"{sum(losses) / len(losses):.4f} (from {min(losses):.4f} to {max(losses):.4f})",
+        "normalised loss": f"{mean_loss:.4f} (from {min(losses):.4f} to {max(losses):.4f})",
         "calibration": f"{calibration['num_sequences']} sequences, {calibration['num_tokens']:,} tokens",
         "seconds": ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if value),
         "peak memory": f"{report['peak_memory_bytes'] / 2**20:.0f} MiB",

@@ -195,6 +195,8 @@ def _arguments(command: str, workplace: Path, model: Path, run_dir: Path, *more:
         "--trainer.accelerator=cpu",
         "--trainer.enable_progress_bar=false",
         "--trainer.enable_model_summary=false",
+        "--inspection.enabled=false",  # seconds that only their own tests need
+        "--report.html=false",
         *more,
     ]
 

@@ -95,7 +95,8 @@ def finetune_blocks(
     run.claim_finetuning(train, held_out, settings)
     missing = set(run.store.missing(finetuning.STAGE, len(run.model)))
     if missing:
-        _Blockwise(run, train, held_out, settings, trainer_settings).finetune(missing)
+        with run.measuring("finetuning"):
+            _Blockwise(run, train, held_out, settings, trainer_settings).finetune(missing)
 
 
 class _Blockwise:
@@ -129,11 +130,11 @@ class _Blockwise:
         if start == 0 and not self._has_inputs(0):
             for stream in self.streams:
                 self._write(f"{stream}_000", lambda rows: self.model.embed(self.windows[rows]).hidden)
-        with block_progress("Finetuning", last + 1, self.ranks.is_zero) as report:
+        with block_progress("Finetuning", last + 1, self.ranks.is_zero, self.model.device) as report:
             for index in range(start):
-                report(f"({'already there' if index not in missing else 'skipped'})")
+                report("already there" if index not in missing else "skipped")
             for index in range(start, last + 1):
-                note = "(already there)"
+                note = "already there"
                 inputs = self._read(f"prefix_{index:03d}")
                 targets = self._targets(index, inputs) if index in missing else None
                 if targets is not None:

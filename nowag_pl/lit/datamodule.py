@@ -31,11 +31,14 @@ class TokenDataModule(LightningDataModule):
 
     Args:
         calibration_files: files to calibrate (and train) on: UTF-8 text, or .json, .jsonl, .ndjson, .parquet or .csv
-            with a column "text", each also as .gz, or a folder written by datasets' save_to_disk.
-        eval_files: such files to measure perplexity on, by the name they get in the report.
-        calibration_dataset: Hugging Face dataset to calibrate (and train) on, instead of files.
-        eval_datasets: Hugging Face datasets to measure perplexity on, by name, each cut by its own protocol.
-        python_packages: installed packages whose docstrings are the built-in text; "stdlib" is Python's own library.
+            with a column "text", each also as .gz, or a folder written by datasets' save_to_disk. null: the dataset,
+            or the built-in text.
+        eval_files: such files to measure perplexity on, by the name they get in the report. null: the datasets,
+            or the built-in text.
+        calibration_dataset: Hugging Face dataset to calibrate (and train) on, instead of files. null: none.
+        eval_datasets: Hugging Face datasets to measure perplexity on, by name, each by its own protocol. null: none.
+        python_packages: installed packages whose docstrings are the built-in text; "stdlib" is Python's own library,
+            the default (null).
         seq_len: tokens per window. null: the model's maximum, or 2048 where that is less.
         eval_batch_size: windows evaluated at a time on each device.
         train_batch_size: windows per training step on each device.

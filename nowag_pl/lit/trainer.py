@@ -83,7 +83,10 @@ class CompressionTrainer(Trainer):
         return found
 
     def validate(self, *args: Any, verbose: bool = False, **kwargs: Any) -> Any:
-        """Validate; the report callback shows the figures, so Lightning's own table is left out."""
+        """Measure the perplexity of a dense or compressed model.
+
+        The report callback shows the figures, so Lightning's own table is left out.
+        """
         return super().validate(*args, verbose=verbose, **kwargs)
 
     def evaluate(

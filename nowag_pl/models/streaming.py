@@ -161,8 +161,9 @@ class StreamedModel:
         """
         shape = (batch_size, seq_len)
         if shape not in self._arguments:
-            others = torch.arange(batch_size * seq_len).view(shape) % self.checkpoint.vocab_size
-            arguments, of_others = (self.embed(tokens).arguments for tokens in (torch.zeros_like(others), others))
+            with torch.inference_mode(False):  # they are kept, and may be needed where gradients are
+                others = torch.arange(batch_size * seq_len).view(shape) % self.checkpoint.vocab_size
+                arguments, of_others = (self.embed(tokens).arguments for tokens in (torch.zeros_like(others), others))
             check_arguments(self.checkpoint.config.model_type, arguments, of_others)
             self._arguments[shape] = arguments
         return self._arguments[shape][index]

@@ -35,13 +35,13 @@ def calibrate(model: StreamedModel, windows: Tensor, store: ArtefactStore, batch
         return
     ranks = store.ranks
     stream = HiddenStream(model, ranks.share(windows), batch_size)
-    with block_progress("Calibrating", max(missing) + 1, ranks.is_zero) as report:
+    with block_progress("Calibrating", max(missing) + 1, ranks.is_zero, model.device) as report:
         for index in range(max(missing) + 1):
             if index in missing:
                 calibrate_block(model, stream, model.load_block(index), index, store, advance=True)
             else:
                 stream.run(model.load_block(index), index)
-            report("" if index in missing else "(already there)")
+            report("" if index in missing else "already there")
 
 
 def calibrate_block(

@@ -15,7 +15,7 @@ from nowag_pl.models.loading import set_module
 from nowag_pl.models.streaming import StreamedModel, find_linears
 from nowag_pl.modules import CompressedLinear
 from nowag_pl.pipeline import calibration
-from nowag_pl.pipeline.progress import block_progress
+from nowag_pl.pipeline.progress import Report, block_progress
 from nowag_pl.pipeline.ranks import Ranks
 from nowag_pl.pipeline.store import ArtefactStore
 from nowag_pl.pipeline.stream import HiddenStream
@@ -54,15 +54,16 @@ def compress(
     if not missing:
         return
     last = max(missing)
-    with block_progress("Compressing", last + 1, store.ranks.is_zero) as report:
+    with block_progress("Compressing", last + 1, store.ranks.is_zero, model.device) as report:
         for index in range(last + 1):
             if index not in missing and stream is None:
-                report("(already there)")
+                report("already there")
                 continue
+            is_missing = index in missing
             if stream is not None and not propagate:
-                losses = _process_dense(model, index, compressor, store, stream, is_missing=index in missing)
+                losses = _process_dense(model, index, compressor, store, stream, is_missing, report)
             else:
-                losses = _process_block(model, index, compressor, store, stream, is_missing=index in missing)
+                losses = _process_block(model, index, compressor, store, stream, is_missing, report)
             report(f"mean loss {sum(losses) / max(len(losses), 1):.4f}")
 
 
@@ -73,6 +74,7 @@ def _process_block(
     store: ArtefactStore,
     stream: HiddenStream | None,
     is_missing: bool,
+    report: Report,
 ) -> list[float]:
     """Compress a block if it is missing, move the stream behind it, and return the losses of its linears."""
     block = model.load_block(index)
@@ -82,7 +84,7 @@ def _process_block(
         else:
             full = needs_full_second_moment(compressor)
             moments = calibration.calibrate_block(model, stream, block, index, store, advance=False, full=full)
-        _compress_block(model, block, index, compressor, moments, store)
+        _compress_block(model, block, index, compressor, moments, store, report)
     if stream is not None:
         for name, linear in read_block(store, index).items():
             set_module(block, name, linear.to(model.device))
@@ -97,12 +99,13 @@ def _process_dense(
     store: ArtefactStore,
     stream: HiddenStream,
     is_missing: bool,
+    report: Report,
 ) -> list[float]:
     """Compress a block, if it is missing, by the full second moments of its dense inputs; as :func:`_process_block`."""
     block = model.load_block(index)
     if is_missing:
         moments, _ = calibration.gather(model, stream, block, index, store.ranks, advance=True, full=True)
-        _compress_block(model, block, index, compressor, moments, store)
+        _compress_block(model, block, index, compressor, moments, store, report)
     else:
         stream.run(block, index)
     return _losses(store, index)
@@ -119,6 +122,7 @@ def _compress_block(
     compressor: Compressor,
     moments: Mapping[str, Tensor],
     store: ArtefactStore,
+    report: Report,
 ) -> None:
     """Compress the linears of one block, which it loses, shared out over the ranks, and write them as one artefact."""
     started = time.perf_counter()
@@ -127,7 +131,10 @@ def _compress_block(
     mine = _share(linears, store.ranks)
     results: dict[str, tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]] = {}
     problem = None
-    for name in mine:
+    for number, name in enumerate(mine):
+        losses = [statistics["loss"] for _, _, statistics in results.values()]
+        so_far = f", mean loss so far {sum(losses) / len(losses):.4f}" if losses else ""
+        report(f"linear {number + 1} of {len(mine)}: {name}{so_far}", 0)
         linear = linears.pop(name)
         set_module(block, name, nn.Identity())  # lets go of the dense weight
         try:

@@ -1,20 +1,23 @@
 """The report of a run: what was compressed, how far, and what it costs in quality."""
 
-import resource
-import sys
+import json
 from collections.abc import Mapping
 from typing import Any
 
-import torch
+from torch import Tensor
 
+from nowag_pl.data.tokens import tokens_digest
+from nowag_pl.pipeline import provenance
+from nowag_pl.pipeline.memory import peak_memory_bytes
 from nowag_pl.pipeline.run import CompressionRun
 
 REPORT_FILE = "report.json"
+PAGE_FILE = "report.html"
 
 
 def build_report(
     run: CompressionRun,
-    seq_len: int,
+    windows: Mapping[str, Tensor],
     metrics: Mapping[str, Mapping[str, Mapping[str, float]]],
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
@@ -22,7 +25,7 @@ def build_report(
 
     Args:
         run: a run whose stages are done.
-        seq_len: tokens per evaluation window.
+        windows: evaluation text to its windows `[num_windows, seq_len]`.
         metrics: phase ("dense", "one_shot", "blockwise", "finetuned") to metric ("perplexity", "kl_divergence") to
             evaluation text to value.
         seconds: time of the stages that leave no artefacts.
@@ -47,29 +50,37 @@ def build_report(
     stage_seconds = run.stage_seconds()
     seconds = {**seconds, "finetuning": seconds.get("finetuning", 0.0) + stage_seconds.pop("finetuning")}
 
+    num_bytes, itemsize = sum(row["bytes"] for row in rows), run.checkpoint.dtype.itemsize
+    peaks = run.peak_memory or {"evaluation": peak_memory_bytes(run.device)}
     kept = ("name", "shape", "loss", "bits_per_weight", "sparsity")
     return {
         "model": run.checkpoint.path,
         "method": run.method,
         "num_parameters": run.num_parameters,
         "num_compressed_parameters": num_compressed,
-        "seq_len": seq_len,
+        "seq_len": next(iter(windows.values())).shape[1],
         "calibration": run.calibration,
         "bits_per_weight": mean("bits_per_weight"),
         "sparsity": mean("sparsity"),
-        "bytes_on_disk": sum(row["bytes"] for row in rows),
+        "bytes_on_disk": num_bytes,
         "perplexity": phases("perplexity", ("dense", "one_shot", *both, "finetuned")),
         "kl_divergence": phases("kl_divergence", ("one_shot", *both, "finetuned")),
         "seconds": {**stage_seconds, **seconds},
         "finetuned_blocks": run.finetuning_statistics() if finetuned else [],
-        "peak_memory_bytes": peak_memory_bytes(run.device),
+        "peak_memory_bytes": max(peaks.values()),
+        "peak_memory": peaks,
+        "protocol": {
+            text: {"num_windows": len(tokens), "sha256": tokens_digest(tokens)} for text, tokens in windows.items()
+        },
+        "bytes": {
+            "dense_linears": num_compressed * itemsize,
+            "linears": num_bytes,
+            "dense_model": run.num_parameters * itemsize,
+            "model": (run.num_parameters - num_compressed) * itemsize + num_bytes,
+        },
+        "settings": json.loads(json.dumps(run.settings)),
+        "command": provenance.command(),
+        "versions": provenance.versions(),
+        "device": provenance.device_name(run.device),
         "linears": [{key: row[key] for key in kept} for row in rows],
     }
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory used so far: of the device, or of the process where it computes on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

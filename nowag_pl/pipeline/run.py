@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear
 from nowag_pl.pipeline import calibration, compression, finetuning
 from nowag_pl.pipeline.fingerprint import fingerprint
+from nowag_pl.pipeline.memory import measured_memory
 from nowag_pl.pipeline.ranks import Ranks
 from nowag_pl.pipeline.reference import DenseReference, Distillation, Teacher
 from nowag_pl.pipeline.store import ArtefactStore
@@ -52,6 +54,7 @@ class CompressionRun:
         self.method: str | None = None
         self._settings: dict[str, dict[str, Any]] = {}  # of the stages so far
         self.calibration: dict[str, Any] = {}
+        self.peak_memory: dict[str, int] = {}  # bytes, by stage, in this process
         self._windows: Tensor | None = None
         self._mode: CalibrationMode = "dense"
         self._batch_size = 1
@@ -89,7 +92,8 @@ class CompressionRun:
         self._settings["calibration"] = settings
         self._windows, self._mode, self._batch_size = windows, mode, batch_size
         if mode == "dense":
-            calibration.calibrate(self.model, windows, self.store, batch_size)
+            with self.measuring("calibration"):
+                calibration.calibrate(self.model, windows, self.store, batch_size)
 
     def compress(self, compressor: Compressor) -> None:
         """Compress every linear of every block.
@@ -106,7 +110,12 @@ class CompressionRun:
         needs_stream = propagate or needs_full_second_moment(compressor)
         if needs_stream and self.store.missing(compression.STAGE, len(self.model)):
             stream = HiddenStream(self.model, self.store.ranks.share(self._windows), self._batch_size)
-        compression.compress(self.model, compressor, self.store, stream, propagate)
+        with self.measuring("compression"):
+            compression.compress(self.model, compressor, self.store, stream, propagate)
+
+    def measuring(self, stage: str) -> AbstractContextManager[None]:
+        """Return a context in which the peak memory of a stage is measured."""
+        return measured_memory(self.peak_memory, stage, self.device)
 
     def claim_finetuning(self, train: Tensor, held_out: Tensor, settings: Any) -> None:
         """Enter in the manifest what the finetuned blocks depend on, or check it.

@@ -71,7 +71,7 @@ def streamed(
         ranks: who shares them.
     """
     stream = HiddenStream(model, ranks.share(windows), batch_size)
-    with block_progress(title, len(model), ranks.is_zero) as report:
+    with block_progress(title, len(model), ranks.is_zero, model.device) as report:
         for index in range(len(model)):
             stream.run(load_block(index).to(model.device), index)
             report("")

@@ -203,6 +203,15 @@ def test_experts_behind_a_dense_block_are_refused(tmp_path):
         StreamedModel(Checkpoint(str(folder)))
 
 
+def test_arguments_from_inference_can_be_trained_with(model_folder):
+    model = StreamedModel(Checkpoint(str(model_folder())))
+    with torch.inference_mode():
+        arguments = model.arguments(0, 2, 24)
+    block, hidden = model.load_block(0).requires_grad_(True), torch.randn(2, 24, 32)
+    model.forward_block(block, hidden, arguments).sum().backward()
+    assert all(parameter.grad is not None for parameter in block.parameters())
+
+
 def test_arguments_that_depend_on_the_tokens_are_refused(model_folder, monkeypatch):
     model = StreamedModel(Checkpoint(str(model_folder())))
     monkeypatch.setattr(model.skeleton.model.rotary_emb, "forward", lambda hidden, position_ids: (hidden, hidden))

@@ -12,6 +12,7 @@ from test_pipeline_moments import WINDOWS, Alone, calibrated
 from tiny_models import artefacts, load_whole, random_tokens
 
 from nowag_pl import ArmorCompressor, NoWagPruner, NoWagQuantizer
+from nowag_pl.data.tokens import tokens_digest
 from nowag_pl.models.loading import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.pipeline import calibration, compression
@@ -263,7 +264,9 @@ def test_report_numbers_recomputed(compressor, model_folder, tmp_path):
         "dense": {"perplexity": {"one": 5.0}},
         "one_shot": {"perplexity": {"one": 6.0}, "kl_divergence": {"one": 0.1}},
     }
-    report = build_report(run, 24, metrics, {"evaluation": 1.5})
+    windows = {"one": random_tokens(5, 24)}
+    report = build_report(run, windows, metrics, {"evaluation": 1.5})
+    assert report["protocol"] == {"one": {"num_windows": 5, "sha256": tokens_digest(windows["one"])}}
     whole, compressed = load_whole(folder), run.compressed().assemble()
     total_bits = total_removed = total = 0.0
     for row in report["linears"]:
