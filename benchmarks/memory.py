@@ -35,7 +35,7 @@ BATCH = 1
 METHODS = {
     "50%": NoWagPruner(sparsity=0.5),
     "2:4": NoWagPruner(pattern=(2, 4)),
-    "vq": NoWagQuantizer(codebook_size=256, max_iters=2),
+    "vq": NoWagQuantizer(subvector_dim=4, codebook_size=256, max_iters=2),
 }
 
 
@@ -141,7 +141,10 @@ def main() -> None:
     activations = 2 * windows.numel() * config.hidden_size + 2 * 4 * BATCH * args.seq_len * config.intermediate_size
     bound = 2.5 * block + skeleton + activations
     block_mib, skeleton_mib, activations_mib = (round(size / 2**20) for size in (block, skeleton, activations))
-    title = f"{args.method}: {args.blocks} blocks of {block_mib} MiB, embeddings and head {skeleton_mib} MiB"
+    name, method = args.method, METHODS[args.method]
+    if isinstance(method, NoWagQuantizer):
+        name += f" (d = {method.subvector_dim}, k = {method.codebook_size}, {method.max_iters} iterations)"
+    title = f"{name}: {args.blocks} blocks of {block_mib} MiB, embeddings and head {skeleton_mib} MiB"
     table = Table(title=f"{title}, activations {activations_mib} MiB")
     expected = _expected(preflight.ModelSizes.of(model, METHODS[args.method]), *windows.shape)
     columns = (

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from math import ceil
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,10 @@ from nowag_pl.functional.bits import vector_quantized_bits_per_weight
 from nowag_pl.functional.chunks import empty_like, fill_rows
 from nowag_pl.functional.feedback import refine
 from nowag_pl.functional.kmeans import check_num_codewords, weighted_kmeans
-from nowag_pl.functional.normalization import normalize, normalize_rows, norms
+from nowag_pl.functional.normalization import normalize_rows, norms
 from nowag_pl.functional.output_error import damped_inverse_factor, mean_squares
 from nowag_pl.functional.pruning import keep_structured, nowag_scores
-from nowag_pl.functional.quantized import Quantized, subvectors
+from nowag_pl.functional.quantized import Quantized, SubvectorWeights, normalized_subvectors, subvectors
 from nowag_pl.functional.refit import refit_kept
 from nowag_pl.modules import MaskedLinear, VQLinear
 
@@ -135,7 +135,6 @@ class NoWagQuantizer:
     rounds: int = 4
     refit_scales: bool = False
     damping: float = DAMPING
-    working_bytes_per_weight: ClassVar[float] = 24  # points, weights, products of both, in float32; codes, distances
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -158,6 +157,11 @@ class NoWagQuantizer:
         """Whether the matrix of x x^T is needed."""
         return self.update is not None or self.refit_scales
 
+    @property
+    def working_bytes_per_weight(self) -> float:
+        """Points in float32, 1 byte for work in chunks, and for each subvector a distance and up to 4 codes."""
+        return 5 + 20 / self.subvector_dim
+
     def expected_bits_per_weight(self, shape: tuple[int, int], value_bits: int) -> float:
         """Return the storage of a quantized linear; see :class:`~nowag_pl.compressors.protocol.Foreseeing`."""
         check_num_codewords(self.codebook_size, shape[0] * ceil(shape[1] / self.subvector_dim))
@@ -176,10 +180,9 @@ class NoWagQuantizer:
 
     def _quantize(self, linear: nn.Linear, second_moment: Tensor) -> Quantized:
         """Fit codebook and codes to the normalised weight by k-means."""
-        weight, in_scale, out_scale = normalize(linear.weight)
-        points = subvectors(weight, self.subvector_dim)  # [out * groups, d]
-        del weight  # it is large
-        weights = subvectors(self._weights(in_scale, out_scale, second_moment), self.subvector_dim)
+        in_scale, out_scale = norms(linear.weight)
+        points = normalized_subvectors(linear.weight, in_scale, out_scale, self.subvector_dim)  # [out * groups, d]
+        weights = self._weights(in_scale, out_scale, second_moment.to(in_scale.device))
         generator = torch.Generator().manual_seed(self.seed)
         fits = (
             weighted_kmeans(points, weights, self.codebook_size, generator, self.max_iters, self.tolerance)
@@ -189,16 +192,17 @@ class NoWagQuantizer:
         codes = fit.codes.view(linear.out_features, -1)
         return Quantized(fit.codebook, codes, in_scale, out_scale)
 
-    def _weights(self, in_scale: Tensor, out_scale: Tensor, second_moment: Tensor) -> Tensor:
-        """Return the weight of each coordinate in the k-means objective, `[out, in]`."""
-        second_moment = second_moment.to(in_scale.device)
+    def _weights(self, in_scale: Tensor, out_scale: Tensor, second_moment: Tensor) -> SubvectorWeights:
+        """Return the weight of each coordinate in the k-means objective, up to a factor."""
         if self.weighting == "normalized":
-            return second_moment.expand(len(out_scale), -1)
-        weights = fill_rows(
-            in_scale.new_empty(len(out_scale), len(in_scale)),
-            lambda rows: second_moment * (in_scale * out_scale[rows, None]).square(),
-        )
-        return weights.div_(weights.mean().clamp(min=torch.finfo(weights.dtype).tiny))
+            return SubvectorWeights(subvectors(second_moment[None], self.subvector_dim))
+        columns = _with_mean_1(second_moment * in_scale.square())
+        return SubvectorWeights(subvectors(columns[None], self.subvector_dim), _with_mean_1(out_scale.square()))
+
+
+def _with_mean_1(values: Tensor) -> Tensor:
+    """Return non-negative values divided by their mean; zeros as they are."""
+    return values / values.mean().clamp(min=torch.finfo(values.dtype).tiny)
 
 
 def _check_damping(damping: float) -> None:

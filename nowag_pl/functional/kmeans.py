@@ -2,19 +2,22 @@
 
 The objective is `sum_i sum_j w_ij (x_ij - c_{code(i), j})^2` (NoWag-VQ, arXiv:2504.14569, section on vector
 quantization). Up to a constant of the point, its distance to a codeword is a scalar product,
-`[w_i, w_i x_i] . [c^2, -2 c]`, so that an assignment is one matrix multiplication, done in chunks of points.
+`[w_i, w_i x_i] . [c^2, -2 c]`, so that an assignment is one matrix multiplication, done in chunks of points. The left
+side is made anew for some points at a time, and their weighted sums are taken while it is there.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nowag_pl.functional.chunks import row_chunks
+from nowag_pl.functional.chunks import CHUNK_ELEMENTS
+from nowag_pl.functional.quantized import SubvectorWeights
 
-CPU_CHUNK_ELEMENTS = 2**20  # distances at a time: as many as stay in the cache
-CUDA_CHUNK_ELEMENTS = 2**27
+CPU_CHUNK_ELEMENTS = 2**18  # distances at a time: 1 MiB, which stays in the cache of one core
+CUDA_CHUNK_ELEMENTS = 2**25  # 128 MiB
 INTERLEAVED_COLUMNS = 64
 START_POINTS_PER_CODEWORD = 64  # the start is drawn from a random sample of at most so many points
 
@@ -29,15 +32,37 @@ class KMeansResult(NamedTuple):
 
 
 class _Points(NamedTuple):
-    """Points as the algorithm uses them."""
+    """Points, and how many of them are worked on at a time."""
 
-    features: Tensor  # [n, 2 d]: w, w x
-    offset: Tensor  # [n]: sum_j w x^2, what the scalar product leaves out
+    points: Tensor  # [n, d]
+    weights: Tensor | SubvectorWeights  # [n, d]
+    chunk_size: int
+
+    def features(self, selected: slice | Tensor) -> Tensor:
+        """Return those of some points, `[m, 2 d]`."""
+        return _features(self.points[selected], self.weights[selected])
+
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield slices of whole chunks of points with their features, few megabytes at a time."""
+        num_points, dim = self.points.shape
+        size = max(CHUNK_ELEMENTS // (2 * dim * self.chunk_size), 1) * self.chunk_size
+        for start in range(0, num_points, size):
+            selected = slice(start, min(start + size, num_points))
+            yield selected, self.features(selected)
+
+
+class _Assignment(NamedTuple):
+    """Codes and what follows from them."""
+
+    codes: Tensor  # [n], int32
+    distances: Tensor  # [n]
+    sums: Tensor  # [k, 2 d]: features of each codeword's points
+    loss: float
 
 
 def weighted_kmeans(
     points: Float[Tensor, "n d"],
-    weights: Float[Tensor, "n d"],
+    weights: Float[Tensor, "n d"] | SubvectorWeights,
     num_codewords: int,
     generator: torch.Generator,
     max_iters: int = 100,
@@ -52,18 +77,18 @@ def weighted_kmeans(
 
     Args:
         points: points, float32.
-        weights: non-negative weight of each coordinate of each point, float32. Where a codeword's points have no
-            weight in a coordinate, that coordinate does not move.
+        weights: non-negative weight of each coordinate of each point, float32, or what gives those of some points.
+            Where a codeword's points have no weight in a coordinate, that coordinate does not move.
         num_codewords: k, at most n.
         generator: source of randomness of the k-means++ start, on the CPU.
         max_iters: updates of the codebook at the most.
         tolerance: least relative gain of the loss to go on; 0 to go on until the codes settle.
         codebook: start from these codewords instead of k-means++.
-        chunk_size: points whose k distances are in memory at a time. None: as many as make 2^20 distances on a CPU,
-            2^27 elsewhere.
+        chunk_size: points whose k distances are in memory at a time. None: as many as make 2^18 distances on a CPU,
+            2^25 elsewhere.
 
     Returns:
-        Codebook `[k, d]`, codes `[n]` (int64), the loss of exactly this pair, and the updates that led to it.
+        Codebook `[k, d]`, codes `[n]` (int32), the loss of exactly this pair, and the updates that led to it.
 
     Raises:
         ValueError: there are fewer points than codewords, or the given codebook has another shape.
@@ -75,21 +100,21 @@ def weighted_kmeans(
         )
     if chunk_size is None:
         elements = CPU_CHUNK_ELEMENTS if points.device.type == "cpu" else CUDA_CHUNK_ELEMENTS
-        chunk_size = max(elements // num_codewords, 1)
-    prepared = _prepare(points, weights)
+        chunk_size = max(elements // max(num_codewords, 2 * points.shape[1]), 1)
     if codebook is None:
         codebook = kmeans_plus_plus(points, weights, num_codewords, generator)
-    codes, distances = _assign(prepared, codebook, chunk_size)
-    loss = _total(distances)
-    best = KMeansResult(codebook, codes, loss, 0)
+    prepared = _Points(points, weights, chunk_size)
+    current = _assign(prepared, codebook)
+    best = KMeansResult(codebook, current.codes, current.loss, 0)
     for iteration in range(1, max_iters + 1):
-        codebook = _update(prepared, codes, codebook, distances)
-        previous_codes, previous_loss = codes, loss
-        codes, distances = _assign(prepared, codebook, chunk_size)
-        loss = _total(distances)
-        if loss <= best.loss:  # near the end, rounding can let it rise
-            best = KMeansResult(codebook, codes, loss, iteration)
-        if torch.equal(codes, previous_codes) or (tolerance > 0 and previous_loss - loss <= tolerance * previous_loss):
+        codebook = _update(prepared, current, codebook)
+        previous_codes, previous_loss = current.codes, current.loss
+        del current  # it is large
+        current = _assign(prepared, codebook)
+        gain = previous_loss - current.loss
+        if current.loss <= best.loss:  # near the end, rounding can let it rise
+            best = KMeansResult(codebook, current.codes, current.loss, iteration)
+        if torch.equal(current.codes, previous_codes) or (tolerance > 0 and gain <= tolerance * previous_loss):
             break
     return best
 
@@ -105,7 +130,7 @@ def check_num_codewords(num_codewords: int, num_points: int) -> None:
 
 def kmeans_plus_plus(
     points: Float[Tensor, "n d"],
-    weights: Float[Tensor, "n d"],
+    weights: Float[Tensor, "n d"] | SubvectorWeights,
     num_codewords: int,
     generator: torch.Generator,
 ) -> Float[Tensor, "k d"]:
@@ -121,11 +146,14 @@ def kmeans_plus_plus(
         Codewords `[k, d]`.
     """
     sample_size = START_POINTS_PER_CODEWORD * num_codewords
+    sample: slice | Tensor = slice(0, len(points))
     if len(points) > sample_size:
         sample = torch.randperm(len(points), generator=generator)[:sample_size].sort().values.to(points.device)
-        points, weights = points[sample], weights[sample]
+    points, weights = points[sample], weights[sample]
     draws = torch.rand(num_codewords, generator=generator, dtype=torch.float64).to(points.device)
-    features, offset = _prepare(points, weights)
+    dim = points.shape[1]
+    features = _features(points, weights)
+    offset = (features[:, dim:] * points).sum(dim=1)  # [n]: sum_j w x^2, what the scalar product leaves out
     distances = torch.ones_like(offset)  # equal chances for the first
     chosen = []
     for draw in draws:
@@ -138,13 +166,13 @@ def kmeans_plus_plus(
     return torch.stack(chosen)
 
 
-def _prepare(points: Tensor, weights: Tensor) -> _Points:
+def _features(points: Tensor, weights: Tensor) -> Tensor:
+    """Return `[n, 2 d]`: w, w x."""
     dim = points.shape[1]
-    features, offset = points.new_empty(len(points), 2 * dim), points.new_empty(len(points))
-    for rows in row_chunks(len(points), dim):
-        features[rows, :dim], features[rows, dim:] = weights[rows], weights[rows] * points[rows]
-        offset[rows] = (features[rows, dim:] * points[rows]).sum(dim=1)
-    return _Points(features, offset)
+    features = points.new_empty(len(points), 2 * dim)
+    features[:, :dim] = weights
+    torch.mul(weights, points, out=features[:, dim:])
+    return features
 
 
 def _codeword_features(codebook: Tensor) -> Tensor:
@@ -152,19 +180,24 @@ def _codeword_features(codebook: Tensor) -> Tensor:
     return torch.cat([codebook.square(), -2 * codebook], dim=1).T
 
 
-def _assign(points: _Points, codebook: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """Return the nearest codeword of every point and its distance, `[n]` and `[n]`."""
-    num_points, num_codewords = len(points.offset), len(codebook)
+def _assign(points: _Points, codebook: Tensor) -> _Assignment:
+    """Choose the nearest codeword of every point."""
+    (num_points, dim), num_codewords, chunk_size = points.points.shape, len(codebook), points.chunk_size
     right = _codeword_features(codebook).contiguous()
-    codes = torch.empty(num_points, dtype=torch.int64, device=codebook.device)
-    nearest = torch.empty(num_points, dtype=codebook.dtype, device=codebook.device)
-    products = torch.empty(min(chunk_size, num_points), num_codewords, dtype=codebook.dtype, device=codebook.device)
-    for start in range(0, num_points, chunk_size):
-        left = points.features[start : start + chunk_size]
-        chunk = torch.mm(left, right, out=products[: len(left)])
-        stop = start + len(left)
-        nearest[start:stop], codes[start:stop] = row_minima(chunk)
-    return codes, (nearest + points.offset).clamp_(min=0)
+    codes = torch.empty(num_points, dtype=torch.int32, device=codebook.device)
+    distances = codebook.new_empty(num_points)
+    sums, loss = codebook.new_zeros(num_codewords, 2 * dim), codebook.new_zeros((), dtype=torch.float64)
+    products = codebook.new_empty(min(chunk_size, num_points), num_codewords)
+    for selected, features in points.parts():
+        part_codes, nearest = codes[selected], distances[selected]  # views
+        for start in range(0, len(features), chunk_size):
+            left = features[start : start + chunk_size]
+            chunk = torch.mm(left, right, out=products[: len(left)])
+            nearest[start : start + chunk_size], part_codes[start : start + chunk_size] = row_minima(chunk)
+        nearest.add_((features[:, dim:] * points.points[selected]).sum(dim=1)).clamp_(min=0)
+        sums.index_add_(0, part_codes.long(), features)  # three times as fast as with int32
+        loss += nearest.sum(dtype=torch.float64)
+    return _Assignment(codes, distances, sums, float(loss))
 
 
 def row_minima(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,21 +220,28 @@ def row_minima(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return minimum, member * INTERLEAVED_COLUMNS + residue
 
 
-def _update(points: _Points, codes: Tensor, codebook: Tensor, distances: Tensor) -> Tensor:
+def _largest(values: Tensor, count: int) -> Tensor:
+    """Return the indices of the largest values, some values at a time: the workspace of `topk` is large."""
+    best = torch.empty(0, dtype=torch.int64, device=values.device)
+    for start in range(0, len(values), CHUNK_ELEMENTS):
+        part = values[start : start + CHUNK_ELEMENTS]
+        candidates = torch.cat([best, start + part.topk(min(count, len(part))).indices])
+        best = candidates[values[candidates].topk(min(count, len(candidates))).indices]
+    return best
+
+
+def _update(points: _Points, assignment: _Assignment, codebook: Tensor) -> Tensor:
     """Return weighted means of the points of each codeword; unused codewords go to the worst represented points."""
     dim = codebook.shape[1]
-    sums = points.features.new_zeros(len(codebook), 2 * dim)
-    sums.index_add_(0, codes, points.features)
-    mass, moment = sums[:, :dim], sums[:, dim:]
+    mass, moment = assignment.sums.split(dim, dim=1)
     updated = torch.where(mass > 0, moment / mass.clamp(min=torch.finfo(mass.dtype).tiny), codebook)
-    unused = (torch.bincount(codes, minlength=len(codebook)) == 0).nonzero().squeeze(1)
+    used = torch.zeros(len(codebook), dtype=torch.bool, device=codebook.device)
+    for codes in assignment.codes.split(CHUNK_ELEMENTS):
+        used[codes] = True
+    unused = (~used).nonzero().squeeze(1)
     if len(unused):
-        worst = distances.topk(len(unused)).indices
-        point_mass, point_moment = points.features[worst].split(dim, dim=1)
+        worst = _largest(assignment.distances, len(unused))
+        point_mass, point_moment = points.features(worst).split(dim, dim=1)
         seeds = point_moment / point_mass.clamp(min=torch.finfo(mass.dtype).tiny)
         updated[unused] = torch.where(point_mass > 0, seeds, codebook[unused])
     return updated
-
-
-def _total(distances: Tensor) -> float:
-    return float(distances.sum(dtype=torch.float64))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nowag_pl.functional.bits import vector_quantized_bits_per_weight
+from nowag_pl.functional.chunks import CHUNK_ELEMENTS, fill_rows
 from nowag_pl.functional.normalization import denormalize
 from nowag_pl.functional.packing import code_bits, pack, unpack
 from nowag_pl.functional.vq_matmul import is_for_few_tokens, vq_matmul
@@ -75,8 +76,17 @@ class VQLinear(CompressedLinear):
 
     @property
     def weight(self) -> Tensor:
-        """The reconstructed weight `[out, in]`."""
-        return denormalize(self.normalized_weight, self.in_scale, self.out_scale).to(self.dtype)
+        """The reconstructed weight `[out, in]`; where it needs no gradients, some rows at a time."""
+        if self._gives_gradients() or torch.compiler.is_compiling():
+            return denormalize(self.normalized_weight, self.in_scale, self.out_scale).to(self.dtype)
+        codes = self.unpacked_codes
+        weight = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=codes.device)
+        return fill_rows(weight, lambda rows: self._restored(codes[rows], self.out_scale[rows]))
+
+    def _restored(self, codes: Tensor, out_scale: Tensor) -> Tensor:
+        """Return rows of the weight in float32."""
+        normalized = self.codebook[codes].flatten(1)[:, : self.in_features]
+        return denormalize(normalized, self.in_scale, out_scale)
 
     @property
     def bits_per_weight(self) -> float:
@@ -92,7 +102,10 @@ class VQLinear(CompressedLinear):
     @property
     def codebook_use(self) -> float:
         """Fraction of the codewords that at least one subvector uses."""
-        return len(self.unpacked_codes.unique()) / self.codebook_size
+        used = torch.zeros(self.codebook_size, dtype=torch.bool, device=self.codes.device)
+        for codes in self.unpacked_codes.flatten().split(CHUNK_ELEMENTS):
+            used[codes] = True
+        return int(used.sum()) / self.codebook_size
 
     def settings(self) -> dict[str, Any]:
         """Return shapes and types."""
@@ -145,9 +158,8 @@ class VQLinear(CompressedLinear):
         output = vq_matmul(activations, self.codes, self.codebook, self.in_scale, self.out_scale)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
-    def _gives_gradients(self, activations: Tensor) -> bool:
-        wanted = activations.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
-        return torch.is_grad_enabled() and wanted
+    def _gives_gradients(self, *inputs: Tensor) -> bool:
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *self.parameters()))
 
 
 def _round(values: Tensor) -> Tensor:

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nowag_pl.compressors import NoWagPruner, NoWagQuantizer
+from nowag_pl.functional.kmeans import weighted_kmeans
 from nowag_pl.functional.normalization import normalize
 from nowag_pl.functional.objective import normalized_loss
+from nowag_pl.functional.quantized import subvectors
 
 
 def make_linear(out_features, in_features, seed=0, bias=False):
@@ -137,6 +139,21 @@ def test_codes_are_the_nearest_codewords_in_the_weighted_norm(weighting):
             ]
             chosen = distances[compressed.unpacked_codes[i, group]]
             assert chosen <= min(distances) + 1e-4  # the codebook is rounded after the codes are chosen
+
+
+@pytest.mark.parametrize("weighting", ["output", "normalized"])
+def test_quantizer_works_on_the_subvectors_of_the_padded_normalized_weight(weighting):
+    linear, second_moment = make_linear(9, 7)
+    compressed = NoWagQuantizer(3, 5, weighting=weighting, seed=4).compress(linear, second_moment)
+    normalized, in_scale, out_scale = normalize(linear.weight.detach())
+    weights = second_moment.expand(9, -1)
+    if weighting == "output":
+        weights = second_moment * (in_scale * out_scale[:, None]).square()
+        weights = weights / weights.mean()
+    generator = torch.Generator().manual_seed(4)
+    fit = weighted_kmeans(subvectors(normalized, 3), subvectors(weights, 3), 5, generator, tolerance=5e-4)
+    assert torch.equal(compressed.unpacked_codes.flatten(), fit.codes)
+    torch.testing.assert_close(compressed.codebook.detach(), fit.codebook.half().float(), rtol=2e-3, atol=1e-5)
 
 
 def test_a_codeword_for_every_subvector_restores_the_weight():

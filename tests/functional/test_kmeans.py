@@ -4,8 +4,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from nowag_pl.functional import kmeans
+from nowag_pl.functional.chunks import CHUNK_ELEMENTS
 from nowag_pl.functional.kmeans import START_POINTS_PER_CODEWORD, kmeans_plus_plus, weighted_kmeans
+from nowag_pl.functional.quantized import SubvectorWeights
 
 
 def scalar_distance(point, weight, codeword):
@@ -86,7 +91,7 @@ def test_loss_is_that_of_codebook_and_codes_and_inputs_stay(num_points, dim, see
     result = weighted_kmeans(points, weights, num_codewords, seeded(seed), max_iters=5)
     loss = (weights.double() * (points - result.codebook[result.codes]).double().square()).sum()
     assert result.codebook.shape == (num_codewords, dim)
-    assert result.codes.dtype == torch.int64
+    assert result.codes.dtype == torch.int32
     assert result.loss == pytest.approx(loss.item(), rel=1e-4, abs=1e-5 * num_points)
     assert torch.equal(points, before[0])
     assert torch.equal(weights, before[1])
@@ -235,3 +240,53 @@ def test_start_from_a_sample_of_many_points():
 def test_start_from_equal_points():
     start = kmeans_plus_plus(torch.ones(5, 2), torch.ones(5, 2), 3, seeded())
     assert start.tolist() == [[1.0, 1.0]] * 3
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the elements of the largest tensor that any operation gives, views aside."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+            self.elements = max([self.elements, *(tensor.numel() for tensor in tensors)])
+        return result
+
+
+def test_no_features_and_no_weights_of_all_points_are_made():
+    num_points, dim = 2**17, 16
+    columns = torch.rand(8, dim, generator=seeded()) + 0.1
+    weights = SubvectorWeights(columns, torch.rand(num_points // 8, generator=seeded()) + 0.1)
+    points = torch.randn(num_points, dim, generator=seeded())
+    with LargestTensor() as largest:
+        result = weighted_kmeans(points, weights, 2, seeded(), max_iters=2)
+    assert result.num_iters == 2
+    assert CHUNK_ELEMENTS / 2 < largest.elements <= CHUNK_ELEMENTS < points.numel()
+
+
+@pytest.mark.parametrize("with_rows", [True, False])
+def test_weights_of_columns_and_rows_equal_those_of_all_points(with_rows):
+    points, _ = random_problem(3 * 70, 2)
+    columns = torch.rand(3, 2, generator=seeded(1)) + 0.05
+    rows = torch.rand(70, generator=seeded(2)) + 0.05 if with_rows else torch.ones(70)
+    full = torch.stack([rows[i // 3] * columns[i % 3] for i in range(210)])
+    actual = weighted_kmeans(points, SubvectorWeights(columns, rows if with_rows else None), 3, seeded())
+    expected = weighted_kmeans(points, full, 3, seeded())
+    assert torch.equal(actual.codes, expected.codes)
+    assert torch.equal(actual.codebook, expected.codebook)
+    assert actual.loss == expected.loss
+
+
+def test_parts_of_points_change_nothing(monkeypatch):
+    points, weights = random_problem(150, 3)
+    codebook = torch.cat([points[:8], torch.full((2, 3), 1e3)])  # two are unused
+    expected = weighted_kmeans(points, weights, 10, seeded(), codebook=codebook)
+    monkeypatch.setattr(kmeans, "CHUNK_ELEMENTS", 40)
+    actual = weighted_kmeans(points, weights, 10, seeded(), codebook=codebook, chunk_size=3)
+    assert torch.equal(actual.codes, expected.codes)
+    torch.testing.assert_close(actual.codebook, expected.codebook)
+    assert actual.loss == pytest.approx(expected.loss, rel=1e-6)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nowag_pl.functional import chunks
 from nowag_pl.functional.vq_matmul import CPU_MAX_TOKENS
 from nowag_pl.modules import CompressedLinear, VQLinear
 
@@ -47,6 +48,17 @@ def test_weight_equals_scalar_loops(rows, columns, dim, size):
             codeword = codebook[codes[i, j // dim]]
             expected = float(out_scale[i]) * float(codeword[j % dim]) * float(in_scale[j])
             assert weight[i, j].item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weight_without_gradients_is_the_same_in_chunks_of_rows(dtype, monkeypatch):
+    module, _, _ = make(dtype=dtype)
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 15)  # two rows
+    with torch.no_grad():
+        weight = module.weight
+    assert torch.equal(weight, module.weight.detach())
+    assert module.weight.requires_grad
+    assert not weight.requires_grad
 
 
 def test_codes_come_back():

@@ -55,6 +55,11 @@ def test_compressor_that_foresees_nothing_counts_as_dense():
     assert working_bytes_per_weight(Custom()) >= max(working_bytes_per_weight(each) for each in COMPRESSORS)
 
 
+def test_quantizer_needs_little_memory_beside_points_codes_and_distances():
+    needed = [working_bytes_per_weight(NoWagQuantizer(subvector_dim=dim)) for dim in (1, 2, 4, 6)]
+    assert needed == [25, 15, 10, pytest.approx(8 + 1 / 3)]
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
 @pytest.mark.parametrize("compressor", [NoWagPruner(pattern=(2, 4)), NoWagQuantizer(subvector_dim=4, codebook_size=32)])
 def test_expected_disk_is_what_is_written(family, compressor, model_folder, tmp_path):
