@@ -43,7 +43,8 @@ class StreamedModel:
     def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
-        self.skeleton = checkpoint.build(empty=True).eval()
+        with torch.inference_mode(False):  # a validation may build it; some families change their buffers
+            self.skeleton = checkpoint.build(empty=True).eval()
         self.blocks_name = find_blocks(self.skeleton)
         blocks = cast(nn.ModuleList, self.skeleton.get_submodule(self.blocks_name))
         check_no_experts(checkpoint.config.model_type, self.blocks_name, blocks)
@@ -121,7 +122,6 @@ class StreamedModel:
         output = block(hidden, **arguments)
         return output[0] if isinstance(output, tuple) else output
 
-    @torch.no_grad()
     def embed(self, tokens: Tensor) -> BlockInputs:
         """Record what the blocks are called with.
 
@@ -161,14 +161,12 @@ class StreamedModel:
         """
         shape = (batch_size, seq_len)
         if shape not in self._arguments:
-            with torch.inference_mode(False):  # they are kept, and may be needed where gradients are
-                others = torch.arange(batch_size * seq_len).view(shape) % self.checkpoint.vocab_size
-                arguments, of_others = (self.embed(tokens).arguments for tokens in (torch.zeros_like(others), others))
+            others = torch.arange(batch_size * seq_len).view(shape) % self.checkpoint.vocab_size
+            arguments, of_others = (self.embed(tokens).arguments for tokens in (torch.zeros_like(others), others))
             check_arguments(self.checkpoint.config.model_type, arguments, of_others)
             self._arguments[shape] = arguments
         return self._arguments[shape][index]
 
-    @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
         """Run what comes after the blocks.
 
@@ -187,7 +185,11 @@ class StreamedModel:
         places = [_StandIn(block, call) for block, call in zip(self.blocks, stand_ins, strict=True)]
         set_module(self.skeleton, self.blocks_name, nn.ModuleList(places))
         try:
-            return self.skeleton(input_ids=tokens.to(self.device).long(), use_cache=False).logits
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+            ):  # blocks may train on what they are given
+                return self.skeleton(input_ids=tokens.to(self.device).long(), use_cache=False).logits
         finally:
             set_module(self.skeleton, self.blocks_name, nn.ModuleList())
 

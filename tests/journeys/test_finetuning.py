@@ -292,7 +292,7 @@ def stop_when(process, ready, log, signum) -> int:
 LONG = (
     "--finetuning.max_epochs=6",
     "--finetuning.stop_patience=9",
-    "--trainer.max_epochs=6",
+    "--trainer.max_epochs=12",
     "--data.train_batch_size=1",
 )
 

@@ -203,13 +203,16 @@ def test_experts_behind_a_dense_block_are_refused(tmp_path):
         StreamedModel(Checkpoint(str(folder)))
 
 
-def test_arguments_from_inference_can_be_trained_with(model_folder):
-    model = StreamedModel(Checkpoint(str(model_folder())))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_arguments_from_inference_can_be_trained_with(family, model_folder):
     with torch.inference_mode():
+        model = StreamedModel(Checkpoint(str(model_folder(family))))
         arguments = model.arguments(0, 2, 24)
+        model.head(torch.randn(2, 24, 32))
     block, hidden = model.load_block(0).requires_grad_(True), torch.randn(2, 24, 32)
     model.forward_block(block, hidden, arguments).sum().backward()
     assert all(parameter.grad is not None for parameter in block.parameters())
+    model.arguments(0, 2, 12)  # under the original context of phi3, whose frequencies change with the length
 
 
 def test_arguments_that_depend_on_the_tokens_are_refused(model_folder, monkeypatch):
