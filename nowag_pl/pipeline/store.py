@@ -82,8 +82,11 @@ class ArtefactStore:
             manifest[section] = settings
         known = manifest.setdefault(section, settings)
         if known != settings:
-            names = sorted(known.keys() | settings.keys())
-            differing = [name for name in names if known.get(name) != settings.get(name)]
+            differing = [
+                name for name in sorted(known.keys() | settings.keys()) if known.get(name) != settings.get(name)
+            ]
+            both = known.keys() & settings.keys()  # what one of them has alone follows from another method
+            differing = [name for name in differing if name in both] or differing
             found = "; ".join(
                 f"{section}.{name} = {_short(known.get(name))}, not {_short(settings.get(name))}" for name in differing
             )
