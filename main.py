@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.preemption import EXIT_CODE, Preemption, install
 from nowag_pl.lit.trainer import CHECKPOINT, CompressionTrainer
 from nowag_pl.pipeline.comparing import compare
+from nowag_pl.pipeline.compression import describe
 
 CALLBACKS = {
     "preflight": ModelPreflight,
@@ -136,9 +138,20 @@ def _run_name(config: Any, subcommand: str) -> str:
     elif not config.compression.enabled:
         method = "dense"
     else:
-        values = [str(value) for value in (compressor.get("init_args") or {}).values() if value is not None]
-        method = "-".join([compressor.class_path.rpartition(".")[2], *values])
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", f"{model}-{method}").strip("_")
+        method = _method_name(compressor.class_path, dict(compressor.get("init_args") or {}))
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", f"{model}-{method}").strip("_")
+
+
+def _method_name(class_path: str, settings: dict[str, Any]) -> str:
+    """Name a method by its class and what is not the class's default."""
+    module, _, name = class_path.rpartition(".")
+    make = getattr(import_module(module), name)
+    try:
+        defaults, chosen = describe(make()), describe(make(**settings))
+    except (TypeError, ValueError):  # settings that do not fit are refused where they are used
+        defaults, chosen = {}, settings
+    changed = {key: value for key, value in chosen.items() if value is not None and value != defaults.get(key)}
+    return "-".join([name, *(f"{key}_{value}" for key, value in changed.items())])
 
 
 def main(args: ArgsType = None) -> CompressionCLI:

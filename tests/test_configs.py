@@ -170,18 +170,29 @@ def test_recipe_of_the_embedded_model_trains_from_scratch(parse):
     assert parsed.cli.trainer.max_epochs > 0
 
 
-def test_run_dir_is_named_after_model_and_method(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ([], "embedded-NoWagPruner"),
+        ([config("method/nowag_p_50")], "embedded-NoWagPruner"),
+        (["--compression.compressor.sparsity=0.7"], "embedded-NoWagPruner-sparsity_0.7"),
+        ([config("method/nowag_p_2_4")], "embedded-NoWagPruner-pattern_2_4"),
+        ([config("method/nowag_vq_2bit")], "embedded-NoWagQuantizer"),
+        (
+            [config("method/nowag_vq_2bit_small")],
+            "embedded-NoWagQuantizer-subvector_dim_4-codebook_size_256",
+        ),
+        (["--model.path=a/b"], "b-NoWagPruner"),
+        (["--compression.enabled=false"], "embedded-dense"),
+    ],
+)
+def test_run_dir_is_named_after_model_and_what_is_special_of_the_method(arguments, name, monkeypatch, tmp_path):
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.setattr(command_line.CompressionCLI, "_run_subcommand", lambda self, subcommand: None)
     monkeypatch.chdir(tmp_path)
-    names = set()
-    for more in ([], [config("method/nowag_p_2_4")], [config("method/nowag_vq_2bit")], ["--model.path=a/b"]):
-        if more == ["--model.path=a/b"]:
-            (tmp_path / "a" / "b").mkdir(parents=True)
-            (tmp_path / "a" / "b" / "config.json").write_text("{}")
-        names.add(command_line.main(["fit", *more]).model.run_dir)
-    assert len(names) == 4
-    assert all(re.fullmatch(r"runs/[\w.-]+", name) for name in names)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "config.json").write_text("{}")
+    assert command_line.main(["fit", *arguments]).model.run_dir == f"runs/{name}"
     assert not (tmp_path / "runs").exists()
 
 
