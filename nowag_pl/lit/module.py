@@ -308,6 +308,8 @@ class LitCausalLM(LightningModule):
         name, real = self._eval_names[dataloader_idx], batch["weight"] > 0
         tokens, index = batch["tokens"][real], batch["index"][real]
         if name in self._streams:
+            if not real.any():  # fewer windows than ranks
+                return
             model, stream = self._streams[name]
             hidden = stream.take((index // self.trainer.world_size).tolist())
             for positions in _chunks(tokens):
