@@ -247,6 +247,7 @@ class LitCausalLM(LightningModule):
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
+        groups = [group for group in groups if group["params"]]  # FSDP2 cannot store empty ones
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.95))
         scheduler = OneCycleLR(
             optimizer,
