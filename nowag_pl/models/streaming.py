@@ -185,10 +185,7 @@ class StreamedModel:
         places = [_StandIn(block, call) for block, call in zip(self.blocks, stand_ins, strict=True)]
         set_module(self.skeleton, self.blocks_name, nn.ModuleList(places))
         try:
-            with (
-                torch.inference_mode(False),
-                torch.no_grad(),
-            ):  # blocks may train on what they are given
+            with torch.inference_mode(False), torch.no_grad():  # blocks may train with it
                 return self.skeleton(input_ids=tokens.to(self.device).long(), use_cache=False).logits
         finally:
             set_module(self.skeleton, self.blocks_name, nn.ModuleList())

@@ -13,7 +13,7 @@ from nowag_pl.functional.bits import armor_bits_per_weight
 from nowag_pl.functional.block_diagonal import multiply_right
 from nowag_pl.functional.packing import pack_keep, pattern_bits, unpack_keep
 from nowag_pl.functional.pruning import kept_values
-from nowag_pl.modules.compressed_linear import CompressedLinear, dtype_name
+from nowag_pl.modules.compressed_linear import CompressedLinear, dtype_name, rounded_to
 
 _STORED_DTYPE = torch.float16  # of a wider weight: norms and normalised values need little range
 
@@ -163,15 +163,5 @@ def _sixteen_bits(dtype: torch.dtype) -> torch.dtype:
 
 
 def _round(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return values of a type that 16 bits hold exactly.
-
-    Raises:
-        ValueError: a value is too large.
-    """
-    rounded = values.detach().to(_sixteen_bits(dtype))
-    if not rounded.isfinite().all():
-        raise ValueError(
-            f"Expected factors and values under {torch.finfo(rounded.dtype).max}, but got up to "
-            f"{values.abs().max():.3g}."
-        )
-    return rounded.to(dtype)
+    """Return values of a type that 16 bits hold exactly."""
+    return rounded_to(values, _sixteen_bits(dtype), dtype, "factors and values")

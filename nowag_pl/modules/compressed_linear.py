@@ -128,3 +128,15 @@ class CompressedLinear(nn.Module, ABC):
 def dtype_name(dtype: torch.dtype) -> str:
     """Return "float32" for torch.float32."""
     return str(dtype).removeprefix("torch.")
+
+
+def rounded_to(values: Tensor, stored: torch.dtype, held: torch.dtype, what: str) -> Tensor:
+    """Return values of the type in which they are held that the type in which they are stored holds exactly.
+
+    Raises:
+        ValueError: a value is too large; the message says what they are.
+    """
+    rounded = values.detach().to(stored)
+    if not rounded.isfinite().all():
+        raise ValueError(f"Expected {what} under {torch.finfo(stored).max}, but got up to {values.abs().max():.3g}.")
+    return rounded.to(held)

@@ -12,7 +12,7 @@ from nowag_pl.functional.chunks import CHUNK_ELEMENTS, fill_rows
 from nowag_pl.functional.normalization import denormalize
 from nowag_pl.functional.packing import code_bits, pack, unpack
 from nowag_pl.functional.vq_matmul import is_for_few_tokens, vq_matmul
-from nowag_pl.modules.compressed_linear import CompressedLinear, dtype_name
+from nowag_pl.modules.compressed_linear import CompressedLinear, dtype_name, rounded_to
 
 _STORED_DTYPE = torch.float16  # more of its 16 bits are mantissa; norms and unit vectors need little range
 
@@ -163,15 +163,5 @@ class VQLinear(CompressedLinear):
 
 
 def _round(values: Tensor) -> Tensor:
-    """Return float32 values that 16 bits hold exactly.
-
-    Raises:
-        ValueError: a value is too large for 16 bits.
-    """
-    rounded = values.detach().to(_STORED_DTYPE)
-    if not rounded.isfinite().all():
-        raise ValueError(
-            f"Expected codebook and scales under {torch.finfo(_STORED_DTYPE).max}, but got up to "
-            f"{values.abs().max():.3g}."
-        )
-    return rounded.float()
+    """Return float32 values that 16 bits hold exactly."""
+    return rounded_to(values, _STORED_DTYPE, torch.float32, "codebook and scales")
