@@ -32,6 +32,7 @@ TOKENS = [1, 4, 16, 2048]
 CODEBOOKS = [(6, 4096), (4, 256)]  # d, k: both 2 bits
 CACHE_BYTES = {"cpu": 300 * 2**20, "cuda": 100 * 2**20}  # at least as much lies between two uses of a linear
 MAX_COPIES = 8
+ACCELERATED = "accelerated"
 
 
 def clock() -> float:
@@ -102,15 +103,18 @@ def contenders(shape: tuple[int, int], device: torch.device) -> list[Contender]:
     for dim, size in CODEBOOKS:
         name = f"VQ d = {dim}, k = {size}"
         made.append((name, first, lambda dim=dim, size=size: vector_quantized(shape, dim, size, first)))
+        if device.type == "cpu":
+            made.append((f"{name}, {ACCELERATED}", *made[-1][1:]))
     if device.type == "cuda":
-        made.append(("2:4", first, lambda: half_pruned(shape, first)))
+        made.append((f"2:4, {ACCELERATED}", first, lambda: half_pruned(shape, first)))
     return [contender(name, dtype, make, device) for name, dtype, make in made]
 
 
 def contender(name: str, dtype: torch.dtype, make: Callable[[], nn.Module], device: torch.device) -> Contender:
     def ready() -> nn.Module:
         module = nn.Sequential(make()).to(device).eval().requires_grad_(False)
-        accelerate(module)
+        if name.endswith(ACCELERATED):
+            accelerate(module)
         return module[0]
 
     linear = ready()

@@ -6,28 +6,32 @@ goes to the activations, the output scale to the result, so that what is left of
 - one token on a CPU: `c[k] . (r1 x)_g` is computed for every codeword and group, block by block, and looked up
   (:mod:`nowag_pl.functional.vq_numba`);
 - some tokens: rows are decoded a few hundred at a time, while they fit into the cache;
+- a few tokens on a CPU, from codes that lie column by column: as for one token (:func:`columns_matmul`);
 - CUDA: :mod:`nowag_pl.functional.vq_triton`.
 
 Many tokens take the reconstructed weight: :func:`is_for_few_tokens`.
 """
 
 import logging
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from math import ceil
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, Integer, UInt8
 from torch import Tensor
 
 from nowag_pl.functional.packing import code_bits, unpack
 
 CPU_MAX_TOKENS = 64  # faster beyond, too (benchmarks/README.md), but what is measured there stays exact
+CPU_MAX_LOOKUP_TOKENS = 4  # from columns; measured, benchmarks/README.md
 CUDA_MAX_TOKENS = 256  # an estimate, never measured; the same command measures it
 TILE_BYTES = 4 * 2**20  # decoded rows at a time
 MAX_LOOKUP_RATIO = 4  # codewords per row of the weight, above which computing all products costs more than it saves
+
+_Decode = Callable[[Tensor, int, Tensor], None]  # codebook, first row, where the rows go
 
 _log = logging.getLogger(__name__)
 
@@ -68,11 +72,74 @@ def vq_matmul(
         from nowag_pl.functional.vq_triton import fused_matmul
 
         output = fused_matmul(tokens, codes, codebook, in_scale, out_scale)
-    elif len(tokens) == 1 and _has_lookups(tokens, codebook, out_scale):
+    elif len(tokens) == 1 and _is_looked_up(tokens, codebook, out_scale):
         output = _by_lookup(tokens, codes, codebook, in_scale, out_scale)
     else:
-        output = _by_tiles(tokens, codes, codebook, in_scale, out_scale)
+        output = _by_tiles(tokens, codebook, in_scale, out_scale, partial(_decode, codes))
     return output.view(*activations.shape[:-1], len(out_scale))
+
+
+def code_columns(codes: Int[Tensor, "out groups"], num_codewords: int) -> Integer[Tensor, "groups out"]:
+    """Return codes column by column, in one byte each for up to 256 codewords, in two for up to 65,536, else in four.
+
+    Args:
+        codes: codeword of each subvector.
+        num_codewords: size of the codebook.
+
+    Example:
+        >>> import torch
+        >>> code_columns(torch.tensor([[1, 2, 3]]), 256).shape
+        torch.Size([3, 1])
+    """
+    bits = code_bits(num_codewords)
+    dtype = torch.uint8 if bits <= 8 else torch.uint16 if bits <= 16 else torch.int32
+    return codes.to(dtype).T.contiguous()
+
+
+def columns_matmul(
+    activations: Float[Tensor, "*batch in"],
+    columns: Integer[Tensor, "groups out"],
+    codebook: Float[Tensor, "k d"],
+    in_scale: Float[Tensor, "in"],
+    out_scale: Float[Tensor, "out"],
+) -> Float[Tensor, "*batch out"]:
+    """Return what :func:`vq_matmul` does, on a CPU with Numba.
+
+    Args:
+        activations: any number of tokens, float32, bfloat16 or float16.
+        columns: what :func:`code_columns` gave.
+        codebook: codewords.
+        in_scale: r1.
+        out_scale: r2.
+
+    Returns:
+        The product in the type of the activations.
+    """
+    from nowag_pl.functional.vq_columns import decode_columns, sum_column_lookups
+
+    tokens = activations.reshape(-1, activations.shape[-1])  # [tokens, in]
+    if len(tokens) <= CPU_MAX_LOOKUP_TOKENS:
+        groups = _grouped(tokens * in_scale, codebook.shape[1]).float()
+        output = (sum_column_lookups(columns, codebook.float(), groups) * out_scale).to(tokens.dtype)
+    else:
+        output = _by_tiles(tokens, codebook, in_scale, out_scale, partial(decode_columns, columns))
+    return output.view(*activations.shape[:-1], len(out_scale))
+
+
+def lookup_obstacle(num_codewords: int, num_rows: int) -> str | None:
+    """Return why products of a weight are not to be looked up on a CPU, or None if they are.
+
+    Args:
+        num_codewords: size of the codebook.
+        num_rows: rows of the weight.
+
+    Example:
+        >>> lookup_obstacle(4096, 64)
+        'more than 4 codewords a row'
+    """
+    if not 1 < num_codewords <= MAX_LOOKUP_RATIO * num_rows:
+        return f"more than {MAX_LOOKUP_RATIO} codewords a row" if num_codewords > 1 else "a single codeword"
+    return None if has_module("numba") else "Numba is not installed"
 
 
 @lru_cache
@@ -85,9 +152,8 @@ def has_module(name: str) -> bool:
     return found
 
 
-def _has_lookups(tokens: Tensor, codebook: Tensor, out_scale: Tensor) -> bool:
-    size = len(codebook)
-    return tokens.device.type == "cpu" and 1 < size <= MAX_LOOKUP_RATIO * len(out_scale) and has_module("numba")
+def _is_looked_up(tokens: Tensor, codebook: Tensor, out_scale: Tensor) -> bool:
+    return tokens.device.type == "cpu" and lookup_obstacle(len(codebook), len(out_scale)) is None
 
 
 def _by_lookup(token: Tensor, codes: Tensor, codebook: Tensor, in_scale: Tensor, out_scale: Tensor) -> Tensor:
@@ -99,13 +165,20 @@ def _by_lookup(token: Tensor, codes: Tensor, codebook: Tensor, in_scale: Tensor,
     return (sums * out_scale)[None].to(token.dtype)
 
 
-def _by_tiles(tokens: Tensor, codes: Tensor, codebook: Tensor, in_scale: Tensor, out_scale: Tensor) -> Tensor:
+def _by_tiles(tokens: Tensor, codebook: Tensor, in_scale: Tensor, out_scale: Tensor, decoded: _Decode) -> Tensor:
     """Decode and multiply some rows at a time; in bfloat16 if the tokens are, or else in float32."""
     dtype = torch.bfloat16 if tokens.dtype == torch.bfloat16 else torch.float32
     groups = _grouped(tokens * in_scale, codebook.shape[1]).to(dtype)  # [tokens, groups, d]
     inputs, codewords = groups.flatten(1), codebook.to(dtype).contiguous()
-    tiles = _decoded(codes, codewords, len(out_scale), groups.shape[1])
-    return (torch.cat([inputs @ tile.T for tile in tiles], dim=1) * out_scale).to(tokens.dtype)
+    num_rows, num_groups = len(out_scale), groups.shape[1]
+    num_tile_rows = max(TILE_BYTES // (num_groups * codewords[0].nbytes) // 8, 1) * 8  # a tile starts with a whole byte
+    buffer = inputs.new_empty(min(num_tile_rows, num_rows), inputs.shape[1])
+    products = []
+    for start in range(0, num_rows, num_tile_rows):
+        tile = buffer[: min(num_tile_rows, num_rows - start)]
+        decoded(codewords, start, tile)
+        products.append(inputs @ tile.T)
+    return (torch.cat(products, dim=1) * out_scale).to(tokens.dtype)
 
 
 def _grouped(values: Tensor, dim: int) -> Tensor:
@@ -113,22 +186,15 @@ def _grouped(values: Tensor, dim: int) -> Tensor:
     return F.pad(values, (0, -values.shape[-1] % dim)).unflatten(-1, (-1, dim))
 
 
-def _decoded(codes: Tensor, codebook: Tensor, num_rows: int, num_groups: int) -> Iterator[Tensor]:
-    """Yield tiles `[rows, groups * d]` of the normalised weight; the next one overwrites the last one.
+def _decode(codes: Tensor, codebook: Tensor, start: int, tile: Tensor) -> None:
+    """Write rows from `start` on, a multiple of 8, of the normalised weight; the last columns may be padding."""
+    subvectors = tile.view(-1, codebook.shape[1])
+    num_groups, bits = len(subvectors) // len(tile), code_bits(len(codebook))
+    first, stop = start * num_groups, start * num_groups + len(subvectors)
+    if codes.device.type == "cpu" and bits and has_module("numba"):
+        from nowag_pl.functional.vq_numba import decode
 
-    The last columns may be padding.
-    """
-    bits = code_bits(len(codebook))
-    num_tile_rows = max(TILE_BYTES // (num_groups * codebook[0].nbytes) // 8, 1) * 8  # a tile starts with a whole byte
-    buffer = codebook.new_empty(min(num_tile_rows, num_rows) * num_groups, codebook.shape[1])
-    for start in range(0, num_rows, num_tile_rows):
-        first, stop = start * num_groups, min(start + num_tile_rows, num_rows) * num_groups
-        tile = buffer[: stop - first]
-        if codes.device.type == "cpu" and bits and has_module("numba"):
-            from nowag_pl.functional.vq_numba import decode
-
-            decode(codes, codebook, first, tile)
-        else:
-            part = unpack(codes[first * bits // 8 : ceil(stop * bits / 8)], bits, stop - first)
-            torch.index_select(codebook, 0, part, out=tile)
-        yield tile.view(-1, num_groups * codebook.shape[1])
+        decode(codes, codebook, first, subvectors)
+    else:
+        part = unpack(codes[first * bits // 8 : ceil(stop * bits / 8)], bits, len(subvectors))
+        torch.index_select(codebook, 0, part, out=subvectors)

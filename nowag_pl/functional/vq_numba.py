@@ -26,8 +26,8 @@ _BLOCK_BYTES = 2**20  # products at a time, so that they stay in the cache of a 
 _MAX_BLOCK_GROUPS = 128
 _CHUNK = 512  # codewords, which stay in the first cache while they meet a block of groups
 _TILE_ROWS = 64  # whose windows are cut together
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
-_compiled = numba.njit(nogil=True, fastmath=True, error_model="numpy")
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+compiled = numba.njit(nogil=True, fastmath=True, error_model="numpy")
 
 
 class _Part(NamedTuple):
@@ -55,12 +55,10 @@ def sum_lookups(
     bits, num_groups = code_bits(len(codebook)), len(groups)
     per_window = 64 // bits
     parts = list(_parts(codes.numpy(), bits, 0, num_rows, num_groups))
-    max_block_groups = min(max(_BLOCK_BYTES // (4 * len(codebook)), 8), _MAX_BLOCK_GROUPS)
-    block_size = max_block_groups // per_window * per_window or per_window
-    padded = F.pad(codebook.detach(), (0, 0, 0, -len(codebook) % _CHUNK))
-    columns = padded.view(-1, _CHUNK, codebook.shape[1]).transpose(1, 2).contiguous().numpy()  # [chunks, d, codewords]
+    block_size = max_block_groups(len(codebook)) // per_window * per_window or per_window
+    columns = codeword_chunks(codebook)
     values = groups.detach().numpy()
-    multiply, add_lookups = _product_kernel(codebook.shape[1]), _lookup_kernel(bits)
+    multiply, add_lookups = product_kernel(codebook.shape[1]), _lookup_kernel(bits)
 
     def share(first: int, last: int) -> np.ndarray:
         sums = np.zeros(num_rows, np.float32)
@@ -74,7 +72,18 @@ def sum_lookups(
                 add_lookups(*part, num_groups, block, products, windows, sums)
         return sums
 
-    return torch.from_numpy(np.sum(_in_threads(share, 0, num_groups), axis=0, dtype=np.float32))
+    return torch.from_numpy(np.sum(in_threads(share, 0, num_groups), axis=0, dtype=np.float32))
+
+
+def max_block_groups(num_codewords: int) -> int:
+    """Return for how many groups products with all codewords are held at a time."""
+    return min(max(_BLOCK_BYTES // (4 * num_codewords), 8), _MAX_BLOCK_GROUPS)
+
+
+def codeword_chunks(codebook: Float[Tensor, "k d"]) -> np.ndarray:
+    """Return some hundred codewords at a time, `[chunks, d, codewords]`, filled up with zeros."""
+    padded = F.pad(codebook.detach(), (0, 0, 0, -len(codebook) % _CHUNK))
+    return padded.view(-1, _CHUNK, codebook.shape[1]).transpose(1, 2).contiguous().numpy()
 
 
 def decode(
@@ -89,7 +98,7 @@ def decode(
         out: where they go; contiguous, of the type of the codebook.
     """
     bits, codeword_bytes = code_bits(len(codebook)), codebook[0].nbytes
-    integer = _INTEGERS[max(size for size in _INTEGERS if codeword_bytes % size == 0)]
+    integer = INTEGERS[max(size for size in INTEGERS if codeword_bytes % size == 0)]
     codewords = codebook.detach().view(integer).numpy()
     copies, copy = out.view(integer).numpy(), _copy_kernel(bits, codewords.shape[1])
 
@@ -97,7 +106,7 @@ def decode(
         for part in _parts(codes.numpy(), bits, first, last):
             copy(*part, codewords, copies[part.start - start :])
 
-    _in_threads(share, start, start + len(out))
+    in_threads(share, start, start + len(out))
 
 
 def _parts(codes: np.ndarray, bits: int, start: int, stop: int, length: int = 1) -> Iterator[_Part]:
@@ -114,7 +123,7 @@ def _parts(codes: np.ndarray, bits: int, start: int, stop: int, length: int = 1)
         yield _Part(words, first * 64, safe, stop)
 
 
-def _in_threads(work: Callable[[int, int], Any], start: int, stop: int) -> list[Any]:
+def in_threads(work: Callable[[int, int], Any], start: int, stop: int) -> list[Any]:
     """Cut a range into as many pieces as there are threads, and return what the work gives for each."""
     num_threads = min(torch.get_num_threads(), stop - start)
     if num_threads == 1:
@@ -129,7 +138,7 @@ def _pool(num_threads: int, process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_threads, thread_name_prefix=f"nowag_pl-{process}")
 
 
-@_compiled
+@compiled
 @no_type_check  # Numba compiles plain functions
 def _window(words: np.ndarray, bit: int) -> np.uint64:
     """Return 64 bits that start at any bit."""
@@ -140,8 +149,10 @@ def _window(words: np.ndarray, bit: int) -> np.uint64:
 
 @lru_cache
 @no_type_check
-def _product_kernel(dim: int) -> Callable[..., None]:
-    @_compiled
+def product_kernel(dim: int) -> Callable[..., None]:
+    """Return a loop that multiplies groups of `dim` inputs by all codewords."""
+
+    @compiled
     def multiply(values: np.ndarray, columns: np.ndarray, first: int, last: int, products: np.ndarray) -> None:
         """Write the products of some groups `[groups, d]` with all codewords, given by columns `[chunks, d, n]`."""
         size = columns.shape[2]
@@ -163,7 +174,7 @@ def _product_kernel(dim: int) -> Callable[..., None]:
 def _lookup_kernel(bits: int) -> Callable[..., None]:
     per_window, mask = 64 // bits, np.uint64(2**bits - 1)
 
-    @_compiled
+    @compiled
     def add_lookups(
         words: np.ndarray,
         first_bit: int,
@@ -209,7 +220,7 @@ def _lookup_kernel(bits: int) -> Callable[..., None]:
 def _copy_kernel(bits: int, width: int) -> Callable[..., None]:
     per_window, mask = 64 // bits, np.uint64(2**bits - 1)
 
-    @_compiled
+    @compiled
     def copy(
         words: np.ndarray, first_bit: int, start: int, stop: int, codewords: np.ndarray, copies: np.ndarray
     ) -> None:

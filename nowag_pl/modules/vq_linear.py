@@ -11,13 +11,15 @@ from nowag_pl.functional.bits import vector_quantized_bits_per_weight
 from nowag_pl.functional.chunks import CHUNK_ELEMENTS, fill_rows
 from nowag_pl.functional.normalization import denormalize
 from nowag_pl.functional.packing import code_bits, pack, unpack
-from nowag_pl.functional.vq_matmul import is_for_few_tokens, vq_matmul
-from nowag_pl.modules.compressed_linear import CompressedLinear, dtype_name, rounded_to
+from nowag_pl.functional.quantized import Quantized
+from nowag_pl.functional.vq_matmul import vq_matmul
+from nowag_pl.modules.coded_linear import CodedLinear
+from nowag_pl.modules.compressed_linear import dtype_name, rounded_to
 
 _STORED_DTYPE = torch.float16  # more of its 16 bits are mantissa; norms and unit vectors need little range
 
 
-class VQLinear(CompressedLinear):
+class VQLinear(CodedLinear):
     """A linear of which every `subvector_dim` consecutive weights of a row are a codeword, times both scales.
 
     Codes are held in packed bytes of `ceil(log2(k))` bits each. Codebook and scales are float32 parameters, so that
@@ -77,16 +79,13 @@ class VQLinear(CompressedLinear):
     @property
     def weight(self) -> Tensor:
         """The reconstructed weight `[out, in]`; where it needs no gradients, some rows at a time."""
-        if self._gives_gradients() or torch.compiler.is_compiling():
+        if self.gives_gradients() or torch.compiler.is_compiling():
             return denormalize(self.normalized_weight, self.in_scale, self.out_scale).to(self.dtype)
         codes = self.unpacked_codes
         weight = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=codes.device)
-        return fill_rows(weight, lambda rows: self._restored(codes[rows], self.out_scale[rows]))
-
-    def _restored(self, codes: Tensor, out_scale: Tensor) -> Tensor:
-        """Return rows of the weight in float32."""
-        normalized = self.codebook[codes].flatten(1)[:, : self.in_features]
-        return denormalize(normalized, self.in_scale, out_scale)
+        return fill_rows(
+            weight, lambda rows: Quantized(self.codebook, codes[rows], self.in_scale, self.out_scale[rows]).weight
+        )
 
     @property
     def bits_per_weight(self) -> float:
@@ -137,29 +136,9 @@ class VQLinear(CompressedLinear):
         """Codebook and scales in 16 bits."""
         return {**super().stored_dtypes, **dict.fromkeys(("codebook", "in_scale", "out_scale"), _STORED_DTYPE)}
 
-    def forward(self, activations: Tensor) -> Tensor:
-        """Apply the linear.
-
-        Args:
-            activations: `[..., in]`.
-
-        Returns:
-            `[..., out]`, in the type of the activations.
-        """
-        num_tokens = activations.numel() // self.in_features
-        if (
-            self._gives_gradients(activations)
-            or torch.compiler.is_compiling()
-            or not is_for_few_tokens(num_tokens, activations.device)
-        ):
-            return super().forward(activations)
-        if torch.is_autocast_enabled(activations.device.type):
-            activations = activations.to(torch.get_autocast_dtype(activations.device.type))
-        output = vq_matmul(activations, self.codes, self.codebook, self.in_scale, self.out_scale)
-        return output if self.bias is None else output + self.bias.to(output.dtype)
-
-    def _gives_gradients(self, *inputs: Tensor) -> bool:
-        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *self.parameters()))
+    def from_codes(self, activations: Tensor) -> Tensor:
+        """Multiply few tokens; see :class:`~nowag_pl.modules.coded_linear.CodedLinear`."""
+        return vq_matmul(activations, self.codes, self.codebook, self.in_scale, self.out_scale)
 
 
 def _round(values: Tensor) -> Tensor:

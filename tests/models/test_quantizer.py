@@ -11,7 +11,8 @@ from tiny_models import ROOT, copy_model, edit_json, subprocess_environment
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nowag_pl import load_compressed, save_compressed
+from nowag_pl import accelerate, load_compressed, save_compressed
+from nowag_pl.functional.vq_matmul import has_module
 from nowag_pl.models import registration
 from nowag_pl.models.assembly import assemble
 from nowag_pl.models.checkpoint import compressed_linears as linears_of
@@ -64,6 +65,17 @@ def test_greedy_generation_is_that_of_load_compressed(method, export):
     texts = [model.generate(TOKENS, **settings) for model in models]
     assert texts[0].shape[1] > TOKENS.shape[1]
     assert torch.equal(*texts)
+
+
+@pytest.mark.skipif(not has_module("numba"), reason="Numba is an extra")
+def test_an_accelerated_model_generates_the_same_and_is_saved_as_before(export, tmp_path):
+    folder = export("quantized")
+    expected, actual = load_compressed(folder).eval(), AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert accelerate(actual) > 0
+    settings = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(TOKENS), "pad_token_id": 1}
+    assert torch.equal(actual.generate(TOKENS, **settings), expected.generate(TOKENS, **settings))
+    save_compressed(actual, tmp_path)
+    assert_equal_states(load_compressed(tmp_path), expected)
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])

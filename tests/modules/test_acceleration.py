@@ -9,7 +9,17 @@ from torch import nn
 from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorCUTLASS
 
 from nowag_pl import accelerate
-from nowag_pl.modules import CompressedLinear, MaskedLinear, SemiStructuredLinear, acceleration
+from nowag_pl.functional import vq_matmul
+from nowag_pl.modules import (
+    CompressedLinear,
+    LookupLinear,
+    MaskedLinear,
+    SemiStructuredLinear,
+    VQLinear,
+    acceleration,
+)
+
+needs_numba = pytest.mark.skipif(not vq_matmul.has_module("numba"), reason="Numba is an extra")
 
 
 def masked(rows=64, columns=128, pattern=(2, 4), dtype=torch.bfloat16, bias=True, device="cpu"):
@@ -107,6 +117,86 @@ def test_loading_into_it_is_refused(sparse_cores):
     accelerate(model)
     with pytest.raises(RuntimeError, match="Expected to load 0 before accelerate"):
         model.load_state_dict(state)
+
+
+def quantized(rows=40, columns=50, dtype=torch.bfloat16, bias=True):
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(100, (rows, -(-columns // 4)), generator=generator)
+    scales = torch.rand(columns, generator=generator) + 0.5, torch.rand(rows, generator=generator) + 0.5
+    bias_values = torch.arange(rows).to(dtype) if bias else None
+    return VQLinear(torch.randn(100, 4, generator=generator), codes, *scales, bias_values, dtype)
+
+
+@needs_numba
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(50,), (1, 50), (3, 5, 50), (2, 50, 50)])
+def test_quantized_linear_looks_up_whole_codes(bias, dtype, shape, generator):
+    linear = quantized(dtype=dtype, bias=bias)
+    model = nn.Sequential(linear).eval()
+    assert accelerate(model) == 1
+    fast = model[0]
+    assert isinstance(fast, LookupLinear)
+    assert torch.equal(fast.weight, linear.weight)
+    activations = torch.randn(shape, generator=generator).to(dtype)
+    output = fast(activations)
+    assert output.dtype == dtype
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(output, linear(activations).detach(), rtol=tolerance, atol=20 * tolerance)
+    assert not output.requires_grad
+
+
+@needs_numba
+def test_a_quantized_linear_is_saved_as_before_and_holds_no_packed_codes(caplog):
+    linear = quantized()
+    model = nn.Sequential(OrderedDict(fast=linear, large=quantized(rows=20))).eval()
+    with caplog.at_level(logging.WARNING):
+        assert accelerate(model) == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 quantized linears run from packed codes: more than 4 codewords a row"
+    ]
+    expected, stored = linear.storage(), model.fast.storage()
+    assert set(stored) == set(expected)
+    assert all(torch.equal(stored[name], tensor) for name, tensor in expected.items())
+    assert all(stored[name].dtype == tensor.dtype for name, tensor in expected.items())
+    assert model.fast.description() == linear.description()
+    assert (model.fast.bits_per_weight, model.fast.sparsity) == (linear.bits_per_weight, 0)
+    assert [(name, held.dtype, held.shape) for name, held in model.fast.named_buffers()] == [
+        ("columns", torch.uint8, (13, 40))
+    ]
+    with pytest.raises(RuntimeError, match="Expected to load fast before accelerate"):
+        model.load_state_dict(nn.Sequential(OrderedDict(fast=linear)).state_dict(), strict=False)
+
+
+@needs_numba
+def test_a_quantized_linear_passes_gradients_on(generator):
+    linear = quantized(dtype=torch.float32)
+    model = nn.Sequential(linear).eval()
+    accelerate(model)
+    activations = torch.randn(2, 50, generator=generator, requires_grad=True)
+    model(activations).sum().backward()
+    torch.testing.assert_close(activations.grad, linear.weight.sum(dim=0).expand(2, -1).detach())
+
+
+def test_without_numba_quantized_linears_stay(monkeypatch, caplog):
+    monkeypatch.setattr(vq_matmul, "has_module", lambda name: False)
+    model = nn.Sequential(quantized()).eval()
+    assert accelerate(model) == 0
+    assert isinstance(model[0], VQLinear)
+    assert "1 quantized linears run from packed codes: Numba is not installed" in caplog.text
+
+
+def test_quantized_linears_elsewhere_stay_without_a_word(caplog):
+    model = nn.Sequential(quantized()).eval().to("meta")
+    assert accelerate(model) == 0
+    assert not caplog.records
+
+
+@needs_numba
+def test_an_empty_lookup_linear_has_the_shapes_of_the_settings():
+    module = LookupLinear.empty(quantized().settings())
+    assert module.weight.shape == (40, 50)
+    assert not module.weight.any()
 
 
 def test_a_shared_linear_stays_shared(sparse_cores):
