@@ -4,6 +4,7 @@ from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from callbacks.calibration import ModelCalibration
 from nowag_pl.compressors import Compressor, NoWagPruner
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.trainer import is_compressing
@@ -29,7 +30,11 @@ class ModelCompression(Callback):
 
     def needs(self, sizes: ModelSizes, trainer: Trainer) -> list[StageNeeds]:
         """Return what the stage will need."""
-        return [compression_needs(sizes)]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        calibration = next((each for each in callbacks if isinstance(each, ModelCalibration)), None)
+        if calibration is None or not (sizes.full_moments or calibration.mode == "propagated"):
+            return [compression_needs(sizes)]
+        return [compression_needs(sizes, *calibration.needs(sizes, trainer))]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Compress, once, and let the module build its model from the result."""

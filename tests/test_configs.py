@@ -13,6 +13,7 @@ from tiny_models import ROOT
 
 import main as command_line
 from nowag_pl import ArmorCompressor, MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner
+from nowag_pl.compressors.protocol import working_bytes
 from nowag_pl.data.sources import HubDataset
 from nowag_pl.pipeline import preflight
 from nowag_pl.pipeline.preflight import ModelSizes, StageNeeds
@@ -242,7 +243,9 @@ def test_recipe_tells_the_memory_and_disk_of_the_formulas(recipe):
             compressed=round(num_blocks * sum(bits) / 8),
             others=2 * 2 * hidden * num_blocks,
             moments=4 * num_blocks * sum(columns for _, columns in shapes),
-            working=compressor.working_bytes_per_weight,
+            restoring=compressor.working_bytes_per_weight / 2,
+            compressing=max(working_bytes(compressor, shape) for shape in shapes),
+            full_moments=0,
         )
 
     def stages(compressor) -> list[StageNeeds]:

@@ -47,7 +47,8 @@ class Foreseeing(Protocol):
 
 
 _UNKNOWN_WORKING_BYTES = 32.0
-_FULL_WORKING_BYTES = 96.0  # H, damped, its factor and eigenvectors in float64; five copies of the weight
+_FULL_BYTES_PER_PAIR = 48.0  # of inputs: H, damped, its factor or eigenvectors, made in float64
+_FULL_BYTES_PER_WEIGHT = 48.0  # copies of the weight while kept weights or codes are fitted to its output
 
 
 def expected_bits_per_weight(compressor: Compressor, shape: tuple[int, int], value_bits: int) -> float:
@@ -60,9 +61,22 @@ def expected_bits_per_weight(compressor: Compressor, shape: tuple[int, int], val
 
 
 def working_bytes_per_weight(compressor: Compressor) -> float:
-    """Return what a compressor foresees, or 32 where it does not; 96 more where it needs full second moments."""
-    own = compressor.working_bytes_per_weight if isinstance(compressor, Foreseeing) else _UNKNOWN_WORKING_BYTES
-    return own + (_FULL_WORKING_BYTES if needs_full_second_moment(compressor) else 0)
+    """Return what a compressor foresees, or 32 where it does not."""
+    return compressor.working_bytes_per_weight if isinstance(compressor, Foreseeing) else _UNKNOWN_WORKING_BYTES
+
+
+def working_bytes(compressor: Compressor, shape: tuple[int, int]) -> int:
+    """Return the memory of compressing one linear beside it and its result.
+
+    Args:
+        compressor: the method.
+        shape: (out, in); full second moments are `[in, in]`.
+    """
+    rows, columns = shape
+    total = working_bytes_per_weight(compressor) * rows * columns
+    if needs_full_second_moment(compressor):
+        total += _FULL_BYTES_PER_PAIR * columns**2 + _FULL_BYTES_PER_WEIGHT * rows * columns
+    return round(total)
 
 
 def needs_full_second_moment(compressor: Compressor) -> bool:

@@ -12,7 +12,12 @@ import psutil
 import torch
 
 from nowag_pl.compressors import Compressor
-from nowag_pl.compressors.protocol import expected_bits_per_weight, working_bytes_per_weight
+from nowag_pl.compressors.protocol import (
+    expected_bits_per_weight,
+    needs_full_second_moment,
+    working_bytes,
+    working_bytes_per_weight,
+)
 from nowag_pl.models.streaming import StreamedModel
 
 CHUNK_BYTES = 2**27  # intermediate results of work in chunks; distances of a chunk of points
@@ -36,7 +41,9 @@ class ModelSizes:
         compressed: all compressed linears.
         others: all of the blocks that is not compressed.
         moments: second moments of all linears.
-        working: of a compression, per weight of the linear.
+        restoring: per weight of the linear whose weight is made from its packed parts.
+        compressing: of the linear that takes the most while it is compressed.
+        full_moments: pairs of inputs in the full second moments of a block; 0 where the method needs none.
     """
 
     num_blocks: int
@@ -51,7 +58,9 @@ class ModelSizes:
     compressed: int
     others: int
     moments: int
-    working: float
+    restoring: float
+    compressing: int
+    full_moments: int
 
     @classmethod
     def of(cls, model: StreamedModel, compressor: Compressor) -> "ModelSizes":
@@ -64,7 +73,7 @@ class ModelSizes:
         shapes: list[tuple[int, int]] = []
         blocks: list[int] = []
         compressed: list[int] = []
-        others = 0
+        others, full_moments = 0, 0
         for index, block in enumerate(model.blocks):
             linears, size = model.linears(index), 0.0
             for name, linear in linears.items():
@@ -80,6 +89,8 @@ class ModelSizes:
             blocks.append(whole)
             compressed.append(round(size))
             others += rest
+            if needs_full_second_moment(compressor):  # linears may share theirs, which shapes do not tell
+                full_moments = max(full_moments, sum(linear.in_features**2 for linear in linears.values()))
         return cls(
             num_blocks=len(blocks),
             hidden=model.hidden_size,
@@ -93,7 +104,9 @@ class ModelSizes:
             compressed=sum(compressed),
             others=others,
             moments=4 * sum(columns for _, columns in shapes),
-            working=working_bytes_per_weight(compressor),
+            restoring=working_bytes_per_weight(compressor) / 2,
+            compressing=max(working_bytes(compressor, shape) for shape in shapes),
+            full_moments=full_moments,
         )
 
     def hidden_states(self, num_sequences: int, seq_len: int) -> int:
@@ -142,14 +155,24 @@ def calibration_needs(sizes: ModelSizes, num_sequences: int, seq_len: int, batch
     )
 
 
-def compression_needs(sizes: ModelSizes) -> StageNeeds:
-    """Return the needs of compressing with second moments that are there."""
+def compression_needs(sizes: ModelSizes, stream: StageNeeds | None = None) -> StageNeeds:
+    """Return the needs of compressing.
+
+    Args:
+        sizes: sizes of the model.
+        stream: needs of the calibration whose sequences pass every block once more, for full second moments or those
+            behind compressed blocks; None where second moments are there.
+    """
+    gathering = 0 if stream is None else stream.device + 8 * sizes.full_moments  # sums in float64
+    compressing = sizes.skeleton + sizes.block + sizes.compressing + CHUNK_BYTES
     return StageNeeds(
         "compression",
-        device=sizes.skeleton + sizes.block + round(sizes.working * sizes.largest_linear) + CHUNK_BYTES,
-        host=sizes.compressed_block,
+        device=max(gathering, compressing),
+        host=sizes.compressed_block + 4 * sizes.full_moments,
+        shared_host=0 if stream is None else stream.shared_host,
         disk=sizes.compressed,
         device_option="model.dtype or another compressor",
+        host_option="" if stream is None else stream.host_option,
     )
 
 
@@ -175,7 +198,7 @@ def reference_needs(sizes: ModelSizes, windows: Mapping[str, int], seq_len: int,
 
 def validation_needs(sizes: ModelSizes, windows: Mapping[str, int], seq_len: int, batch_size: int) -> StageNeeds:
     """Return the needs of measuring the compressed model a block at a time; arguments as :func:`reference_needs`."""
-    weight = round((sizes.itemsize + sizes.working / 2) * sizes.largest_linear)  # restored, from packed parts
+    weight = round((sizes.itemsize + sizes.restoring) * sizes.largest_linear)  # restored, from packed parts
     block = sizes.compressed_block + weight + sizes.activations(batch_size * seq_len)
     return StageNeeds(
         "validation",

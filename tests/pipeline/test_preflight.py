@@ -4,6 +4,7 @@ import logging
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from test_pipeline_run import EVALUATION, everything
 from tiny_models import fit_arguments
 from torch import nn
 
+from callbacks.calibration import ModelCalibration
+from callbacks.compression import ModelCompression
 from nowag_pl import ArmorCompressor, MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner
 from nowag_pl.compressors.protocol import expected_bits_per_weight, working_bytes_per_weight
 from nowag_pl.files import read_tensors
@@ -95,6 +98,34 @@ def test_sizes_are_those_of_the_model(model_folder):
     assert sizes.block == sum(p.nbytes for p in model.load_block(0).parameters())
     assert sizes.skeleton == sum(p.nbytes for p in model.skeleton.parameters())
     assert sizes.largest_linear == 96 * 32
+
+
+def test_full_second_moments_are_counted(model_folder):
+    model = StreamedModel(Checkpoint(str(model_folder("llama"))))
+    plain, full = (ModelSizes.of(model, NoWagPruner(update=update)) for update in (None, "refit"))
+    widths = [linear.in_features for linear in model.linears(0).values()]
+    assert (plain.full_moments, full.full_moments) == (0, sum(width**2 for width in widths))
+    assert full.compressing > plain.compressing + 3 * 8 * max(widths) ** 2  # three matrices in float64
+    assert full.restoring == plain.restoring
+    stream = preflight.calibration_needs(full, 7, 24, 3)
+    needs = preflight.compression_needs(full, stream)
+    assert needs.host == full.compressed_block + 4 * full.full_moments
+    assert needs.shared_host == full.hidden_states(7, 24)
+    assert needs.device == full.skeleton + full.block + full.compressing + preflight.CHUNK_BYTES
+    little = replace(full, compressing=-preflight.CHUNK_BYTES)
+    assert preflight.compression_needs(little, stream).device == stream.device + 8 * full.full_moments
+
+
+@pytest.mark.parametrize(
+    ("mode", "update", "streams"), [("dense", None, False), ("propagated", None, True), ("dense", "refit", True)]
+)
+def test_sequences_that_pass_once_more_are_counted(mode, update, streams, model_folder):
+    compression, calibration = ModelCompression(NoWagPruner(update=update)), ModelCalibration(3, mode=mode)
+    trainer = SimpleNamespace(callbacks=[calibration, compression], datamodule=SimpleNamespace(seq_len=24))
+    sizes = ModelSizes.of(StreamedModel(Checkpoint(str(model_folder("llama")))), compression.compressor)
+    (needs,) = compression.needs(sizes, trainer)
+    assert needs.shared_host == (sizes.hidden_states(3, 24) if streams else 0)
+    assert ("calibration.num_sequences" in needs.host_option) == streams
 
 
 FITS = Available(device=100, host=100, disk=100)
