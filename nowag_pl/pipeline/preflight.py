@@ -21,6 +21,7 @@ from nowag_pl.compressors.protocol import (
 from nowag_pl.models.streaming import StreamedModel
 
 CHUNK_BYTES = 2**27  # intermediate results of work in chunks; distances of a chunk of points
+LIBRARY_BYTES = 2**27  # that libraries hold in each process, and parts of files that are being read
 LOGITS_BYTES = 4 * 4096 + 20 * 1024  # per word: logits of 4096 tokens, and a comparison of 1024 positions at a time
 
 
@@ -274,7 +275,7 @@ class Available:
 
 def host_bytes(needs: StageNeeds, available: Available, num_processes: int) -> int:
     """Return the host memory of a stage; where the device is the host, with what the device would need."""
-    each = needs.host + (needs.device if available.device is None else 0)
+    each = needs.host + LIBRARY_BYTES + (needs.device if available.device is None else 0)
     return num_processes * each + needs.shared_host
 
 

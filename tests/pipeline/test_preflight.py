@@ -128,11 +128,16 @@ def test_sequences_that_pass_once_more_are_counted(mode, update, streams, model_
     assert ("calibration.num_sequences" in needs.host_option) == streams
 
 
+@pytest.fixture
+def nothing_for_libraries(monkeypatch):
+    monkeypatch.setattr(preflight, "LIBRARY_BYTES", 0)
+
+
 FITS = Available(device=100, host=100, disk=100)
 STAGE = StageNeeds("one", 60, 30, 20, 50, "fewer.on_device", "fewer.in_host", "fewer.on_disk")
 
 
-def test_what_fits_is_not_mentioned():
+def test_what_fits_is_not_mentioned(nothing_for_libraries):
     assert shortages([STAGE, replace(STAGE, stage="two")], FITS) == []
 
 
@@ -146,20 +151,21 @@ def test_what_fits_is_not_mentioned():
         (replace(FITS, disk=49), 1, "the run may need .* of disk", "change fewer.on_disk, run_dir on another disk$"),
     ],
 )
-def test_what_does_not_fit_is_named_with_an_option(available, processes, stage, option):
+def test_what_does_not_fit_is_named_with_an_option(nothing_for_libraries, available, processes, stage, option):
     (sentence,) = shortages([STAGE], available, processes)
     assert re.match(stage, sentence)
     assert re.search(option, sentence)
 
 
-def test_disk_of_all_stages_adds_up_less_what_is_there():
+def test_disk_of_all_stages_adds_up_less_what_is_there(nothing_for_libraries):
     assert len(shortages([STAGE, STAGE, STAGE], FITS)) == 1
     assert shortages([STAGE, STAGE, STAGE], FITS, on_disk=50) == []
 
 
 def test_device_is_part_of_the_host_on_a_cpu():
-    assert host_bytes(STAGE, FITS, 2) == 80
-    assert host_bytes(STAGE, Available(None, 0, 0), 2) == 200
+    own = 2 * preflight.LIBRARY_BYTES
+    assert host_bytes(STAGE, FITS, 2) == 80 + own
+    assert host_bytes(STAGE, Available(None, 0, 0), 2) == 200 + own
 
 
 def test_folder_need_not_exist(tmp_path):
