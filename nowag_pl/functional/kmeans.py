@@ -2,11 +2,12 @@
 
 The objective is `sum_i sum_j w_ij (x_ij - c_{code(i), j})^2` (NoWag-VQ, arXiv:2504.14569, section on vector
 quantization). Up to a constant of the point, its distance to a codeword is a scalar product,
-`[w_i, w_i x_i] . [c^2, -2 c]`, so that an assignment is one matrix multiplication, done in chunks of points. The left
-side is made anew for some points at a time, and their weighted sums are taken while it is there.
+`[w_i, w_i x_i] . [c^2, -2 c]`, so that an assignment is one matrix multiplication, done in chunks of points, or on a
+CPU, if Numba is installed, by :mod:`nowag_pl.functional.kmeans_numba`. The left side is made anew for some points at a
+time, and their weighted sums are taken while it is there. Of equally near codewords the first is taken.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,11 +15,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nowag_pl.functional.chunks import CHUNK_ELEMENTS
+from nowag_pl.functional.optional import has_module
 from nowag_pl.functional.quantized import SubvectorWeights
 
 CPU_CHUNK_ELEMENTS = 2**18  # distances at a time: 1 MiB, which stays in the cache of one core
 CUDA_CHUNK_ELEMENTS = 2**25  # 128 MiB
-INTERLEAVED_COLUMNS = 64
+ROW_BLOCKS = 64
+NUMBA_MIN_DISTANCES = 2**22  # of one assignment, above which compiling pays off
+NUMBA_MIN_START_DISTANCES = 2**26  # of a start
+NUMBA_MAX_DIM = 16  # its instructions are as many
 START_POINTS_PER_CODEWORD = 64  # the start is drawn from a random sample of at most so many points
 
 
@@ -150,13 +155,17 @@ def kmeans_plus_plus(
     if len(points) > sample_size:
         sample = torch.randperm(len(points), generator=generator)[:sample_size].sort().values.to(points.device)
     points, weights = points[sample], weights[sample]
-    draws = torch.rand(num_codewords, generator=generator, dtype=torch.float64).to(points.device)
+    draws = torch.rand(num_codewords, generator=generator, dtype=torch.float64)
+    if _is_for_numba(points, num_codewords, NUMBA_MIN_START_DISTANCES):
+        from nowag_pl.functional.kmeans_start_numba import draw_points
+
+        return points[draw_points(points, weights, draws)]
     dim = points.shape[1]
     features = _features(points, weights)
     offset = (features[:, dim:] * points).sum(dim=1)  # [n]: sum_j w x^2, what the scalar product leaves out
     distances = torch.ones_like(offset)  # equal chances for the first
     chosen = []
-    for draw in draws:
+    for draw in draws.to(points.device):
         cumulative = distances.cumsum(0, dtype=torch.float64)
         index = torch.searchsorted(cumulative, draw * cumulative[-1], right=True).clamp(max=len(points) - 1)
         codeword = points[index]
@@ -183,41 +192,63 @@ def _codeword_features(codebook: Tensor) -> Tensor:
 def _assign(points: _Points, codebook: Tensor) -> _Assignment:
     """Choose the nearest codeword of every point."""
     (num_points, dim), num_codewords, chunk_size = points.points.shape, len(codebook), points.chunk_size
-    right = _codeword_features(codebook).contiguous()
     codes = torch.empty(num_points, dtype=torch.int32, device=codebook.device)
     distances = codebook.new_empty(num_points)
     sums, loss = codebook.new_zeros(num_codewords, 2 * dim), codebook.new_zeros((), dtype=torch.float64)
-    products = codebook.new_empty(min(chunk_size, num_points), num_codewords)
+    find_nearest = _search(codebook, num_points, chunk_size)
     for selected, features in points.parts():
         part_codes, nearest = codes[selected], distances[selected]  # views
-        for start in range(0, len(features), chunk_size):
-            left = features[start : start + chunk_size]
-            chunk = torch.mm(left, right, out=products[: len(left)])
-            nearest[start : start + chunk_size], part_codes[start : start + chunk_size] = row_minima(chunk)
+        find_nearest(features, part_codes, nearest)
         nearest.add_((features[:, dim:] * points.points[selected]).sum(dim=1)).clamp_(min=0)
         sums.index_add_(0, part_codes.long(), features)  # three times as fast as with int32
         loss += nearest.sum(dtype=torch.float64)
     return _Assignment(codes, distances, sums, float(loss))
 
 
+def _search(codebook: Tensor, num_points: int, chunk_size: int) -> Callable[[Tensor, Tensor, Tensor], None]:
+    """Return what writes the nearest codewords of features, and their distances but for the constant of the point."""
+    right = _codeword_features(codebook).contiguous()
+    if _is_for_numba(codebook, num_points, NUMBA_MIN_DISTANCES):
+        from nowag_pl.functional.kmeans_numba import codeword_registers, find_nearest
+
+        registers = codeword_registers(right)
+        return lambda features, codes, distances: find_nearest(features, registers, codes, distances)
+    products = codebook.new_empty(min(chunk_size, num_points), len(codebook))
+
+    def search(features: Tensor, codes: Tensor, distances: Tensor) -> None:
+        for start in range(0, len(features), chunk_size):
+            left = features[start : start + chunk_size]
+            chunk = torch.mm(left, right, out=products[: len(left)])
+            distances[start : start + chunk_size], codes[start : start + chunk_size] = row_minima(chunk)
+
+    return search
+
+
+def _is_for_numba(vectors: Tensor, num_others: int, min_distances: int) -> bool:
+    """Tell whether the distances of some vectors `[n, d]` to as many others are to be computed by Numba."""
+    num_vectors, dim = vectors.shape
+    is_large = num_vectors * num_others >= min_distances
+    return vectors.device.type == "cpu" and dim <= NUMBA_MAX_DIM and is_large and has_module("numba")
+
+
 def row_minima(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the minimum of each row and a column that has it, always the same one.
+    """Return the minimum of each row and the first column that has it.
 
     On a CPU, torch's minima without indices are many times faster than those with, and so is NumPy's argmin on one
-    thread: wide rows are first reduced to the minima of interleaved columns, and then only the winners are searched.
+    thread: wide rows are first reduced to the minima of blocks, and then only the first block that wins is searched.
     """
     num_rows, num_columns = matrix.shape
     if matrix.device.type != "cpu":
         minimum, column = matrix.min(dim=1)
         return minimum, column
-    if num_columns < INTERLEAVED_COLUMNS**2 or num_columns % INTERLEAVED_COLUMNS:
+    if num_columns < ROW_BLOCKS**2 or num_columns % ROW_BLOCKS:
         column = torch.from_numpy(matrix.numpy().argmin(axis=1))
         return matrix.gather(1, column[:, None]).squeeze(1), column
-    rows = matrix.view(num_rows, -1, INTERLEAVED_COLUMNS)  # [n, k / 64, 64]
-    residue = rows.amin(dim=1).argmin(dim=1)  # [n]
-    members = rows.gather(2, residue[:, None, None].expand(-1, rows.shape[1], 1)).squeeze(2)  # [n, k / 64]
+    rows = matrix.view(num_rows, ROW_BLOCKS, -1)  # [n, 64, k / 64]
+    block = rows.amin(dim=2).argmin(dim=1)  # [n]
+    members = rows.gather(1, block[:, None, None].expand(-1, 1, rows.shape[2])).squeeze(1)  # [n, k / 64]
     minimum, member = members.min(dim=1)
-    return minimum, member * INTERLEAVED_COLUMNS + residue
+    return minimum, block * rows.shape[2] + member
 
 
 def _largest(values: Tensor, count: int) -> Tensor:

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from nowag_pl.functional.threads import in_threads
 from nowag_pl.functional.vq_numba import (
     INTEGERS,
     codeword_chunks,
     compiled,
-    in_threads,
     max_block_groups,
     product_kernel,
 )

@@ -12,10 +12,8 @@ goes to the activations, the output scale to the result, so that what is left of
 Many tokens take the reconstructed weight: :func:`is_for_few_tokens`.
 """
 
-import logging
 from collections.abc import Callable
-from functools import lru_cache, partial
-from importlib.util import find_spec
+from functools import partial
 from math import ceil
 
 import torch
@@ -23,6 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Integer, UInt8
 from torch import Tensor
 
+from nowag_pl.functional.optional import has_module
 from nowag_pl.functional.packing import code_bits, unpack
 
 CPU_MAX_TOKENS = 64  # faster beyond, too (benchmarks/README.md), but what is measured there stays exact
@@ -32,8 +31,6 @@ TILE_BYTES = 4 * 2**20  # decoded rows at a time
 MAX_LOOKUP_RATIO = 4  # codewords per row of the weight, above which computing all products costs more than it saves
 
 _Decode = Callable[[Tensor, int, Tensor], None]  # codebook, first row, where the rows go
-
-_log = logging.getLogger(__name__)
 
 
 def is_for_few_tokens(num_tokens: int, device: torch.device) -> bool:
@@ -140,16 +137,6 @@ def lookup_obstacle(num_codewords: int, num_rows: int) -> str | None:
     if not 1 < num_codewords <= MAX_LOOKUP_RATIO * num_rows:
         return f"more than {MAX_LOOKUP_RATIO} codewords a row" if num_codewords > 1 else "a single codeword"
     return None if has_module("numba") else "Numba is not installed"
-
-
-@lru_cache
-def has_module(name: str) -> bool:
-    """Tell whether a package that makes this faster is installed; if not, say once how to get it."""
-    found = find_spec(name) is not None
-    if not found:
-        extra = "pip install triton" if name == "triton" else "pip install 'nowag_pl[cpu]'"
-        _log.warning("%s is not installed: vector-quantized linears run more slowly (%s)", name, extra)
-    return found
 
 
 def _is_looked_up(tokens: Tensor, codebook: Tensor, out_scale: Tensor) -> bool:

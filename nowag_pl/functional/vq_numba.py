@@ -7,11 +7,9 @@ Values are little-endian bits (:mod:`nowag_pl.functional.packing`): 64 bits from
 window, hold `64 // bits` values.
 """
 
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any, NamedTuple, no_type_check
+from typing import NamedTuple, no_type_check
 
 import numba
 import numpy as np
@@ -21,6 +19,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from nowag_pl.functional.packing import code_bits
+from nowag_pl.functional.threads import in_threads
 
 _BLOCK_BYTES = 2**20  # products at a time, so that they stay in the cache of a core
 _MAX_BLOCK_GROUPS = 128
@@ -121,21 +120,6 @@ def _parts(codes: np.ndarray, bits: int, start: int, stop: int, length: int = 1)
         words = np.zeros(len(rest) // 8 + 2, np.uint64)
         words.view(np.uint8)[: len(rest)] = rest
         yield _Part(words, first * 64, safe, stop)
-
-
-def in_threads(work: Callable[[int, int], Any], start: int, stop: int) -> list[Any]:
-    """Cut a range into as many pieces as there are threads, and return what the work gives for each."""
-    num_threads = min(torch.get_num_threads(), stop - start)
-    if num_threads == 1:
-        return [work(start, stop)]
-    bounds = [start + (stop - start) * number // num_threads for number in range(num_threads + 1)]
-    return list(_pool(num_threads, os.getpid()).map(work, bounds[:-1], bounds[1:]))
-
-
-@lru_cache(maxsize=1)
-def _pool(num_threads: int, process: int) -> ThreadPoolExecutor:
-    """Return threads, which a forked process does not inherit."""
-    return ThreadPoolExecutor(num_threads, thread_name_prefix=f"nowag_pl-{process}")
 
 
 @compiled

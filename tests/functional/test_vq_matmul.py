@@ -1,5 +1,3 @@
-import logging
-
 import pytest
 import torch
 from hypothesis import given
@@ -77,20 +75,3 @@ def test_few_tokens(monkeypatch):
     monkeypatch.setattr(module, "has_module", lambda name: False)
     assert not is_for_few_tokens(1, cuda)
     assert is_for_few_tokens(1, cpu)
-
-
-@pytest.mark.parametrize(
-    ("name", "command"), [("numba", "pip install 'nowag_pl[cpu]'"), ("triton", "pip install triton")]
-)
-def test_a_missing_package_is_named_once(name, command, monkeypatch, caplog):
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
-    module.has_module.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING):
-            assert not module.has_module(name)
-            assert not module.has_module(name)
-    finally:
-        module.has_module.cache_clear()
-    assert [record.getMessage() for record in caplog.records] == [
-        f"{name} is not installed: vector-quantized linears run more slowly ({command})"
-    ]

@@ -1,0 +1,121 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("numba")
+
+from nowag_pl.functional import kmeans
+from nowag_pl.functional.kmeans import kmeans_plus_plus, row_minima, weighted_kmeans
+from nowag_pl.functional.kmeans_numba import codeword_registers, find_nearest
+from nowag_pl.functional.kmeans_start_numba import draw_points
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def search(features, right):
+    codes = torch.full((len(features),), -1, dtype=torch.int32)
+    distances = torch.full((len(features),), torch.nan)
+    find_nearest(features, codeword_registers(right), codes, distances)
+    return codes, distances
+
+
+@given(
+    num_points=st.integers(1, 40),
+    num_codewords=st.integers(1, 130),
+    seed=st.integers(0, 99),
+)
+def test_the_first_of_the_nearest_is_found(num_points, num_codewords, seed):
+    generator = seeded(seed)
+    features = torch.randint(-3, 4, (num_points, 6), generator=generator).float()  # exact, with many ties
+    right = torch.randint(-3, 4, (6, num_codewords), generator=generator).float()
+    codes, distances = search(features, right)
+    products = (features @ right).tolist()
+    assert distances.tolist() == [min(row) for row in products]
+    assert codes.tolist() == [row.index(min(row)) for row in products]
+
+
+@pytest.mark.parametrize("num_columns", [1, 63, 64, 4096, 8192])
+def test_minima_of_rows_are_the_first(num_columns):
+    matrix = torch.randint(-40, 40, (50, num_columns), generator=seeded()).float()
+    values, columns = row_minima(matrix)
+    assert values.tolist() == [min(row) for row in matrix.tolist()]
+    assert columns.tolist() == [row.index(min(row)) for row in matrix.tolist()]
+
+
+@pytest.mark.parametrize("num_threads", [2, 5])
+def test_threads_change_nothing(num_threads, monkeypatch):
+    features, right = torch.randn(23, 6, generator=seeded()), torch.randn(6, 70, generator=seeded(1))
+    expected = search(features, right)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    actual = search(features, right)
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
+
+
+@pytest.fixture
+def problem():
+    points = torch.randn(600, 3, generator=seeded())
+    return points, torch.exp(2 * torch.randn(600, 3, generator=seeded(1)))
+
+
+def test_a_fit_is_that_without_numba(problem, monkeypatch):
+    fits = []
+    for has_numba in (True, False):
+        monkeypatch.setattr(kmeans, "NUMBA_MIN_DISTANCES", 0)
+        monkeypatch.setattr(kmeans, "has_module", lambda name, found=has_numba: found)
+        fits.append(weighted_kmeans(*problem, 40, seeded(), 20))
+    assert torch.equal(fits[0].codes, fits[1].codes)
+    torch.testing.assert_close(fits[0].codebook, fits[1].codebook)
+    assert fits[0].loss == pytest.approx(fits[1].loss, rel=1e-6)
+
+
+def test_small_problems_and_long_codewords_are_left_to_torch(problem, monkeypatch):
+    def refuse(name):
+        raise AssertionError
+
+    monkeypatch.setattr(kmeans, "has_module", refuse)
+    assert weighted_kmeans(*problem, 40, seeded(), 1).num_iters == 1
+    monkeypatch.setattr(kmeans, "NUMBA_MIN_DISTANCES", 600 * 40)
+    with pytest.raises(AssertionError):
+        weighted_kmeans(*problem, 40, seeded(), 1)
+    monkeypatch.setattr(kmeans, "NUMBA_MAX_DIM", 2)
+    assert weighted_kmeans(*problem, 40, seeded(), 1).num_iters == 1
+
+
+def scalar_draws(points, weights, draws):
+    chances, chosen = [1.0] * len(points), []
+    for draw in draws:
+        left, index = draw * sum(chances), 0
+        while (left := left - chances[index]) >= 0:
+            index += 1
+        chosen.append(index)
+        errors = (weights.double() * (points.double() - points[index].double()).square()).sum(dim=1).tolist()
+        chances = errors if len(chosen) == 1 else [min(pair) for pair in zip(chances, errors, strict=True)]
+    return chosen
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("num_points", [5, 512, 1300])
+def test_draws_equal_scalar_loops(num_points, num_threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    points = torch.randn(num_points, 3, generator=seeded())
+    weights = torch.rand(num_points, 3, generator=seeded(1))
+    draws = torch.rand(5, generator=seeded(2), dtype=torch.float64)
+    assert draw_points(points, weights, draws).tolist() == scalar_draws(points, weights, draws.tolist())
+
+
+def test_draws_among_points_without_weight():
+    chosen = draw_points(torch.ones(600, 3), torch.zeros(600, 3), torch.rand(3, generator=seeded()).double())
+    assert chosen.tolist()[1:] == [599, 599]
+
+
+def test_a_start_is_that_without_numba(problem, monkeypatch):
+    expected = kmeans_plus_plus(*problem, 30, seeded())
+    monkeypatch.setattr(kmeans, "NUMBA_MIN_START_DISTANCES", 0)
+    assert torch.equal(kmeans_plus_plus(*problem, 30, seeded()), expected)
+    sampled = kmeans_plus_plus(*problem, 3, seeded())  # from 192 of 600 points
+    monkeypatch.setattr(kmeans, "NUMBA_MIN_START_DISTANCES", 2**62)
+    assert torch.equal(kmeans_plus_plus(*problem, 3, seeded()), sampled)
