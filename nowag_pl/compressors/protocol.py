@@ -2,6 +2,7 @@
 
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from nowag_pl.functional.chunks import row_chunks
@@ -105,7 +106,7 @@ def check_inputs(linear: nn.Linear, second_moment: Tensor, full: bool = False) -
         )
     for name, tensor in {"weights": linear.weight, "second moments": second_moment}.items():
         chunks = row_chunks(len(tensor), tensor[0].numel())
-        if not all(tensor[rows].isfinite().all() for rows in chunks):
+        if not all(torch.stack(tensor[rows].aminmax()).isfinite().all() for rows in chunks):
             raise ValueError(
                 f"Expected finite {name}, but got {int((~tensor.isfinite()).sum())} NaN or infinite values."
             )

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nowag_pl.functional.chunks import empty_like, fill_rows, row_chunks
+from nowag_pl.functional.optional import is_for_numba
 
 
 class Normalized(NamedTuple):
@@ -49,16 +50,36 @@ def norms(weight: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "in"], Float[T
     Returns:
         `in_scale` and `out_scale`, float32; both are 1 where they would be zero.
     """
-    chunks = [*row_chunks(*weight.shape)]
-    squares = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
-    for rows in chunks:  # in float64, so that squares cannot overflow
-        squares += weight[rows].double().square().sum(dim=0)
-    in_scale = _nonzero(squares.sqrt())
-    out_scale = squares.new_empty(len(weight), dtype=torch.float32)
-    for rows in chunks:
-        scaled = weight[rows].float() / in_scale
-        out_scale[rows] = _nonzero(torch.linalg.vector_norm(scaled, dim=1, dtype=torch.float64))
+    in_scale = column_norms(weight)
+    out_scale = in_scale.new_empty(len(weight))
+    compiled = is_for_numba(weight)
+    for rows in row_chunks(*weight.shape):
+        if compiled:
+            from nowag_pl.functional.normalization_numba import write_row_norms
+
+            write_row_norms(weight[rows].detach().float(), in_scale, out_scale[rows])
+        else:
+            scaled = weight[rows].float() / in_scale
+            out_scale[rows] = _nonzero(torch.linalg.vector_norm(scaled, dim=1, dtype=torch.float64))
     return in_scale, out_scale
+
+
+def column_norms(weight: Float[Tensor, "out in"]) -> Float[Tensor, "in"]:
+    """Return r1 of :func:`normalize`, float32.
+
+    Args:
+        weight: matrix of any floating type.
+    """
+    squares = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    compiled = is_for_numba(weight)
+    for rows in row_chunks(*weight.shape):  # in float64, so that squares cannot overflow
+        if compiled:
+            from nowag_pl.functional.normalization_numba import add_squares
+
+            add_squares(weight[rows].detach().float(), squares)
+        else:
+            squares += weight[rows].double().square().sum(dim=0)
+    return _nonzero(squares.sqrt())
 
 
 def normalize_rows(

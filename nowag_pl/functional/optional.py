@@ -4,6 +4,10 @@ import logging
 from functools import lru_cache
 from importlib.util import find_spec
 
+from torch import Tensor
+
+NUMBA_MIN_ELEMENTS = 2**20  # of a matrix, above which compiling pays off
+
 _log = logging.getLogger(__name__)
 
 
@@ -19,3 +23,12 @@ def has_module(name: str) -> bool:
         extra = "pip install triton" if name == "triton" else "pip install 'nowag_pl[cpu]'"
         _log.warning("%s is not installed: compression and vector-quantized linears run more slowly (%s)", name, extra)
     return found
+
+
+def is_for_numba(matrix: Tensor) -> bool:
+    """Tell whether a matrix is to be worked on by compiled loops: it is on a CPU, large, and Numba is there.
+
+    Args:
+        matrix: of any type.
+    """
+    return matrix.device.type == "cpu" and matrix.numel() >= NUMBA_MIN_ELEMENTS and has_module("numba")

@@ -8,11 +8,13 @@ from functools import lru_cache
 from itertools import combinations
 from math import ceil, comb
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 from nowag_pl.functional import chunks
+from nowag_pl.functional.optional import is_for_numba
 
 _SLOTS = 8  # eight values of b bits fill b bytes
 MAX_BITS = 24
@@ -137,17 +139,40 @@ def pack_keep(keep: Bool[Tensor, "out in"], pattern: tuple[int, int] | None = No
         ValueError: the mask does not follow the pattern, or M does not divide its rows.
     """
     if pattern is None:
-        return pack(keep.flatten().view(torch.uint8), bits=1)
+        return _pack_flags(keep)
     _check_row(keep.shape[1], pattern)
-    groups = keep.reshape(-1, pattern[1])
-    parts = groups.split(_part_size(pattern[1]))
-    if any((part.sum(dim=1) != pattern[0]).any() for part in parts):
+    packed = _pack_groups(keep.reshape(-1, pattern[1]), pattern)
+    if packed is None:
         raise ValueError(f"Expected a mask with {pattern[0]} kept of every {pattern[1]} weights.")
+    return packed
+
+
+def _pack_flags(keep: Tensor) -> Tensor:
+    """Pack a mask of any shape, one bit per weight."""
+    if keep.device.type == "cpu":
+        return torch.from_numpy(np.packbits(keep.flatten().numpy(), bitorder="little"))
+    return pack(keep.flatten().view(torch.uint8), bits=1)
+
+
+def _pack_groups(groups: Tensor, pattern: tuple[int, int]) -> Tensor | None:
+    """Pack a mask `[groups, M]`; None if a group does not follow the pattern."""
+    parts, bits = groups.split(_part_size(pattern[1])), pattern_bits(pattern)
     if pattern[1] > MAX_TABLE_GROUP:
-        return pack(groups.flatten().view(torch.uint8), bits=1)
-    number_of = _pattern_tables(pattern)[1].to(keep.device)
-    powers = 2 ** torch.arange(pattern[1], device=keep.device)
-    return torch.cat([_pack_part(number_of[(part * powers).sum(dim=1)], pattern_bits(pattern)) for part in parts])
+        follows = all((part.sum(dim=1) == pattern[0]).all() for part in parts)
+        return _pack_flags(groups) if follows else None
+    number_of = _pattern_tables(pattern)[1].to(groups.device)
+    if is_for_numba(groups):
+        from nowag_pl.functional.pruning_numba import pack_numbers
+
+        return pack_numbers(groups, number_of, bits)
+    powers = 2 ** torch.arange(pattern[1], device=groups.device)
+    packed = []
+    for part in parts:
+        numbers = number_of[(part * powers).sum(dim=1)]
+        if (numbers < 0).any():
+            return None
+        packed.append(_pack_part(numbers, bits))
+    return torch.cat(packed)
 
 
 def unpack_keep(
@@ -180,11 +205,11 @@ def unpack_keep(
 
 @lru_cache
 def _pattern_tables(pattern: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return masks `[C(M, N), M]` in lexicographic order, and the number of each mask by its bits `[2^M]`."""
+    """Return masks `[C(M, N), M]` in lexicographic order, and by its bits `[2^M]` the number of a mask, or -1."""
     num_kept, group_size = pattern
     kept = torch.tensor(list(combinations(range(group_size), num_kept)))  # [C, N]
     masks = torch.zeros(len(kept), group_size, dtype=torch.bool).scatter_(1, kept, True)
-    number_of = torch.zeros(2**group_size, dtype=torch.int64)
+    number_of = torch.full((2**group_size,), -1)
     number_of[(masks * 2 ** torch.arange(group_size)).sum(dim=1)] = torch.arange(len(masks))
     return masks, number_of
 

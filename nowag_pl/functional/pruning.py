@@ -4,12 +4,19 @@ Equal scores are settled by position: the weight that comes first in its row (fo
 order) is kept. NoWag-P is arXiv:2504.14569; Wanda is arXiv:2306.11695.
 """
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from nowag_pl.functional import chunks
 from nowag_pl.functional.chunks import empty_like, fill_rows, row_chunks
+from nowag_pl.functional.normalization import column_norms, normalize_rows, norms
+from nowag_pl.functional.optional import is_for_numba
+
+MIN_SAMPLED = 2**19  # values of which a sample is drawn
+SAMPLE_SIZE = 2**16
+SAMPLE_MARGIN = 512  # ranks in the sample, at least four standard deviations
 
 
 def nowag_scores(weight: Float[Tensor, "out in"], second_moment: Float[Tensor, "in"]) -> Float[Tensor, "out in"]:
@@ -20,6 +27,27 @@ def nowag_scores(weight: Float[Tensor, "out in"], second_moment: Float[Tensor, "
         second_moment: h, mean of the squared input of each column.
     """
     return weight.float().square() * second_moment
+
+
+def normalized_scores(weight: Float[Tensor, "out in"], second_moment: Float[Tensor, "in"]) -> Float[Tensor, "out in"]:
+    """Return :func:`nowag_scores` of a weight that is not normalised yet; the normalised weight is not held.
+
+    Args:
+        weight: weight of any floating type.
+        second_moment: h, mean of the squared input of each column.
+    """
+    scores = empty_like(weight, torch.float32)
+    if is_for_numba(weight):
+        from nowag_pl.functional.normalization_numba import write_scores
+
+        in_scale = column_norms(weight)
+        for rows in row_chunks(*weight.shape):
+            write_scores(weight[rows].detach().float(), in_scale, second_moment, scores[rows])
+        return scores
+    in_scale, out_scale = norms(weight)
+    return fill_rows(
+        scores, lambda rows: nowag_scores(normalize_rows(weight[rows], in_scale, out_scale[rows]), second_moment)
+    )
 
 
 def wanda_scores(weight: Float[Tensor, "out in"], second_moment: Float[Tensor, "in"]) -> Float[Tensor, "out in"]:
@@ -59,6 +87,8 @@ def keep_largest(scores: Float[Tensor, "rows columns"], sparsity: float) -> Bool
         return torch.ones_like(scores, dtype=torch.bool)
     scores = scores.float()
     keep = empty_like(scores, torch.bool)
+    if len(scores) == 1 and mark_largest(scores[0], num_removed, keep[0]):
+        return keep
     if scores.shape[1] <= chunks.CHUNK_ELEMENTS:
         return fill_rows(keep, lambda rows: _keep_in_rows(scores[rows], num_removed))
     for row, keep_row in zip(scores, keep, strict=True):
@@ -84,6 +114,11 @@ def keep_n_of_m(scores: Float[Tensor, "out in"], pattern: tuple[int, int]) -> Bo
     check_pattern(pattern)
     check_row(scores.shape[1], pattern)
     num_kept, group_size = pattern
+    if is_for_numba(scores):
+        from nowag_pl.functional.pruning_numba import GROUP_SIZES, mark_groups
+
+        if group_size in GROUP_SIZES:
+            return mark_groups(scores.float(), num_kept, group_size)
     return fill_rows(empty_like(scores, torch.bool), lambda rows: _keep_in_groups(scores[rows], num_kept, group_size))
 
 
@@ -107,6 +142,47 @@ def _keep_in_long_row(scores: Tensor, num_removed: int, keep: Tensor) -> None:
         ties = part == threshold
         keep_part.copy_((part > threshold) | (ties & (ties.cumsum(dim=0) <= num_ties_kept)))
         num_ties_kept = max(num_ties_kept - int(ties.sum()), 0)
+
+
+def mark_largest(values: Float[Tensor, "n"], num_removed: int, keep: Bool[Tensor, "n"]) -> bool:
+    """Write the mask of the largest of many values on a CPU, reading them once.
+
+    A sample tells two values that the threshold lies between. Only those between them are looked at again.
+
+    Args:
+        values: float32.
+        num_removed: 1 to n - 1.
+        keep: where the mask goes.
+
+    Returns:
+        Whether it was written: not for few values, on another device, where too many values are equal, or in the rare
+        case that the sample misleads.
+    """
+    if values.device.type != "cpu" or len(values) < MIN_SAMPLED:
+        return False
+    array, mask = values.numpy(), keep.numpy()
+    sample = np.sort(array[:: len(array) // SAMPLE_SIZE | 1])  # an odd step meets all columns of a matrix
+    rank = num_removed * len(sample) // len(array)
+    low, high = sample[max(rank - SAMPLE_MARGIN, 0)], sample[min(rank + SAMPLE_MARGIN, len(sample) - 1)]
+    places, num_above, num_between = [], 0, 0
+    for start in range(0, len(array), SAMPLE_SIZE):
+        part, above = array[start : start + SAMPLE_SIZE], mask[start : start + SAMPLE_SIZE]
+        np.greater(part, high, out=above)
+        num_above += int(np.count_nonzero(above))
+        places.append(start + np.flatnonzero((part >= low) ^ above))
+        num_between += len(places[-1])
+        if num_between > len(array) // 8:  # an index takes 8 bytes
+            return False
+    between = np.concatenate(places)
+    num_missing = len(array) - num_removed - num_above
+    if not 0 < num_missing <= len(between):
+        return False
+    candidates = array[between]
+    threshold = np.partition(candidates, -num_missing)[-num_missing]
+    above = candidates > threshold
+    mask[between[above]] = True
+    mask[between[candidates == threshold][: num_missing - np.count_nonzero(above)]] = True
+    return True
 
 
 def kth_smallest(values: Float[Tensor, "n"], k: int) -> Float[Tensor, ""]:
@@ -188,6 +264,10 @@ def kept_values(weight: Shaped[Tensor, "out in"], keep: Bool[Tensor, "out in"]) 
         weight: dense weight.
         keep: mask, True where a weight is kept.
     """
+    if is_for_numba(weight):
+        from nowag_pl.functional.pruning_numba import pick
+
+        return pick(weight.flatten(), keep.flatten())
     values = weight.new_empty(int(keep.count_nonzero()))
     start = 0
     for rows in row_chunks(*weight.shape):
