@@ -9,8 +9,10 @@ evaluation on 64 windows of the last fifth, so that neither texts nor seeds are 
 """
 
 import argparse
+import tempfile
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -24,12 +26,20 @@ from nowag_pl.data.tokens import random_windows, tokenize, whole_windows
 from nowag_pl.functional.output_error import mean_squares
 from nowag_pl.models.loading import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
-from nowag_pl.pipeline.calibration import gather
+from nowag_pl.pipeline.calibration import CalibrationMode, gather
 from nowag_pl.pipeline.ranks import Ranks
+from nowag_pl.pipeline.run import CompressionRun
 from nowag_pl.pipeline.stream import HiddenStream
 
 HELD_OUT_WINDOWS = 64
 Moments = list[dict[str, Tensor]]
+
+
+class Line(NamedTuple):
+    """A line of the table: a compressor, and the calibration."""
+
+    compressor: Compressor
+    mode: CalibrationMode = "dense"
 
 
 def quantizer(seed: int, **options: Any) -> NoWagQuantizer:
@@ -37,15 +47,15 @@ def quantizer(seed: int, **options: Any) -> NoWagQuantizer:
     return NoWagQuantizer(subvector_dim=4, codebook_size=256, seed=seed, **options)
 
 
-def methods(seed: int) -> dict[str, dict[str, Compressor]]:
+def methods(seed: int) -> dict[str, dict[str, Line]]:
     """Return the lines of the table by group; the first of each is the paper's method."""
-    fed_back: dict[str, Any] = {"weighting": "output", "damping": 0.1}
-    groups: dict[str, dict[str, Compressor]] = {
+    fed_back: dict[str, Any] = {"weighting": "output", "damping": 0.03}
+    compressors: dict[str, dict[str, Compressor]] = {
         "VQ": {
             "plain": quantizer(seed),
             "restarts=4": quantizer(seed, restarts=4),
             "weighting=output": quantizer(seed, weighting="output"),
-            "refit_scales": quantizer(seed, damping=0.1, refit_scales=True),
+            "refit_scales": quantizer(seed, damping=0.03, refit_scales=True),
             "output, refit_scales": quantizer(seed, **fed_back, refit_scales=True),
             "output, feedback, rounds=1": quantizer(seed, **fed_back, update="feedback", rounds=1),
             "output, feedback": quantizer(seed, **fed_back, update="feedback"),
@@ -55,12 +65,29 @@ def methods(seed: int) -> dict[str, dict[str, Compressor]]:
         }
     }
     for name, setting in {"P 50 %": {"sparsity": 0.5}, "P 2:4": {"pattern": (2, 4)}}.items():
-        groups[name] = {
+        compressors[name] = {
             "plain": NoWagPruner(**setting),
             "update=refit": NoWagPruner(**setting, update="refit"),
             "update=alternating": NoWagPruner(**setting, update="alternating"),
         }
+    groups = {group: {name: Line(each) for name, each in lines.items()} for group, lines in compressors.items()}
+    for lines in groups.values():
+        *_, best = lines
+        for mode, name in (("propagated", best), ("corrected", "plain"), ("corrected", best)):
+            lines[f"{name}, {mode}"] = Line(lines[name].compressor, mode)
     return groups
+
+
+def compressed_run(checkpoint: Checkpoint, line: Line, windows: Tensor, seed: int) -> tuple[Any, float, float]:
+    """Return a model compressed by the stages of a run, the mean loss and CPU seconds, calibration included."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = CompressionRun(checkpoint, folder)
+        started = time.process_time()
+        run.calibrate(windows, line.mode, seed, BATCH)
+        run.compress(line.compressor)
+        seconds = time.process_time() - started
+        losses = [row["loss"] for row in run.statistics()]
+        return run.compressed().assemble(), sum(losses) / len(losses), seconds
 
 
 def full_second_moments(checkpoint: Checkpoint, windows: Tensor) -> Moments:
@@ -98,14 +125,18 @@ def measure_model(name: str, args: argparse.Namespace, console: Console) -> None
         reference = [model(input_ids=batch).logits[:, :-1].flatten(0, 1) for batch in windows[:KL_WINDOWS].split(BATCH)]
     rows: dict[tuple[str, str], list[tuple[float, ...]]] = {}
     for seed in args.seeds:
-        matrices = full_second_moments(checkpoint, random_windows(calibration, SEQ_LEN, NUM_SEQUENCES, seed))
+        drawn = random_windows(calibration, SEQ_LEN, NUM_SEQUENCES, seed)
+        matrices = full_second_moments(checkpoint, drawn)
         squares = [{key: mean_squares(matrix) for key, matrix in block.items()} for block in matrices]
         for group, lines in methods(seed).items():
             chosen = {line for line in lines if args.only in f"{group}, {line}"}
             for line in [line for line in lines if chosen and (line == "plain" or line in chosen)]:
-                compressor = lines[line]
-                moments = matrices if needs_full_second_moment(compressor) else squares
-                result, loss, seconds = compressed_copy(model, compressor, moments)
+                compressor, mode = lines[line]
+                if mode == "dense":
+                    moments = matrices if needs_full_second_moment(compressor) else squares
+                    result, loss, seconds = compressed_copy(model, compressor, moments)
+                else:
+                    result, loss, seconds = compressed_run(checkpoint, lines[line], drawn, seed)
                 figures = (*evaluate(result, windows, reference), loss, seconds)
                 rows.setdefault((group, line), []).append(figures)
                 console.print(f"{name}, seed {seed}: {group}, {line}:", *(f"{figure:.4f}" for figure in figures))

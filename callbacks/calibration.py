@@ -1,12 +1,13 @@
 """When second moments are gathered: while a fit is set up, before anything is wrapped."""
 
-from typing import Literal, cast
+from typing import cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.trainer import is_compressing
+from nowag_pl.pipeline.calibration import CalibrationMode
 from nowag_pl.pipeline.preflight import ModelSizes, StageNeeds, calibration_needs
 
 
@@ -17,7 +18,8 @@ class ModelCalibration(Callback):
         num_sequences: calibration sequences of data.seq_len tokens each, at random places of the calibration text.
         seed: which places.
         mode: "dense" for the inputs that linears have in the dense model, as in the paper; "propagated" for those
-            they have behind the blocks that are compressed already.
+            they have behind the blocks that are compressed already; "corrected" for those they have behind all linears
+            that are compressed already, with every linear fitted to give what the dense model has at its place.
         batch_size: sequences that pass a block together on each device; less memory where it is smaller.
         enabled: whether to calibrate; on the command line, compression.enabled says it.
     """
@@ -26,7 +28,7 @@ class ModelCalibration(Callback):
         self,
         num_sequences: int = 128,
         seed: int = 0,
-        mode: Literal["dense", "propagated"] = "dense",
+        mode: CalibrationMode = "dense",
         batch_size: int = 8,
         enabled: bool = True,
     ) -> None:
@@ -35,7 +37,7 @@ class ModelCalibration(Callback):
                 raise ValueError(f"Expected calibration.{name} of at least 1, but got {value}.")
         self.num_sequences = num_sequences
         self.seed = seed
-        self.mode: Literal["dense", "propagated"] = mode
+        self.mode: CalibrationMode = mode
         self.batch_size = batch_size
         self.enabled = enabled
         self._done = False
@@ -43,7 +45,7 @@ class ModelCalibration(Callback):
     def needs(self, sizes: ModelSizes, trainer: Trainer) -> list[StageNeeds]:
         """Return what the stage will need."""
         seq_len = cast(TokenDataModule, trainer.datamodule).seq_len  # type: ignore[attr-defined]
-        return [calibration_needs(sizes, self.num_sequences, seq_len, self.batch_size)]
+        return [calibration_needs(sizes, self.num_sequences, seq_len, self.batch_size, self.mode)]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Calibrate, once, if this run compresses."""

@@ -16,16 +16,16 @@ from torch import Tensor
 from nowag_pl.functional.kmeans import weighted_kmeans
 from nowag_pl.functional.quantized import Quantized, subvectors
 
-NUM_STEPS = 30
 PENALTY = 0.1  # at the start, with a unit diagonal of H
-GROWTH = 1.1  # of the penalty, each step
+KEEP_STEPS, KEEP_GROWTH = 30, 1.1  # growth of the penalty, each step
+CODES_STEPS, CODES_GROWTH = 60, 1.04
 
 
 def alternating_keep(
     weight: Float[Tensor, "out in"],
     second_moment: Float[Tensor, "in in"],
     choose: Callable[[Tensor], Tensor],
-    num_steps: int = NUM_STEPS,
+    num_steps: int = KEEP_STEPS,
 ) -> Bool[Tensor, "out in"]:
     """Choose a mask.
 
@@ -43,14 +43,15 @@ def alternating_keep(
     def project(target: Tensor) -> Tensor:
         return torch.where(choose((target * scale).square()), target, 0)
 
-    return choose((_alternate(weight.float(), second_moment, project, num_steps) * scale).square())
+    near = _alternate(weight.float(), second_moment, project, num_steps, KEEP_GROWTH)
+    return choose((near * scale).square())
 
 
 def alternating_codes(
     weight: Float[Tensor, "out in"],
     start: Quantized,
     second_moment: Float[Tensor, "in in"],
-    num_steps: int = NUM_STEPS,
+    num_steps: int = CODES_STEPS,
 ) -> Quantized:
     """Choose codes and codebook; the scales stay.
 
@@ -74,11 +75,13 @@ def alternating_codes(
         current = current._replace(codebook=fit.codebook, codes=fit.codes.view_as(current.codes))
         return current.weight
 
-    _alternate(weight.float(), second_moment, project, num_steps)
+    _alternate(weight.float(), second_moment, project, num_steps, CODES_GROWTH)
     return current
 
 
-def _alternate(weight: Tensor, second_moment: Tensor, project: Callable[[Tensor], Tensor], num_steps: int) -> Tensor:
+def _alternate(
+    weight: Tensor, second_moment: Tensor, project: Callable[[Tensor], Tensor], num_steps: int, growth: float
+) -> Tensor:
     """Run ADMM and return the last weight that was projected, `[out, in]`."""
     scale = second_moment.diagonal().sqrt()  # [in]
     unit = second_moment / scale / scale[:, None]
@@ -90,6 +93,6 @@ def _alternate(weight: Tensor, second_moment: Tensor, project: Callable[[Tensor]
     for _ in range(num_steps):
         near = ((target + penalty * (compressed - dual)) @ vectors / (values + penalty)) @ vectors.T + dual
         compressed = project(near / scale) * scale
-        dual = (near - compressed) / GROWTH
-        penalty *= GROWTH
+        dual = (near - compressed) / growth
+        penalty *= growth
     return near / scale

@@ -2,6 +2,9 @@
 
 import logging
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -15,6 +18,7 @@ from nowag_pl.pipeline.store import ArtefactStore
 from nowag_pl.pipeline.stream import HiddenStream, observed_inputs
 
 STAGE = "moments"
+CalibrationMode = Literal["dense", "propagated", "corrected"]
 _log = logging.getLogger("nowag_pl")
 
 
@@ -69,13 +73,28 @@ def calibrate_block(
     """
     started = time.perf_counter()
     means, num_tokens = gather(model, stream, block, index, store.ranks, advance, full)
+    write_moments(model, index, store, means, num_tokens, time.perf_counter() - started)
+    return means
+
+
+def write_moments(
+    model: StreamedModel, index: int, store: ArtefactStore, means: Mapping[str, Tensor], num_tokens: int, seconds: float
+) -> None:
+    """Write the mean squares of one block, and warn of inputs that are always zero.
+
+    Args:
+        model: dense model.
+        index: number of the block.
+        store: run directory.
+        means: second moment of each linear, `[in]` or `[in, in]`.
+        num_tokens: over how many tokens.
+        seconds: how long they took.
+    """
     squares = {name: mean_squares(mean).contiguous() for name, mean in means.items()}
     dead = {name: int((square == 0).sum()) for name, square in squares.items() if (square == 0).any()}
     if dead:
         _log.warning("%s: input channels that are always zero: %s", model.block_name(index), dead)
-    seconds = time.perf_counter() - started
     store.write(STAGE, index, squares, {"seconds": seconds, "num_tokens": num_tokens, "dead_channels": dead})
-    return means
 
 
 def gather(
@@ -102,9 +121,7 @@ def gather(
         Second moment of each linear by its name in the block, `[in]`, or `[in, in]` if `full`, float32 in host memory;
         and the number of tokens.
     """
-    for name, linear in find_linears(block).items():
-        if not linear.weight.isfinite().all():
-            raise ValueError(f"{model.block_name(index)}.{name}: Expected finite weights, but got NaN or infinity.")
+    check_finite_weights(model, block, index)
     if full:
         moments = full_second_moments(block, lambda: stream.run(block, index, advance), ranks)
     else:
@@ -115,9 +132,23 @@ def gather(
         if moment in computed:
             continue
         moment.all_reduce()
-        try:
+        with naming(f"{model.block_name(index)}.{name}"):
             computed[moment] = moment.compute().cpu()
-        except ValueError as error:
-            raise ValueError(f"{model.block_name(index)}.{name}: {error}") from error
     num_tokens = int(next(iter(moments.values())).num_tokens) if moments else 0
     return {name: computed[moment] for name, moment in moments.items()}, num_tokens
+
+
+def check_finite_weights(model: StreamedModel, block: nn.Module, index: int) -> None:
+    """Raise ValueError that names the first linear of a block with a weight that is NaN or infinite."""
+    for name, linear in find_linears(block).items():
+        if not linear.weight.isfinite().all():
+            raise ValueError(f"{model.block_name(index)}.{name}: Expected finite weights, but got NaN or infinity.")
+
+
+@contextmanager
+def naming(linear: str) -> Iterator[None]:
+    """Put the name of a linear before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{linear}: {error}") from error

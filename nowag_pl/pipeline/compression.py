@@ -1,26 +1,31 @@
 """Compression: every linear of every block by one method, a block at a time."""
 
+import copy
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nowag_pl.compressors import Compressor, needs_full_second_moment
+from nowag_pl.functional.drift import corrected_weight
 from nowag_pl.functional.objective import reconstruction_loss
 from nowag_pl.functional.output_error import mean_squares
 from nowag_pl.models.loading import set_module
 from nowag_pl.models.streaming import StreamedModel, find_linears
 from nowag_pl.modules import CompressedLinear
 from nowag_pl.pipeline import calibration
+from nowag_pl.pipeline.calibration import CalibrationMode
+from nowag_pl.pipeline.drift import Drift, find_groups, gather_drift
 from nowag_pl.pipeline.progress import Report, block_progress
 from nowag_pl.pipeline.ranks import Ranks
 from nowag_pl.pipeline.store import ArtefactStore
 from nowag_pl.pipeline.stream import HiddenStream
 
 STAGE = "compressed"
+Results = dict[str, tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]]  # storage, description, statistics
 
 
 def describe(compressor: Compressor) -> dict[str, Any]:
@@ -34,7 +39,7 @@ def compress(
     compressor: Compressor,
     store: ArtefactStore,
     stream: HiddenStream | None = None,
-    propagate: bool = True,
+    mode: CalibrationMode = "propagated",
 ) -> None:
     """Write the compressed linears of every block that lacks them.
 
@@ -44,8 +49,9 @@ def compress(
         store: run directory, with the second moments of every block unless `stream` is given.
         stream: calibration sequences in front of block 0, to gather second moments anew, full ones if the compressor
             needs them.
-        propagate: whether they are those of the inputs that the compressed blocks before produce, instead of the dense
-            ones.
+        mode: with a stream, which second moments: "dense", those of the dense model; "propagated", those behind the
+            compressed blocks before; "corrected", those behind the compressed linears before, with every linear fitted
+            to what the dense one gave.
 
     Raises:
         ValueError: a linear cannot be compressed; the message names it.
@@ -54,13 +60,17 @@ def compress(
     if not missing:
         return
     last = max(missing)
+    dense_stream = stream.fork() if stream is not None and mode == "corrected" else None
     with block_progress("Compressing", last + 1, store.ranks.is_zero, model.device) as report:
         for index in range(last + 1):
             if index not in missing and stream is None:
                 report("already there")
                 continue
             is_missing = index in missing
-            if stream is not None and not propagate:
+            if stream is not None and dense_stream is not None:
+                streams = (dense_stream, stream)
+                losses = _process_corrected(model, index, compressor, store, streams, is_missing, report)
+            elif stream is not None and mode == "dense":
                 losses = _process_dense(model, index, compressor, store, stream, is_missing, report)
             else:
                 losses = _process_block(model, index, compressor, store, stream, is_missing, report)
@@ -111,6 +121,67 @@ def _process_dense(
     return _losses(store, index)
 
 
+def _process_corrected(
+    model: StreamedModel,
+    index: int,
+    compressor: Compressor,
+    store: ArtefactStore,
+    streams: tuple[HiddenStream, HiddenStream],
+    is_missing: bool,
+    report: Report,
+) -> list[float]:
+    """Compress a block, if it is missing, for its dense outputs, and move both streams; as :func:`_process_block`."""
+    dense_stream, stream = streams
+    block = model.load_block(index)
+    if is_missing:
+        calibration.check_finite_weights(model, block, index)
+        _compress_corrected(model, block, index, compressor, store, streams, report)
+    dense_stream.run(block, index)
+    for name, linear in read_block(store, index).items():
+        set_module(block, name, linear.to(model.device))
+    stream.run(block, index)
+    return _losses(store, index)
+
+
+def _compress_corrected(
+    model: StreamedModel,
+    dense: nn.Module,
+    index: int,
+    compressor: Compressor,
+    store: ArtefactStore,
+    streams: tuple[HiddenStream, HiddenStream],
+    report: Report,
+) -> None:
+    """Compress the linears of one block, those with the same input together, behind those before; write them."""
+    block = copy.deepcopy(dense, {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())})
+    results: Results = {}
+    squares: dict[str, Tensor] = {}
+    calibrating = compressing = 0.0
+    dense_linears = find_linears(dense)
+    for group in find_groups(model, dense, index):
+        started = time.perf_counter()
+        drift = gather_drift(model, index, (dense, block), streams, group, store.ranks)
+        gathered = time.perf_counter()
+        squares |= {name: mean_squares(drift.second_moment).clone() for name in group}
+        full = needs_full_second_moment(compressor)
+        moments = dict.fromkeys(group, drift.second_moment if full else mean_squares(drift.second_moment))
+
+        def correct(name: str, linear: nn.Linear, drift: Drift = drift) -> nn.Linear:
+            weight = corrected_weight(linear.weight, drift.drifts[name], drift.second_moment)
+            parameter = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
+            return copy.deepcopy(linear, {id(linear.weight): parameter})
+
+        linears = {name: dense_linears[name] for name in group}
+        results |= _compress_linears(model, index, linears, compressor, moments, store.ranks, report, correct)
+        for name in group:
+            storage, description, _ = results[name]
+            set_module(block, name, _restore(description, storage).to(model.device))
+        calibrating += gathered - started
+        compressing += time.perf_counter() - gathered
+    calibration.write_moments(model, index, store, squares, drift.num_tokens, calibrating)
+    _write(store, index, dense_linears, results, compressing)
+
+
 def _losses(store: ArtefactStore, index: int) -> list[float]:
     return [row["loss"] for row in store.read_metadata(STAGE, index)["statistics"].values()]
 
@@ -124,21 +195,52 @@ def _compress_block(
     store: ArtefactStore,
     report: Report,
 ) -> None:
-    """Compress the linears of one block, which it loses, shared out over the ranks, and write them as one artefact."""
+    """Compress the linears of one block, which it loses, and write them as one artefact."""
     started = time.perf_counter()
     linears = find_linears(block)
     names = list(linears)
-    mine = _share(linears, store.ranks)
-    results: dict[str, tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]] = {}
+    for name in names:
+        set_module(block, name, nn.Identity())  # lets go of the dense weights
+    results = _compress_linears(model, index, linears, compressor, moments, store.ranks, report)
+    _write(store, index, names, results, time.perf_counter() - started)
+
+
+def _compress_linears(
+    model: StreamedModel,
+    index: int,
+    linears: dict[str, nn.Linear],
+    compressor: Compressor,
+    moments: Mapping[str, Tensor],
+    ranks: Ranks,
+    report: Report,
+    correct: Callable[[str, nn.Linear], nn.Linear] | None = None,
+) -> Results:
+    """Compress some linears of one block, shared out over the ranks.
+
+    Args:
+        model: dense model.
+        index: number of the block.
+        linears: by name; they are taken out.
+        compressor: what is done with each.
+        moments: second moment of each.
+        ranks: the processes of the run.
+        report: says how far it is.
+        correct: gives what is compressed in the place of a linear. Statistics are those of the linear.
+
+    Raises:
+        ValueError: one of them cannot be compressed, on any rank; the message names it.
+    """
+    mine = _share(linears, ranks)
+    results: Results = {}
     problem = None
     for number, name in enumerate(mine):
         losses = [statistics["loss"] for _, _, statistics in results.values()]
         so_far = f", mean loss so far {sum(losses) / len(losses):.4f}" if losses else ""
         report(f"linear {number + 1} of {len(mine)}: {name}{so_far}", 0)
         linear = linears.pop(name)
-        set_module(block, name, nn.Identity())  # lets go of the dense weight
         try:
-            compressed = compressor.compress(linear, moments[name].to(model.device))
+            target = linear if correct is None else correct(name, linear)
+            compressed = compressor.compress(target, moments[name].to(model.device))
         except ValueError as error:  # told to all ranks, so that none waits for one that has gone
             problem = f"{model.block_name(index)}.{name}: {error}"
             break
@@ -147,10 +249,15 @@ def _compress_block(
         statistics = measure(linear, compressed, moments[name])
         storage = {key: tensor.cpu() for key, tensor in compressed.storage().items()}
         results[name] = (storage, compressed.description(), statistics)
-    for others, their_problem in store.ranks.gather((results, problem)):
+    for others, their_problem in ranks.gather((results, problem)):
         if their_problem is not None:
             raise ValueError(their_problem)
         results |= others
+    return results
+
+
+def _write(store: ArtefactStore, index: int, names: Iterable[str], results: Results, seconds: float) -> None:
+    """Write the compressed linears of a block in the order of `names`."""
     ordered = [(name, *results[name]) for name in names]
     store.write(
         STAGE,
@@ -159,7 +266,7 @@ def _compress_block(
         {
             "linears": {name: description for name, _, description, _ in ordered},
             "statistics": {name: statistics for name, _, _, statistics in ordered},
-            "seconds": time.perf_counter() - started,
+            "seconds": seconds,
         },
     )
 
@@ -197,10 +304,16 @@ def read_block(store: ArtefactStore, index: int) -> dict[str, CompressedLinear]:
     tensors, metadata = store.read(STAGE, index)
     linears = {}
     for name, description in metadata["linears"].items():
-        linears[name] = linear = CompressedLinear.from_description(description)
         prefix = f"{name}."
-        own = linear.state_dict()
         stored = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        state = {key: tensor.to(own[key].dtype) if key in own else tensor for key, tensor in stored.items()}
-        linear.load_state_dict(state, assign=True)  # no second copy
+        linears[name] = _restore(description, stored)
     return linears
+
+
+def _restore(description: Mapping[str, Any], stored: Mapping[str, Tensor]) -> CompressedLinear:
+    """Return the compressed linear of a description and what it stores."""
+    linear = CompressedLinear.from_description(description)
+    own = linear.state_dict()
+    state = {key: tensor.to(own[key].dtype) if key in own else tensor for key, tensor in stored.items()}
+    linear.load_state_dict(state, assign=True)  # no second copy
+    return linear

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,13 @@ from nowag_pl.models.loading import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear
 from nowag_pl.pipeline import calibration, compression, finetuning
+from nowag_pl.pipeline.calibration import CalibrationMode
 from nowag_pl.pipeline.fingerprint import fingerprint
 from nowag_pl.pipeline.memory import measured_memory
 from nowag_pl.pipeline.ranks import Ranks
 from nowag_pl.pipeline.reference import DenseReference, Distillation, Teacher
 from nowag_pl.pipeline.store import ArtefactStore
 from nowag_pl.pipeline.stream import HiddenStream
-
-CalibrationMode = Literal["dense", "propagated"]
 
 
 class CompressionRun:
@@ -72,12 +71,11 @@ class CompressionRun:
         return sum(p.numel() for module in (self.model.skeleton, *self.model.blocks) for p in module.parameters())
 
     def calibrate(self, windows: Tensor, mode: CalibrationMode, seed: int, batch_size: int) -> None:
-        """Gather second moments, or, in "propagated" mode, get ready to do so while compressing.
+        """Gather second moments, or, where they are not dense ones, get ready to do so while compressing.
 
         Args:
             windows: calibration sequences `[num_sequences, seq_len]`, the same on every rank.
-            mode: "dense" for the inputs that linears have in the dense model, "propagated" for those they have behind
-                compressed blocks.
+            mode: as for :class:`~callbacks.calibration.ModelCalibration`.
             seed: how the windows were drawn; for the manifest.
             batch_size: sequences that pass a block together.
         """
@@ -106,12 +104,12 @@ class CompressionRun:
         self._settings["compression"] = compression.describe(compressor)
         self.store.claim("compression", self._settings["compression"], compression.STAGE)
         self.method = repr(compressor)
-        stream, propagate = None, self._mode == "propagated"
-        needs_stream = propagate or needs_full_second_moment(compressor)
+        stream = None
+        needs_stream = self._mode != "dense" or needs_full_second_moment(compressor)
         if needs_stream and self.store.missing(compression.STAGE, len(self.model)):
             stream = HiddenStream(self.model, self.store.ranks.share(self._windows), self._batch_size)
         with self.measuring("compression"):
-            compression.compress(self.model, compressor, self.store, stream, propagate)
+            compression.compress(self.model, compressor, self.store, stream, self._mode)
 
     def measuring(self, stage: str) -> AbstractContextManager[None]:
         """Return a context in which the peak memory of a stage is measured."""

@@ -1,5 +1,6 @@
 """Hidden states of many sequences, moved through the blocks one after the other."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -37,10 +38,26 @@ class HiddenStream:
             advance: replace the hidden states by those behind the block; False runs it for its hooks alone.
         """
         for number, hidden in enumerate(self._hidden):
-            arguments = self._model.arguments(index, *hidden.shape[:2])
-            output = self._model.forward_block(block, hidden.to(self._model.device), arguments)
+            output = self.forward(block, index, hidden)
             if advance:
                 self._hidden[number] = output.cpu()
+
+    def forward(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """Return what a block makes of one of the batches, on the device.
+
+        Args:
+            block: the block, dense or compressed.
+            index: its number in the model.
+            hidden: `[batch, seq_len, hidden]`.
+        """
+        arguments = self._model.arguments(index, *hidden.shape[:2])
+        return self._model.forward_block(block, hidden.to(self._model.device), arguments)
+
+    def fork(self) -> "HiddenStream":
+        """Return another stream at the same place. What both have not moved on from is in memory once."""
+        other = copy.copy(self)
+        other._hidden = list(self._hidden)
+        return other
 
     def take(self, indices: Iterable[int]) -> Tensor:
         """Return the hidden states of some of the windows, `[len(indices), seq_len, hidden]`."""

@@ -68,8 +68,9 @@ def test_armor_on_two_ranks_fits_the_factors_of_one(report, model_folder, tmp_pa
 
 
 @pytest.mark.slow
-def test_propagated_fit_on_two_ranks_is_the_fit_on_one(report, model_folder, tmp_path):
-    mode = "--calibration.mode=propagated"
+@pytest.mark.parametrize("mode", ["propagated", "corrected"])
+def test_fit_behind_compressed_linears_on_two_ranks_is_the_fit_on_one(mode, report, model_folder, tmp_path):
+    mode = f"--calibration.mode={mode}"
     one = report("one", model_folder(), mode)
     two = report("two", model_folder(), mode, *TWO)
     assert figures(two) == pytest.approx(figures(one), rel=1e-6, abs=1e-9)

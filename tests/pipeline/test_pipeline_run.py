@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from itertools import product
 from math import log
 
 import pytest
@@ -37,8 +38,10 @@ class CutError(Exception):
     """The process ends here."""
 
 
-@pytest.mark.parametrize("mode", ["dense", "propagated"])
-@pytest.mark.parametrize("num_writes", range(9))  # of 3 moments, 3 compressed blocks, 2 references, in any mode
+@pytest.mark.parametrize(  # writes of 3 moments, 3 compressed blocks, 2 references, in any mode
+    ("mode", "num_writes"),
+    [*product(["dense", "propagated"], range(9)), *product(["corrected"], [0, 3, 4])],
+)
 def test_cut_run_goes_on_to_the_same_artefacts(mode, num_writes, model_folder, tmp_path, monkeypatch):
     everything(model_folder(), tmp_path / "whole", mode=mode)
     replace, count = os.replace, 0

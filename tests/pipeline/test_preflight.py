@@ -210,3 +210,33 @@ def test_fit_shows_every_stage_and_warns(command_line, model_folder, workplace, 
         assert stage in said, said[:2000]
     assert "calibration.num_sequences" in caplog.text + said
     assert "finetuning.activations=disk" in caplog.text + said
+
+
+def test_corrected_calibration_needs_both_models_drifts_and_a_compression():
+    sizes = ModelSizes(
+        num_blocks=2,
+        hidden=3,
+        widest=5,
+        vocabulary=7,
+        itemsize=2,
+        skeleton=1000,
+        block=400,
+        largest_linear=15,
+        compressed_block=90,
+        compressed=180,
+        others=11,
+        moments=64,
+        working=6.0,
+    )
+    dense = preflight.calibration_needs(sizes, 4, 10, 2)
+    corrected = preflight.calibration_needs(sizes, 4, 10, 2, "corrected")
+    activations = 20 * (4 * 2 * 3 + (3 * 2 + 8) * 5)
+    assert dense.device == 1000 + 400 + activations
+    drifts = 12 * 200  # of 200 weights a block
+    more = corrected.device - dense.device - 90 - activations - drifts - preflight.CHUNK_BYTES
+    assert more == (4 + 40) * 5**2
+    sizes = replace(sizes, working=100.0)
+    assert preflight.calibration_needs(sizes, 4, 10, 2, "corrected").device - corrected.device == 100 * 15 - 40 * 5**2
+    assert (dense.shared_host, corrected.shared_host) == (4 * 10 * 3 * 2, 2 * 4 * 10 * 3 * 2)
+    assert preflight.calibration_needs(sizes, 4, 10, 2, "propagated") == dense
+    assert corrected.disk == dense.disk == 64
