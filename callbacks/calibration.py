@@ -45,7 +45,7 @@ class ModelCalibration(Callback):
     def needs(self, sizes: ModelSizes, trainer: Trainer) -> list[StageNeeds]:
         """Return what the stage will need."""
         seq_len = cast(TokenDataModule, trainer.datamodule).seq_len  # type: ignore[attr-defined]
-        return [calibration_needs(sizes, self.num_sequences, seq_len, self.batch_size, self.mode)]
+        return [calibration_needs(sizes, self.num_sequences, seq_len, self.batch_size)]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Calibrate, once, if this run compresses."""

@@ -8,7 +8,7 @@ from callbacks.calibration import ModelCalibration
 from nowag_pl.compressors import Compressor, NoWagPruner
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.trainer import is_compressing
-from nowag_pl.pipeline.preflight import ModelSizes, StageNeeds, compression_needs
+from nowag_pl.pipeline.preflight import ModelSizes, StageNeeds, compression_needs, corrected_needs
 
 _DEFAULT = NoWagPruner()
 
@@ -32,8 +32,10 @@ class ModelCompression(Callback):
         """Return what the stage will need."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         calibration = next((each for each in callbacks if isinstance(each, ModelCalibration)), None)
-        if calibration is None or not (sizes.full_moments or calibration.mode == "propagated"):
+        if calibration is None or not (sizes.full_moments or calibration.mode != "dense"):
             return [compression_needs(sizes)]
+        if calibration.mode == "corrected":
+            return [corrected_needs(sizes, *calibration.needs(sizes, trainer))]
         return [compression_needs(sizes, *calibration.needs(sizes, trainer))]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

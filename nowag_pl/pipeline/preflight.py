@@ -19,7 +19,6 @@ from nowag_pl.compressors.protocol import (
     working_bytes_per_weight,
 )
 from nowag_pl.models.streaming import StreamedModel
-from nowag_pl.pipeline.calibration import CalibrationMode
 
 CHUNK_BYTES = 2**27  # intermediate results of work in chunks; distances of a chunk of points
 LIBRARY_BYTES = 2**27  # that libraries hold in each process, and parts of files that are being read
@@ -145,21 +144,12 @@ class StageNeeds:
     disk_option: str = ""
 
 
-def calibration_needs(
-    sizes: ModelSizes, num_sequences: int, seq_len: int, batch_size: int, mode: CalibrationMode = "dense"
-) -> StageNeeds:
-    """Return the needs of gathering second moments; in "corrected" mode, of compressing at the same time."""
-    device = sizes.skeleton + sizes.block + sizes.activations(batch_size * seq_len)
-    hidden = sizes.hidden_states(num_sequences, seq_len)
-    if mode == "corrected":  # the same again for the compressed model; drifts in float64, and their means; H
-        device += sizes.compressed_block + sizes.activations(batch_size * seq_len) + CHUNK_BYTES
-        device += 12 * sizes.block // sizes.itemsize + 4 * sizes.widest**2
-        device += max(40 * sizes.widest**2, round(sizes.working * sizes.largest_linear))  # to invert H, or to compress
-        hidden *= 2
+def calibration_needs(sizes: ModelSizes, num_sequences: int, seq_len: int, batch_size: int) -> StageNeeds:
+    """Return the needs of gathering second moments."""
     return StageNeeds(
         "calibration",
-        device=device,
-        shared_host=hidden,
+        device=sizes.skeleton + sizes.block + sizes.activations(batch_size * seq_len),
+        shared_host=sizes.hidden_states(num_sequences, seq_len),
         disk=sizes.moments,
         device_option="calibration.batch_size or data.seq_len",
         host_option="calibration.num_sequences or data.seq_len",
@@ -184,6 +174,27 @@ def compression_needs(sizes: ModelSizes, stream: StageNeeds | None = None) -> St
         disk=sizes.compressed,
         device_option="model.dtype or another compressor",
         host_option="" if stream is None else stream.host_option,
+    )
+
+
+def corrected_needs(sizes: ModelSizes, stream: StageNeeds) -> StageNeeds:
+    """Return the needs of compressing with `calibration.mode=corrected`.
+
+    Args:
+        sizes: sizes of the model.
+        stream: needs of the calibration, which are there for the compressed model again.
+    """
+    drifts = 12 * sizes.block // sizes.itemsize  # sums in float64, and means
+    inputs = sizes.widest**2
+    working = drifts + 4 * inputs + max(40 * inputs, sizes.compressing) + CHUNK_BYTES  # to invert H, or to compress
+    return StageNeeds(
+        "compression",
+        device=2 * stream.device - sizes.skeleton - sizes.block + sizes.compressed_block + working,
+        host=sizes.compressed_block,
+        shared_host=2 * stream.shared_host,
+        disk=sizes.compressed,
+        device_option=f"{stream.device_option}, or calibration.mode",
+        host_option=stream.host_option,
     )
 
 

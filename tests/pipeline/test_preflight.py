@@ -117,15 +117,16 @@ def test_full_second_moments_are_counted(model_folder):
 
 
 @pytest.mark.parametrize(
-    ("mode", "update", "streams"), [("dense", None, False), ("propagated", None, True), ("dense", "refit", True)]
+    ("mode", "update", "streams"),
+    [("dense", None, 0), ("propagated", None, 1), ("dense", "refit", 1), ("corrected", None, 2)],
 )
 def test_sequences_that_pass_once_more_are_counted(mode, update, streams, model_folder):
     compression, calibration = ModelCompression(NoWagPruner(update=update)), ModelCalibration(3, mode=mode)
     trainer = SimpleNamespace(callbacks=[calibration, compression], datamodule=SimpleNamespace(seq_len=24))
     sizes = ModelSizes.of(StreamedModel(Checkpoint(str(model_folder("llama")))), compression.compressor)
     (needs,) = compression.needs(sizes, trainer)
-    assert needs.shared_host == (sizes.hidden_states(3, 24) if streams else 0)
-    assert ("calibration.num_sequences" in needs.host_option) == streams
+    assert needs.shared_host == streams * sizes.hidden_states(3, 24)
+    assert ("calibration.num_sequences" in needs.host_option) == (streams > 0)
 
 
 @pytest.fixture
@@ -212,31 +213,14 @@ def test_fit_shows_every_stage_and_warns(command_line, model_folder, workplace, 
     assert "finetuning.activations=disk" in caplog.text + said
 
 
-def test_corrected_calibration_needs_both_models_drifts_and_a_compression():
-    sizes = ModelSizes(
-        num_blocks=2,
-        hidden=3,
-        widest=5,
-        vocabulary=7,
-        itemsize=2,
-        skeleton=1000,
-        block=400,
-        largest_linear=15,
-        compressed_block=90,
-        compressed=180,
-        others=11,
-        moments=64,
-        working=6.0,
-    )
-    dense = preflight.calibration_needs(sizes, 4, 10, 2)
-    corrected = preflight.calibration_needs(sizes, 4, 10, 2, "corrected")
-    activations = 20 * (4 * 2 * 3 + (3 * 2 + 8) * 5)
-    assert dense.device == 1000 + 400 + activations
-    drifts = 12 * 200  # of 200 weights a block
-    more = corrected.device - dense.device - 90 - activations - drifts - preflight.CHUNK_BYTES
-    assert more == (4 + 40) * 5**2
-    sizes = replace(sizes, working=100.0)
-    assert preflight.calibration_needs(sizes, 4, 10, 2, "corrected").device - corrected.device == 100 * 15 - 40 * 5**2
-    assert (dense.shared_host, corrected.shared_host) == (4 * 10 * 3 * 2, 2 * 4 * 10 * 3 * 2)
-    assert preflight.calibration_needs(sizes, 4, 10, 2, "propagated") == dense
-    assert corrected.disk == dense.disk == 64
+def test_corrected_compression_needs_both_models_drifts_and_a_matrix_to_invert(model_folder):
+    model = StreamedModel(Checkpoint(str(model_folder("llama", dtype=torch.bfloat16))))
+    sizes = replace(ModelSizes.of(model, NoWagPruner(update="refit")), compressing=0)
+    stream = preflight.calibration_needs(sizes, 7, 24, 3)
+    needs = preflight.corrected_needs(sizes, stream)
+    both = sizes.skeleton + sizes.block + sizes.compressed_block + 2 * sizes.activations(72)
+    num_weights = sum(parameter.numel() for parameter in model.blocks[0].parameters())
+    assert needs.device - both - preflight.CHUNK_BYTES == 12 * num_weights + 44 * sizes.widest**2
+    assert (needs.shared_host, needs.disk) == (2 * sizes.hidden_states(7, 24), sizes.compressed)
+    larger = replace(sizes, compressing=50 * sizes.widest**2)
+    assert preflight.corrected_needs(larger, stream).device - needs.device == 10 * sizes.widest**2
