@@ -1,6 +1,6 @@
 """The speed of the compressors against plain implementations of the paper's pseudo-code, and against their own parts.
 
-python -m benchmarks.compression [--prune_size 1024] [--quantize_size 192] [--codewords 256] [--options_size 192]
+python -m benchmarks.compression [--prune_sizes 1024 4096] [--quantize_size 192] [--codewords 256] [--options_size 192]
 
 The plain ones stand in `naive.py`: a full sort of all scores; a loop over the clusters, all distances in one matrix.
 Small sizes by default, so that it ends in two or three minutes; CPU seconds, least of several rounds in turn.
@@ -9,6 +9,7 @@ Small sizes by default, so that it ends in two or three minutes; CPU seconds, le
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from benchmarks.kmeans import problem
 from benchmarks.naive import lloyd, prune
 from nowag_pl import NoWagPruner, NoWagQuantizer
 from nowag_pl.functional.kmeans import kmeans_plus_plus, weighted_kmeans
-from nowag_pl.functional.normalization import normalize
-from nowag_pl.functional.pruning import keep_largest, keep_n_of_m, nowag_scores
+from nowag_pl.functional.pruning import keep_largest, keep_n_of_m, normalized_scores
+from nowag_pl.modules import MaskedLinear
 
 ROUNDS = 3
 LLOYD_ITERATIONS = 5
@@ -30,7 +31,7 @@ LLOYD_ITERATIONS = 5
 def seconds(functions: dict[str, Callable[[], Any]]) -> dict[str, float]:
     """Return the least CPU seconds of each function, called in turn."""
     least: dict[str, float] = {}
-    for _ in range(ROUNDS):
+    for _ in range(ROUNDS):  # the first compiles
         for name, function in functions.items():
             started = time.process_time()
             function()
@@ -51,16 +52,22 @@ def pruning(size: int) -> tuple[str, dict[str, float], str]:
     """Measure pruning; the yardstick reads weight and scores once."""
     linear, matrix = random_linear(size)
     weight, second_moment = linear.weight.detach(), matrix.diagonal().contiguous()
-    scores = nowag_scores(normalize(weight).weight, second_moment)
+    scores = normalized_scores(weight, second_moment)
     pruner, pattern = NoWagPruner(sparsity=0.5), NoWagPruner(pattern=(2, 4))
+    keep, keep_2_4 = pruner.keep(scores), pattern.keep(scores)
     kept = pruner.compress(linear, second_moment).weight
     naive = prune(weight, second_moment, 0.5)
     assert float((kept != naive).float().mean()) < 1e-5, "both keep the same weights, but for rounding"
     functions: dict[str, Callable[[], Any]] = {
         "weight and scores read once": lambda: (weight.sum(), scores.sum()),
-        "scores": lambda: nowag_scores(normalize(weight).weight, second_moment),
+        "as much memory for the first time": lambda: torch.empty(2, size, size).fill_(0),
+        "scores": lambda: normalized_scores(weight, second_moment),
         "mask of 50 % from scores": lambda: keep_largest(scores.view(1, -1), 0.5),
         "mask of 2:4 from scores": lambda: keep_n_of_m(scores, (2, 4)),
+        "kept values, packed mask of 50 %": lambda: MaskedLinear(weight, keep),
+        "kept values, packed mask of 2:4": lambda: MaskedLinear(weight, keep_2_4, pattern=(2, 4)),
+        "NoWag-P 50 % from scores": lambda: MaskedLinear(weight, pruner.keep(scores)),
+        "NoWag-P 2:4 from scores": lambda: MaskedLinear(weight, pattern.keep(scores), pattern=(2, 4)),
         "NoWag-P 50 %, all": lambda: pruner.compress(linear, second_moment),
         "NoWag-P 2:4, all": lambda: pattern.compress(linear, second_moment),
         "naive 50 %, all": lambda: prune(weight, second_moment, 0.5),
@@ -104,14 +111,16 @@ def options(size: int) -> tuple[str, dict[str, float], str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prune_size", type=int, default=1024, help="rows and columns of the pruned matrix")
+    parser.add_argument(
+        "--prune_sizes", type=int, nargs="+", default=[1024, 4096], help="rows and columns of the pruned matrices"
+    )
     parser.add_argument("--quantize_size", type=int, default=192, help="rows and columns of the quantized matrix")
     parser.add_argument("--codewords", type=int, default=256)
     parser.add_argument("--options_size", type=int, default=192, help="rows and columns to measure the options on")
     args = parser.parse_args()
     console = Console(width=120)
     for part in (
-        lambda: pruning(args.prune_size),
+        *(partial(pruning, size) for size in args.prune_sizes),
         lambda: quantization(args.quantize_size, args.codewords),
         lambda: options(args.options_size),
     ):

@@ -2,12 +2,10 @@
 
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 2**20  # 4 MiB in float32
-_NUMPY_TYPES = {torch.float32: np.float32, torch.bool: np.bool_}
 
 
 def row_chunks(num_rows: int, num_columns: int) -> Iterator[slice]:
@@ -39,10 +37,5 @@ def fill_rows(matrix: Tensor, compute: Callable[[slice], Tensor]) -> Tensor:
 
 
 def empty_like(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a new matrix of the same shape on the same device.
-
-    On a CPU it is NumPy's memory, which asks Linux for large pages: they are there in a third of the time.
-    """
-    if matrix.device.type == "cpu" and dtype in _NUMPY_TYPES:
-        return torch.from_numpy(np.empty(matrix.shape, _NUMPY_TYPES[dtype]))
+    """Return a new matrix of the same shape on the same device."""
     return torch.empty(matrix.shape, dtype=dtype, device=matrix.device)

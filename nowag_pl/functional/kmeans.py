@@ -24,6 +24,8 @@ ROW_BLOCKS = 64
 NUMBA_MIN_DISTANCES = 2**22  # of one assignment, above which compiling pays off
 NUMBA_MIN_START_DISTANCES = 2**26  # of a start
 NUMBA_MAX_DIM = 16  # its instructions are as many
+TRITON_MAX_DIM = 32  # its tiles fit into registers and shared memory
+CUDA_PART_ELEMENTS = 2**25  # features at a time, 128 MiB: few kernels are launched
 START_POINTS_PER_CODEWORD = 64  # the start is drawn from a random sample of at most so many points
 
 
@@ -48,9 +50,10 @@ class _Points(NamedTuple):
         return _features(self.points[selected], self.weights[selected])
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield slices of whole chunks of points with their features, few megabytes at a time."""
+        """Yield slices of whole chunks of points with their features, few megabytes at a time on a CPU."""
         num_points, dim = self.points.shape
-        size = max(CHUNK_ELEMENTS // (2 * dim * self.chunk_size), 1) * self.chunk_size
+        elements = CUDA_PART_ELEMENTS if self.points.is_cuda else CHUNK_ELEMENTS
+        size = max(elements // (2 * dim * self.chunk_size), 1) * self.chunk_size
         for start in range(0, num_points, size):
             selected = slice(start, min(start + size, num_points))
             yield selected, self.features(selected)
@@ -161,18 +164,17 @@ def kmeans_plus_plus(
 
         return points[draw_points(points, weights, draws)]
     dim = points.shape[1]
-    features = _features(points, weights)
+    features, candidates = _features(points, weights), _codeword_features(points).T  # [n, 2 d]
     offset = (features[:, dim:] * points).sum(dim=1)  # [n]: sum_j w x^2, what the scalar product leaves out
     distances = torch.ones_like(offset)  # equal chances for the first
-    chosen = []
+    chosen: list[Tensor] = []
     for draw in draws.to(points.device):
         cumulative = distances.cumsum(0, dtype=torch.float64)
-        index = torch.searchsorted(cumulative, draw * cumulative[-1], right=True).clamp(max=len(points) - 1)
-        codeword = points[index]
-        chosen.append(codeword)
-        new = (offset + features @ _codeword_features(codeword[None]).squeeze(1)).clamp(min=0)
-        distances = new if len(chosen) == 1 else torch.minimum(distances, new)
-    return torch.stack(chosen)
+        index = torch.searchsorted(cumulative, draw * cumulative[-1], right=True).clamp_(max=len(points) - 1)
+        new = (features @ candidates[index]).add_(offset).clamp_(min=0)
+        distances = torch.minimum(distances, new) if chosen else new
+        chosen.append(index)
+    return points[torch.stack(chosen)]
 
 
 def _features(points: Tensor, weights: Tensor) -> Tensor:
@@ -200,9 +202,30 @@ def _assign(points: _Points, codebook: Tensor) -> _Assignment:
         part_codes, nearest = codes[selected], distances[selected]  # views
         find_nearest(features, part_codes, nearest)
         nearest.add_((features[:, dim:] * points.points[selected]).sum(dim=1)).clamp_(min=0)
-        sums.index_add_(0, part_codes.long(), features)  # three times as fast as with int32
+        _add_by_code(sums, part_codes.long(), features)
         loss += nearest.sum(dtype=torch.float64)
     return _Assignment(codes, distances, sums, float(loss))
+
+
+def _add_by_code(sums: Tensor, codes: Tensor, features: Tensor) -> None:
+    """Add the features of each codeword's points, always in the same order."""
+    if sums.device.type == "cpu":
+        sums.index_add_(0, codes, features)  # with int32 codes it takes three times as long
+    else:  # where it would add in any order
+        add_sorted(sums, codes, features)
+
+
+def add_sorted(sums: Float[Tensor, "k m"], codes: Int[Tensor, "n"], features: Float[Tensor, "n m"]) -> None:
+    """Add features to the sums of their codes, one code after the other.
+
+    Args:
+        sums: sums so far, which are written.
+        codes: code of each row of the features, int64.
+        features: what is added.
+    """
+    order = codes.argsort(stable=True)
+    counts = torch.bincount(codes, minlength=len(sums))
+    sums += torch.segment_reduce(features[order], "sum", lengths=counts, axis=0, unsafe=True)
 
 
 def _search(codebook: Tensor, num_points: int, chunk_size: int) -> Callable[[Tensor, Tensor, Tensor], None]:
@@ -213,6 +236,10 @@ def _search(codebook: Tensor, num_points: int, chunk_size: int) -> Callable[[Ten
 
         registers = codeword_registers(right)
         return lambda features, codes, distances: find_nearest(features, registers, codes, distances)
+    if codebook.is_cuda and codebook.shape[1] <= TRITON_MAX_DIM and has_module("triton"):
+        from nowag_pl.functional import kmeans_triton
+
+        return lambda features, codes, distances: kmeans_triton.find_nearest(features, right, codes, distances)
     products = codebook.new_empty(min(chunk_size, num_points), len(codebook))
 
     def search(features: Tensor, codes: Tensor, distances: Tensor) -> None:

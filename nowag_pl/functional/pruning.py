@@ -13,6 +13,7 @@ from nowag_pl.functional import chunks
 from nowag_pl.functional.chunks import empty_like, fill_rows, row_chunks
 from nowag_pl.functional.normalization import column_norms, normalize_rows, norms
 from nowag_pl.functional.optional import is_for_numba
+from nowag_pl.functional.threads import in_threads
 
 MIN_SAMPLED = 2**19  # values of which a sample is drawn
 SAMPLE_SIZE = 2**16
@@ -124,7 +125,11 @@ def keep_n_of_m(scores: Float[Tensor, "out in"], pattern: tuple[int, int]) -> Bo
 
 def _keep_in_rows(scores: Tensor, num_removed: int) -> Tensor:
     """Return the mask of rows `[rows, columns]` that are compared each for itself."""
-    threshold = scores.kthvalue(num_removed, dim=1, keepdim=True).values
+    if scores.device.type == "cpu":  # NumPy's is ten times as fast
+        ordered = np.partition(scores.numpy(), num_removed - 1, axis=1)
+        threshold = torch.from_numpy(ordered[:, num_removed - 1 : num_removed])
+    else:
+        threshold = scores.kthvalue(num_removed, dim=1, keepdim=True).values
     keep = scores > threshold
     num_ties_kept = scores.shape[1] - num_removed - keep.sum(dim=1, keepdim=True)
     if num_ties_kept.any():
@@ -164,17 +169,25 @@ def mark_largest(values: Float[Tensor, "n"], num_removed: int, keep: Bool[Tensor
     sample = np.sort(array[:: len(array) // SAMPLE_SIZE | 1])  # an odd step meets all columns of a matrix
     rank = num_removed * len(sample) // len(array)
     low, high = sample[max(rank - SAMPLE_MARGIN, 0)], sample[min(rank + SAMPLE_MARGIN, len(sample) - 1)]
-    places, num_above, num_between = [], 0, 0
-    for start in range(0, len(array), SAMPLE_SIZE):
-        part, above = array[start : start + SAMPLE_SIZE], mask[start : start + SAMPLE_SIZE]
-        np.greater(part, high, out=above)
-        num_above += int(np.count_nonzero(above))
-        places.append(start + np.flatnonzero((part >= low) ^ above))
-        num_between += len(places[-1])
-        if num_between > len(array) // 8:  # an index takes 8 bytes
-            return False
-    between = np.concatenate(places)
-    num_missing = len(array) - num_removed - num_above
+
+    def share(first: int, last: int) -> tuple[int, np.ndarray] | None:
+        """Mark what is above the higher value; return how many, and the places of those between both if few."""
+        places, num_above = [], 0
+        for start in range(first, last, SAMPLE_SIZE):
+            part = slice(start, min(start + SAMPLE_SIZE, last))
+            np.greater(array[part], high, out=mask[part])
+            num_above += int(np.count_nonzero(mask[part]))
+            places.append(start + np.flatnonzero((array[part] >= low) ^ mask[part]))
+            if sum(len(found) for found in places) > (last - first) // 8:  # an index takes 8 bytes
+                return None
+        return num_above, np.concatenate(places)
+
+    shares = in_threads(share, 0, len(array))
+    parts = [part for part in shares if part is not None]
+    if len(parts) < len(shares):
+        return False
+    between = np.concatenate([places for _, places in parts])
+    num_missing = len(array) - num_removed - sum(num_above for num_above, _ in parts)
     if not 0 < num_missing <= len(between):
         return False
     candidates = array[between]

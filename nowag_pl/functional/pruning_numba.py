@@ -45,10 +45,10 @@ def pick(values: Shaped[Tensor, "n"], keep: Bool[Tensor, "n"]) -> Shaped[Tensor,
     mask, num_blocks = keep.numpy(), -(-len(keep) // _BLOCK)
     counts = [int(np.count_nonzero(mask[start : start + _BLOCK])) for start in range(0, len(mask), _BLOCK)]
     ends = np.cumsum([0, *counts], dtype=np.uint64)
-    integers = values.view(_INTEGERS[values.itemsize]).numpy()
-    picked = np.empty(int(ends[-1]), integers.dtype)
-    in_threads(lambda first, last: _pick(first, last, integers, picked, mask, ends), 0, num_blocks)
-    return torch.from_numpy(picked).view(values.dtype)
+    picked = values.new_empty(int(ends[-1]))
+    arrays = [tensor.view(_INTEGERS[values.itemsize]).numpy() for tensor in (values, picked)]
+    in_threads(lambda first, last: _pick(first, last, *arrays, mask, ends), 0, num_blocks)
+    return picked
 
 
 def pack_numbers(

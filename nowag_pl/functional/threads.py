@@ -1,4 +1,4 @@
-"""Loops that Numba compiles, on as many threads as PyTorch uses: they run without the interpreter's lock."""
+"""Loops that Numba or NumPy compiled, on as many threads as PyTorch uses: they run without the interpreter's lock."""
 
 import os
 from collections.abc import Callable

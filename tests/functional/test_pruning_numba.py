@@ -92,16 +92,20 @@ def largest(values, num_kept):
     share=st.floats(0.01, 0.99),
     margin=st.integers(0, 9),
     levels=st.sampled_from([3, 50, 10**6]),
+    num_equal=st.integers(0, 100),
+    num_threads=st.integers(1, 4),
     seed=st.integers(0, 99),
 )
-def test_the_largest_are_marked_in_one_pass_or_not_at_all(count, share, margin, levels, seed):
+def test_the_largest_are_marked_in_one_pass_or_not_at_all(count, share, margin, levels, num_equal, num_threads, seed):
     values = torch.randint(-levels, levels, (count,), generator=torch.Generator().manual_seed(seed)).float()
+    values[:num_equal] = 0
     num_removed = max(round(share * count), 1)
     keep = torch.zeros(count, dtype=torch.bool)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pruning, "MIN_SAMPLED", 0)
         patch.setattr(pruning, "SAMPLE_SIZE", 64)
         patch.setattr(pruning, "SAMPLE_MARGIN", margin)
+        patch.setattr(torch, "get_num_threads", lambda: num_threads)
         marked = mark_largest(values, num_removed, keep)
         whole = keep_largest(values[None], num_removed / count)[0]
     expected = largest(values.tolist(), count - num_removed)
