@@ -19,7 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.naive import lloyd
-from nowag_pl.functional.kmeans import CPU_CHUNK_ELEMENTS, kmeans_plus_plus, weighted_kmeans
+from nowag_pl.functional.kmeans import weighted_kmeans
+from nowag_pl.functional.kmeans_start import kmeans_plus_plus
+from nowag_pl.functional.nearest import CPU_CHUNK_ELEMENTS
 from nowag_pl.functional.normalization import normalize, norms
 from nowag_pl.functional.quantized import SubvectorWeights, normalized_subvectors, subvectors
 

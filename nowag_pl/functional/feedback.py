@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nowag_pl.functional.alternating import alternating_codes
-from nowag_pl.functional.kmeans import CPU_CHUNK_ELEMENTS, CUDA_CHUNK_ELEMENTS, row_minima
+from nowag_pl.functional.nearest import CPU_CHUNK_ELEMENTS, CUDA_CHUNK_ELEMENTS, row_minima
 from nowag_pl.functional.output_error import damped_inverse_factor, output_error
 from nowag_pl.functional.quantized import Quantized, columns
 from nowag_pl.functional.refit import refit_codebook, refit_in_scale, refit_out_scale

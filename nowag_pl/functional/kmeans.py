@@ -1,13 +1,11 @@
 """K-means with a weight per coordinate: k-means++ start and Lloyd's iterations.
 
 The objective is `sum_i sum_j w_ij (x_ij - c_{code(i), j})^2` (NoWag-VQ, arXiv:2504.14569, section on vector
-quantization). Up to a constant of the point, its distance to a codeword is a scalar product,
-`[w_i, w_i x_i] . [c^2, -2 c]`, so that an assignment is one matrix multiplication, done in chunks of points, or on a
-CPU, if Numba is installed, by :mod:`nowag_pl.functional.kmeans_numba`. The left side is made anew for some points at a
-time, and their weighted sums are taken while it is there. Of equally near codewords the first is taken.
+quantization). Assignments are products (:mod:`nowag_pl.functional.nearest`) whose left side is made anew for some
+points at a time, and their weighted sums are taken while it is there.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,18 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nowag_pl.functional.chunks import CHUNK_ELEMENTS
-from nowag_pl.functional.optional import has_module
+from nowag_pl.functional.kmeans_start import kmeans_plus_plus
+from nowag_pl.functional.nearest import CPU_CHUNK_ELEMENTS, CUDA_CHUNK_ELEMENTS, point_features, search
 from nowag_pl.functional.quantized import SubvectorWeights
 
-CPU_CHUNK_ELEMENTS = 2**18  # distances at a time: 1 MiB, which stays in the cache of one core
-CUDA_CHUNK_ELEMENTS = 2**25  # 128 MiB
-ROW_BLOCKS = 64
-NUMBA_MIN_DISTANCES = 2**22  # of one assignment, above which compiling pays off
-NUMBA_MIN_START_DISTANCES = 2**26  # of a start
-NUMBA_MAX_DIM = 16  # its instructions are as many
-TRITON_MAX_DIM = 32  # its tiles fit into registers and shared memory
 CUDA_PART_ELEMENTS = 2**25  # features at a time, 128 MiB: few kernels are launched
-START_POINTS_PER_CODEWORD = 64  # the start is drawn from a random sample of at most so many points
 
 
 class KMeansResult(NamedTuple):
@@ -47,7 +38,7 @@ class _Points(NamedTuple):
 
     def features(self, selected: slice | Tensor) -> Tensor:
         """Return those of some points, `[m, 2 d]`."""
-        return _features(self.points[selected], self.weights[selected])
+        return point_features(self.points[selected], self.weights[selected])
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield slices of whole chunks of points with their features, few megabytes at a time on a CPU."""
@@ -136,68 +127,13 @@ def check_num_codewords(num_codewords: int, num_points: int) -> None:
         )
 
 
-def kmeans_plus_plus(
-    points: Float[Tensor, "n d"],
-    weights: Float[Tensor, "n d"] | SubvectorWeights,
-    num_codewords: int,
-    generator: torch.Generator,
-) -> Float[Tensor, "k d"]:
-    """Choose starting codewords among the points, each with probability proportional to its weighted distance.
-
-    Args:
-        points: points; at most 64 per codeword, chosen at random, are considered.
-        weights: weight of each coordinate of each point.
-        num_codewords: k.
-        generator: source of randomness, on the CPU.
-
-    Returns:
-        Codewords `[k, d]`.
-    """
-    sample_size = START_POINTS_PER_CODEWORD * num_codewords
-    sample: slice | Tensor = slice(0, len(points))
-    if len(points) > sample_size:
-        sample = torch.randperm(len(points), generator=generator)[:sample_size].sort().values.to(points.device)
-    points, weights = points[sample], weights[sample]
-    draws = torch.rand(num_codewords, generator=generator, dtype=torch.float64)
-    if _is_for_numba(points, num_codewords, NUMBA_MIN_START_DISTANCES):
-        from nowag_pl.functional.kmeans_start_numba import draw_points
-
-        return points[draw_points(points, weights, draws)]
-    dim = points.shape[1]
-    features, candidates = _features(points, weights), _codeword_features(points).T  # [n, 2 d]
-    offset = (features[:, dim:] * points).sum(dim=1)  # [n]: sum_j w x^2, what the scalar product leaves out
-    distances = torch.ones_like(offset)  # equal chances for the first
-    chosen: list[Tensor] = []
-    for draw in draws.to(points.device):
-        cumulative = distances.cumsum(0, dtype=torch.float64)
-        index = torch.searchsorted(cumulative, draw * cumulative[-1], right=True).clamp_(max=len(points) - 1)
-        new = (features @ candidates[index]).add_(offset).clamp_(min=0)
-        distances = torch.minimum(distances, new) if chosen else new
-        chosen.append(index)
-    return points[torch.stack(chosen)]
-
-
-def _features(points: Tensor, weights: Tensor) -> Tensor:
-    """Return `[n, 2 d]`: w, w x."""
-    dim = points.shape[1]
-    features = points.new_empty(len(points), 2 * dim)
-    features[:, :dim] = weights
-    torch.mul(weights, points, out=features[:, dim:])
-    return features
-
-
-def _codeword_features(codebook: Tensor) -> Tensor:
-    """Return `[2 d, k]`: c^2, -2 c."""
-    return torch.cat([codebook.square(), -2 * codebook], dim=1).T
-
-
 def _assign(points: _Points, codebook: Tensor) -> _Assignment:
     """Choose the nearest codeword of every point."""
     (num_points, dim), num_codewords, chunk_size = points.points.shape, len(codebook), points.chunk_size
     codes = torch.empty(num_points, dtype=torch.int32, device=codebook.device)
     distances = codebook.new_empty(num_points)
     sums, loss = codebook.new_zeros(num_codewords, 2 * dim), codebook.new_zeros((), dtype=torch.float64)
-    find_nearest = _search(codebook, num_points, chunk_size)
+    find_nearest = search(codebook, num_points, chunk_size)
     for selected, features in points.parts():
         part_codes, nearest = codes[selected], distances[selected]  # views
         find_nearest(features, part_codes, nearest)
@@ -226,56 +162,6 @@ def add_sorted(sums: Float[Tensor, "k m"], codes: Int[Tensor, "n"], features: Fl
     order = codes.argsort(stable=True)
     counts = torch.bincount(codes, minlength=len(sums))
     sums += torch.segment_reduce(features[order], "sum", lengths=counts, axis=0, unsafe=True)
-
-
-def _search(codebook: Tensor, num_points: int, chunk_size: int) -> Callable[[Tensor, Tensor, Tensor], None]:
-    """Return what writes the nearest codewords of features, and their distances but for the constant of the point."""
-    right = _codeword_features(codebook).contiguous()
-    if _is_for_numba(codebook, num_points, NUMBA_MIN_DISTANCES):
-        from nowag_pl.functional.kmeans_numba import codeword_registers, find_nearest
-
-        registers = codeword_registers(right)
-        return lambda features, codes, distances: find_nearest(features, registers, codes, distances)
-    if codebook.is_cuda and codebook.shape[1] <= TRITON_MAX_DIM and has_module("triton"):
-        from nowag_pl.functional import kmeans_triton
-
-        return lambda features, codes, distances: kmeans_triton.find_nearest(features, right, codes, distances)
-    products = codebook.new_empty(min(chunk_size, num_points), len(codebook))
-
-    def search(features: Tensor, codes: Tensor, distances: Tensor) -> None:
-        for start in range(0, len(features), chunk_size):
-            left = features[start : start + chunk_size]
-            chunk = torch.mm(left, right, out=products[: len(left)])
-            distances[start : start + chunk_size], codes[start : start + chunk_size] = row_minima(chunk)
-
-    return search
-
-
-def _is_for_numba(vectors: Tensor, num_others: int, min_distances: int) -> bool:
-    """Tell whether the distances of some vectors `[n, d]` to as many others are to be computed by Numba."""
-    num_vectors, dim = vectors.shape
-    is_large = num_vectors * num_others >= min_distances
-    return vectors.device.type == "cpu" and dim <= NUMBA_MAX_DIM and is_large and has_module("numba")
-
-
-def row_minima(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the minimum of each row and the first column that has it.
-
-    On a CPU, torch's minima without indices are many times faster than those with, and so is NumPy's argmin on one
-    thread: wide rows are first reduced to the minima of blocks, and then only the first block that wins is searched.
-    """
-    num_rows, num_columns = matrix.shape
-    if matrix.device.type != "cpu":
-        minimum, column = matrix.min(dim=1)
-        return minimum, column
-    if num_columns < ROW_BLOCKS**2 or num_columns % ROW_BLOCKS:
-        column = torch.from_numpy(matrix.numpy().argmin(axis=1))
-        return matrix.gather(1, column[:, None]).squeeze(1), column
-    rows = matrix.view(num_rows, ROW_BLOCKS, -1)  # [n, 64, k / 64]
-    block = rows.amin(dim=2).argmin(dim=1)  # [n]
-    members = rows.gather(1, block[:, None, None].expand(-1, 1, rows.shape[2])).squeeze(1)  # [n, k / 64]
-    minimum, member = members.min(dim=1)
-    return minimum, block * rows.shape[2] + member
 
 
 def _largest(values: Tensor, count: int) -> Tensor:

@@ -6,7 +6,7 @@ registers of codewords at a time, and the smallest distances so far stay in regi
 written. Numba does not vectorise such a loop by itself: its instructions are given in LLVM's terms.
 
 A distance is summed in the order of the columns, each with one rounding (a fused multiply-add), as MKL does: the codes
-are those of :func:`nowag_pl.functional.kmeans.row_minima` of the product, on any number of threads.
+are those of :func:`nowag_pl.functional.nearest.row_minima` of the product, on any number of threads.
 """
 
 from collections.abc import Callable

@@ -9,7 +9,8 @@ from torch.utils._pytree import tree_leaves
 
 from nowag_pl.functional import kmeans
 from nowag_pl.functional.chunks import CHUNK_ELEMENTS
-from nowag_pl.functional.kmeans import START_POINTS_PER_CODEWORD, kmeans_plus_plus, weighted_kmeans
+from nowag_pl.functional.kmeans import weighted_kmeans
+from nowag_pl.functional.kmeans_start import START_POINTS_PER_CODEWORD, kmeans_plus_plus
 from nowag_pl.functional.quantized import SubvectorWeights
 
 

@@ -5,10 +5,12 @@ from hypothesis import strategies as st
 
 pytest.importorskip("numba")
 
-from nowag_pl.functional import kmeans
-from nowag_pl.functional.kmeans import kmeans_plus_plus, row_minima, weighted_kmeans
+from nowag_pl.functional import kmeans_start, nearest
+from nowag_pl.functional.kmeans import weighted_kmeans
 from nowag_pl.functional.kmeans_numba import codeword_registers, find_nearest
+from nowag_pl.functional.kmeans_start import kmeans_plus_plus
 from nowag_pl.functional.kmeans_start_numba import draw_points
+from nowag_pl.functional.nearest import row_minima
 
 
 def seeded(seed=0):
@@ -64,8 +66,8 @@ def problem():
 def test_a_fit_is_that_without_numba(problem, monkeypatch):
     fits = []
     for has_numba in (True, False):
-        monkeypatch.setattr(kmeans, "NUMBA_MIN_DISTANCES", 0)
-        monkeypatch.setattr(kmeans, "has_module", lambda name, found=has_numba: found)
+        monkeypatch.setattr(nearest, "NUMBA_MIN_DISTANCES", 0)
+        monkeypatch.setattr(nearest, "has_module", lambda name, found=has_numba: found)
         fits.append(weighted_kmeans(*problem, 40, seeded(), 20))
     assert torch.equal(fits[0].codes, fits[1].codes)
     torch.testing.assert_close(fits[0].codebook, fits[1].codebook)
@@ -76,12 +78,12 @@ def test_small_problems_and_long_codewords_are_left_to_torch(problem, monkeypatc
     def refuse(name):
         raise AssertionError
 
-    monkeypatch.setattr(kmeans, "has_module", refuse)
+    monkeypatch.setattr(nearest, "has_module", refuse)
     assert weighted_kmeans(*problem, 40, seeded(), 1).num_iters == 1
-    monkeypatch.setattr(kmeans, "NUMBA_MIN_DISTANCES", 600 * 40)
+    monkeypatch.setattr(nearest, "NUMBA_MIN_DISTANCES", 600 * 40)
     with pytest.raises(AssertionError):
         weighted_kmeans(*problem, 40, seeded(), 1)
-    monkeypatch.setattr(kmeans, "NUMBA_MAX_DIM", 2)
+    monkeypatch.setattr(nearest, "NUMBA_MAX_DIM", 2)
     assert weighted_kmeans(*problem, 40, seeded(), 1).num_iters == 1
 
 
@@ -114,8 +116,8 @@ def test_draws_among_points_without_weight():
 
 def test_a_start_is_that_without_numba(problem, monkeypatch):
     expected = kmeans_plus_plus(*problem, 30, seeded())
-    monkeypatch.setattr(kmeans, "NUMBA_MIN_START_DISTANCES", 0)
+    monkeypatch.setattr(kmeans_start, "NUMBA_MIN_DISTANCES", 0)
     assert torch.equal(kmeans_plus_plus(*problem, 30, seeded()), expected)
     sampled = kmeans_plus_plus(*problem, 3, seeded())  # from 192 of 600 points
-    monkeypatch.setattr(kmeans, "NUMBA_MIN_START_DISTANCES", 2**62)
+    monkeypatch.setattr(kmeans_start, "NUMBA_MIN_DISTANCES", 2**62)
     assert torch.equal(kmeans_plus_plus(*problem, 3, seeded()), sampled)

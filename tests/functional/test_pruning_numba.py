@@ -1,18 +1,14 @@
-"""Compiled loops and one-pass selection give the bits of the plain paths, which have oracles of their own."""
+"""Compiled loops give the bits of the plain paths, which have oracles of their own."""
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from nowag_pl.functional import optional, pruning
+from nowag_pl.functional import optional
 from nowag_pl.functional.normalization import normalize, norms
 from nowag_pl.functional.packing import pack_keep
 from nowag_pl.functional.pruning import (
-    keep_largest,
     keep_n_of_m,
     kept_values,
-    mark_largest,
     normalized_scores,
     nowag_scores,
 )
@@ -80,44 +76,3 @@ def test_kept_values(shape, dtype, share, compiled, generator):
     actual, expected = compiled(lambda: kept_values(weight, keep))
     assert torch.equal(actual, expected)
     assert torch.equal(expected, weight[keep])
-
-
-def largest(values, num_kept):
-    order = sorted(range(len(values)), key=lambda j: (-values[j], j))[:num_kept]
-    return [j in order for j in range(len(values))]
-
-
-@given(
-    count=st.integers(100, 700),
-    share=st.floats(0.01, 0.99),
-    margin=st.integers(0, 9),
-    levels=st.sampled_from([3, 50, 10**6]),
-    num_equal=st.integers(0, 100),
-    num_threads=st.integers(1, 4),
-    seed=st.integers(0, 99),
-)
-def test_the_largest_are_marked_in_one_pass_or_not_at_all(count, share, margin, levels, num_equal, num_threads, seed):
-    values = torch.randint(-levels, levels, (count,), generator=torch.Generator().manual_seed(seed)).float()
-    values[:num_equal] = 0
-    num_removed = max(round(share * count), 1)
-    keep = torch.zeros(count, dtype=torch.bool)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pruning, "MIN_SAMPLED", 0)
-        patch.setattr(pruning, "SAMPLE_SIZE", 64)
-        patch.setattr(pruning, "SAMPLE_MARGIN", margin)
-        patch.setattr(torch, "get_num_threads", lambda: num_threads)
-        marked = mark_largest(values, num_removed, keep)
-        whole = keep_largest(values[None], num_removed / count)[0]
-    expected = largest(values.tolist(), count - num_removed)
-    assert not marked or keep.tolist() == expected
-    assert whole.tolist() == expected
-
-
-@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])
-def test_one_pass_is_enough_for_a_matrix(sparsity, generator):
-    scores = (torch.rand(1024, generator=generator) * torch.randn(1024, 1024, generator=generator).square()).view(-1)
-    keep = torch.zeros(len(scores), dtype=torch.bool)
-    num_removed = round(sparsity * len(scores))
-    assert mark_largest(scores, num_removed, keep)
-    assert int(keep.sum()) == len(scores) - num_removed
-    assert scores[keep].min() >= scores[~keep].max()
