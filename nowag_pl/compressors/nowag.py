@@ -11,12 +11,11 @@ from nowag_pl.compressors.protocol import check_inputs
 from nowag_pl.compressors.pruner import Pruner
 from nowag_pl.functional.alternating import alternating_keep
 from nowag_pl.functional.bits import vector_quantized_bits_per_weight
-from nowag_pl.functional.chunks import empty_like, fill_rows
 from nowag_pl.functional.feedback import refine
 from nowag_pl.functional.kmeans import check_num_codewords, weighted_kmeans
-from nowag_pl.functional.normalization import normalize_rows, norms
+from nowag_pl.functional.normalization import norms
 from nowag_pl.functional.output_error import damped_inverse_factor, mean_squares
-from nowag_pl.functional.pruning import keep_structured, nowag_scores
+from nowag_pl.functional.pruning import keep_structured, normalized_scores
 from nowag_pl.functional.quantized import Quantized, SubvectorWeights, normalized_subvectors, subvectors
 from nowag_pl.functional.refit import refit_kept
 from nowag_pl.modules import MaskedLinear, VQLinear
@@ -80,11 +79,7 @@ class NoWagPruner(Pruner):
 
     def scores(self, weight: Tensor, second_moment: Tensor) -> Tensor:
         """Return NoWag-P's importance, `[out, in]`."""
-        in_scale, out_scale = norms(weight)
-        return fill_rows(
-            empty_like(weight, torch.float32),
-            lambda rows: nowag_scores(normalize_rows(weight[rows], in_scale, out_scale[rows]), second_moment),
-        )
+        return normalized_scores(weight, second_moment)
 
     def keep(self, scores: Tensor) -> Tensor:
         """Return the mask, `[out, in]`."""
