@@ -22,7 +22,12 @@ class ModelCalibration(Callback):
             that are compressed already, with every linear fitted to give what the dense model has at its place.
         batch_size: sequences that pass a block together on each device; less memory where it is smaller.
         enabled: whether to calibrate; on the command line, compression.enabled says it.
+
+    Attributes:
+        gathers_second_moments: by this a callback is found that needs what calibration needs.
     """
+
+    gathers_second_moments = True
 
     def __init__(
         self,

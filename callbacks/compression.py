@@ -4,7 +4,6 @@ from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.calibration import ModelCalibration
 from nowag_pl.compressors import Compressor, NoWagPruner
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.trainer import is_compressing
@@ -31,7 +30,7 @@ class ModelCompression(Callback):
     def needs(self, sizes: ModelSizes, trainer: Trainer) -> list[StageNeeds]:
         """Return what the stage will need."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        calibration = next((each for each in callbacks if isinstance(each, ModelCalibration)), None)
+        calibration = next((each for each in callbacks if getattr(each, "gathers_second_moments", False)), None)
         if calibration is None or not (sizes.full_moments or calibration.mode != "dense"):
             return [compression_needs(sizes)]
         if calibration.mode == "corrected":
