@@ -139,6 +139,7 @@ def _run_name(config: Any, subcommand: str) -> str:
         method = "dense"
     else:
         method = _method_name(compressor.class_path, dict(compressor.get("init_args") or {}))
+        method += "-budget" if config.compression.budget else ""
     return re.sub(r"[^A-Za-z0-9.-]+", "_", f"{model}-{method}").strip("_")
 
 

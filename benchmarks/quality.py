@@ -21,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.prose_llama import BATCH, KL_WINDOWS, NUM_SEQUENCES, SEQ_LEN, compressed_copy, evaluate
 from nowag_pl.compressors import Compressor, NoWagPruner, NoWagQuantizer, needs_full_second_moment
+from nowag_pl.compressors.budget import Budget
 from nowag_pl.data.python_docs import python_docs
 from nowag_pl.data.tokens import random_windows, tokenize, whole_windows
 from nowag_pl.functional.output_error import mean_squares
@@ -36,10 +37,11 @@ Moments = list[dict[str, Tensor]]
 
 
 class Line(NamedTuple):
-    """A line of the table: a compressor, and the calibration."""
+    """A line of the table: a compressor, the calibration, and whether bits are spread over linears."""
 
     compressor: Compressor
     mode: CalibrationMode = "dense"
+    budget: Budget | None = None
 
 
 def quantizer(seed: int, **options: Any) -> NoWagQuantizer:
@@ -71,10 +73,14 @@ def methods(seed: int) -> dict[str, dict[str, Line]]:
             "update=alternating": NoWagPruner(**setting, update="alternating"),
         }
     groups = {group: {name: Line(each) for name, each in lines.items()} for group, lines in compressors.items()}
-    for lines in groups.values():
+    for group, lines in groups.items():
         *_, best = lines
         for mode, name in (("propagated", best), ("corrected", "plain"), ("corrected", best)):
             lines[f"{name}, {mode}"] = Line(lines[name].compressor, mode)
+        if "2:4" not in group:
+            lines["plain, budget"] = lines["plain"]._replace(budget=Budget())
+            lines[f"{best}, budget"] = lines[best]._replace(budget=Budget())
+            lines[f"{best}, corrected, budget"] = Line(lines[best].compressor, "corrected", Budget())
     return groups
 
 
@@ -84,7 +90,7 @@ def compressed_run(checkpoint: Checkpoint, line: Line, windows: Tensor, seed: in
         run = CompressionRun(checkpoint, folder)
         started = time.process_time()
         run.calibrate(windows, line.mode, seed, BATCH)
-        run.compress(line.compressor)
+        run.compress(line.compressor, line.budget)
         seconds = time.process_time() - started
         losses = [row["loss"] for row in run.statistics()]
         return run.compressed().assemble(), sum(losses) / len(losses), seconds
@@ -131,8 +137,8 @@ def measure_model(name: str, args: argparse.Namespace, console: Console) -> None
         for group, lines in methods(seed).items():
             chosen = {line for line in lines if args.only in f"{group}, {line}"}
             for line in [line for line in lines if chosen and (line == "plain" or line in chosen)]:
-                compressor, mode = lines[line]
-                if mode == "dense":
+                compressor, mode, budget = lines[line]
+                if mode == "dense" and budget is None:
                     moments = matrices if needs_full_second_moment(compressor) else squares
                     result, loss, seconds = compressed_copy(model, compressor, moments)
                 else:

@@ -5,9 +5,18 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nowag_pl.compressors import Compressor, NoWagPruner
+from nowag_pl.compressors.budget import Budget, settings_of
+from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.trainer import is_compressing
-from nowag_pl.pipeline.preflight import ModelSizes, StageNeeds, compression_needs, corrected_needs
+from nowag_pl.pipeline.preflight import (
+    ModelSizes,
+    StageNeeds,
+    budget_needs,
+    candidate_bytes,
+    compression_needs,
+    corrected_needs,
+)
 
 _DEFAULT = NoWagPruner()
 
@@ -18,11 +27,15 @@ class ModelCompression(Callback):
     Args:
         compressor: the method, by class_path and init_args: NoWagPruner, NoWagQuantizer, WandaPruner,
             MagnitudePruner, or any class with their `compress`.
+        budget: spread the bits that the compressor needs over the linears by measured sensitivity. null: the same
+            settings for every linear.
         enabled: whether to compress at all; false to train or measure a model as it is.
     """
 
-    def __init__(self, compressor: Compressor = _DEFAULT, enabled: bool = True) -> None:
+    def __init__(self, compressor: Compressor = _DEFAULT, budget: Budget | None = None, enabled: bool = True) -> None:
         self.compressor = compressor
+        self.budget = budget
+        self._settings = [compressor] if budget is None else settings_of(compressor, budget)
         self.enabled = enabled
         self._done = False
         self._logged = False
@@ -32,17 +45,24 @@ class ModelCompression(Callback):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         calibration = next((each for each in callbacks if getattr(each, "gathers_second_moments", False)), None)
         if calibration is None or not (sizes.full_moments or calibration.mode != "dense"):
-            return [compression_needs(sizes)]
-        if calibration.mode == "corrected":
-            return [corrected_needs(sizes, *calibration.needs(sizes, trainer))]
-        return [compression_needs(sizes, *calibration.needs(sizes, trainer))]
+            needs = [compression_needs(sizes)]
+        elif calibration.mode == "corrected":
+            needs = [corrected_needs(sizes, *calibration.needs(sizes, trainer))]
+        else:
+            needs = [compression_needs(sizes, *calibration.needs(sizes, trainer))]
+        if self.budget is not None and calibration is not None:
+            module, data = cast(LitCausalLM, trainer.lightning_module), cast(TokenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+            blocks = candidate_bytes(module.run.model, self._settings)
+            num_sequences = min(self.budget.num_sequences, calibration.num_sequences)
+            needs.append(budget_needs(sizes, blocks, num_sequences, data.seq_len, calibration.batch_size))
+        return needs
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Compress, once, and let the module build its model from the result."""
         module = cast(LitCausalLM, pl_module)
         if not self.enabled or self._done or not is_compressing(trainer, stage):
             return
-        module.run.compress(self.compressor)
+        module.run.compress(self.compressor, self.budget)
         module.compressed = module.run.compressed()
         self._done = True
 

@@ -159,6 +159,11 @@ def _summary_table(report: dict[str, Any]) -> Table:
         "seconds": ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if value),
         "peak memory": f"{report['peak_memory_bytes'] / 2**20:.0f} MiB",
     }
+    if (budget := report["budget"]) is not None:
+        rows["budget"] = (
+            f"{budget['taken']} taken: KL on calibration text {budget['spread']['divergence']:.4f} with bits spread "
+            f"over linears, {budget['uniform']['divergence']:.4f} with {budget['settings'][0]} everywhere"
+        )
     for name, value in rows.items():
         table.add_row(name, value)
     return table

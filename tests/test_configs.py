@@ -13,6 +13,7 @@ from tiny_models import ROOT
 
 import main as command_line
 from nowag_pl import ArmorCompressor, MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner
+from nowag_pl.compressors.budget import Budget
 from nowag_pl.compressors.protocol import working_bytes
 from nowag_pl.data.sources import HubDataset
 from nowag_pl.pipeline import preflight
@@ -166,6 +167,25 @@ def test_compression_can_be_left_out(parse):
     assert not parse("--compression.enabled=false").cli.config.fit.compression.enabled
 
 
+def test_only_the_small_quantizer_has_a_budget_of_itself(parse):
+    with_budget = {name for name in METHODS if parse(config(f"method/{name}")).settings.compression.budget}
+    assert with_budget == {"nowag_vq_2bit_small_plus"}
+
+
+@pytest.mark.parametrize("method", ["nowag_p_50", "nowag_vq_2bit_plus", "wanda_50"])
+def test_budget_goes_behind_a_method(method, parse):
+    parsed = parse(config(f"method/{method}"), config("budget/sensitivity"))
+    assert parsed.compressor == METHODS[method]
+    assert parsed.settings.compression.budget == Budget(candidates=None, num_sequences=16)
+
+
+def test_budget_can_be_changed_and_taken_back(parse):
+    method = config("method/nowag_vq_2bit_small_plus")
+    candidates = parse(method, "--compression.budget.candidates=[{codebook_size: 64}]").settings.compression.budget
+    assert candidates == Budget([{"codebook_size": 64}], num_sequences=16)
+    assert parse(method, "--compression.budget=null").settings.compression.budget is None
+
+
 def test_recipe_of_the_embedded_model_trains_from_scratch(parse):
     parsed = parse(config("recipes/embedded_model"))
     assert parsed.cli.model.random_init
@@ -185,6 +205,7 @@ def test_recipe_of_the_embedded_model_trains_from_scratch(parse):
             "embedded-NoWagQuantizer-subvector_dim_4-codebook_size_256",
         ),
         (["--model.path=a/b"], "b-NoWagPruner"),
+        (["--compression.budget.num_sequences=4"], "embedded-NoWagPruner-budget"),
         (["--compression.enabled=false"], "embedded-dense"),
     ],
 )

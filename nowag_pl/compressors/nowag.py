@@ -1,8 +1,8 @@
 """NoWag-P and NoWag-VQ (arXiv:2504.14569)."""
 
-from dataclasses import dataclass
-from math import ceil
-from typing import Literal
+from dataclasses import dataclass, replace
+from math import ceil, floor
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -161,6 +161,19 @@ class NoWagQuantizer:
         """Return the storage of a quantized linear; see :class:`~nowag_pl.compressors.protocol.Foreseeing`."""
         check_num_codewords(self.codebook_size, shape[0] * ceil(shape[1] / self.subvector_dim))
         return vector_quantized_bits_per_weight(shape, self.subvector_dim, self.codebook_size)
+
+    def alternatives(self) -> list[dict[str, Any]]:
+        """Return other codebooks, none larger; see :class:`~nowag_pl.compressors.protocol.Varying`.
+
+        For this and the next two smaller lengths of a codeword, three sizes, each half of the one before, that cost at
+        most one bit per weight more.
+        """
+        bits = self.codebook_size.bit_length() - 1
+        others: list[dict[str, Any]] = []
+        for dim in range(self.subvector_dim, max(self.subvector_dim - 3, 0), -1):
+            most = min(bits, floor(dim * (bits / self.subvector_dim + 1)))
+            others += [{"subvector_dim": dim, "codebook_size": 2**each} for each in range(most, max(most - 3, 0), -1)]
+        return [each for each in others if replace(self, **each) != self]
 
     @torch.no_grad()
     def compress(self, linear: nn.Linear, second_moment: Tensor) -> nn.Module:

@@ -1,6 +1,6 @@
 """The one contract of a compression method."""
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,14 @@ class Foreseeing(Protocol):
         """
 
 
+@runtime_checkable
+class Varying(Protocol):
+    """A compressor that offers settings among which a budget can choose; not all do."""
+
+    def alternatives(self) -> list[dict[str, Any]]:
+        """Return fields and values, in which each alternative differs from this compressor; none if there is none."""
+
+
 _UNKNOWN_WORKING_BYTES = 32.0
 _FULL_BYTES_PER_PAIR = 48.0  # of inputs: H, damped, its factor or eigenvectors, made in float64
 _FULL_BYTES_PER_WEIGHT = 48.0  # copies of the weight while kept weights or codes are fitted to its output
@@ -80,7 +88,7 @@ def working_bytes(compressor: Compressor, shape: tuple[int, int]) -> int:
     return round(total)
 
 
-def needs_full_second_moment(compressor: Compressor) -> bool:
+def needs_full_second_moment(compressor: object) -> bool:
     """Return whether a compressor must be given the matrix `[in, in]`."""
     return bool(getattr(compressor, "full_second_moment", False))
 

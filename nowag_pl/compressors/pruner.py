@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,13 @@ class Pruner(ABC):
             return num_weights // self.pattern[1] * self.pattern[0]
         assert self.sparsity is not None
         return num_weights - round(self.sparsity * num_weights)
+
+    def alternatives(self) -> list[dict[str, Any]]:
+        """Return other sparsities, up to 0.3 away; see :class:`~nowag_pl.compressors.protocol.Varying`."""
+        if self.sparsity is None:
+            return []  # a pattern
+        others = (round(self.sparsity + step / 10, 6) for step in (-3, -2, -1, 1, 2, 3))
+        return [{"sparsity": sparsity} for sparsity in others if 0 <= sparsity < 1]
 
     @abstractmethod
     def scores(self, weight: Tensor, second_moment: Tensor) -> Tensor:

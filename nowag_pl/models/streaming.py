@@ -167,25 +167,28 @@ class StreamedModel:
             self._arguments[shape] = arguments
         return self._arguments[shape][index]
 
-    def head(self, hidden: Tensor) -> Tensor:
+    def head(self, hidden: Tensor, differentiable: bool = False) -> Tensor:
         """Run what comes after the blocks.
 
         Args:
             hidden: output of the last block `[batch, seq_len, hidden]`.
+            differentiable: whether gradients flow back to it.
 
         Returns:
             Logits `[batch, seq_len, vocabulary]`.
         """
         hidden = hidden.to(self.device)
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
-        return self._run([lambda _hidden, _arguments: hidden] * len(self), tokens)
+        return self._run([lambda _hidden, _arguments: hidden] * len(self), tokens, differentiable)
 
-    def _run(self, stand_ins: list[Callable[[Tensor, dict[str, Any]], Tensor]], tokens: Tensor) -> Tensor:
+    def _run(
+        self, stand_ins: list[Callable[[Tensor, dict[str, Any]], Tensor]], tokens: Tensor, differentiable: bool = False
+    ) -> Tensor:
         """Run the real model with a stand-in for each of its blocks."""
         places = [_StandIn(block, call) for block, call in zip(self.blocks, stand_ins, strict=True)]
         set_module(self.skeleton, self.blocks_name, nn.ModuleList(places))
         try:
-            with torch.inference_mode(False), torch.no_grad():  # blocks may train with it
+            with torch.inference_mode(False), torch.set_grad_enabled(differentiable):  # blocks may train with it
                 return self.skeleton(input_ids=tokens.to(self.device).long(), use_cache=False).logits
         finally:
             set_module(self.skeleton, self.blocks_name, nn.ModuleList())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nowag_pl.compressors import Compressor, needs_full_second_moment
+from nowag_pl.compressors.budget import Allocation
 from nowag_pl.functional.drift import corrected_weight
 from nowag_pl.functional.objective import reconstruction_loss
 from nowag_pl.functional.output_error import mean_squares
@@ -36,7 +37,7 @@ def describe(compressor: Compressor) -> dict[str, Any]:
 
 def compress(
     model: StreamedModel,
-    compressor: Compressor,
+    compressor: Compressor | Allocation,
     store: ArtefactStore,
     stream: HiddenStream | None = None,
     mode: CalibrationMode = "propagated",
@@ -45,7 +46,7 @@ def compress(
 
     Args:
         model: dense model.
-        compressor: what is done with each linear.
+        compressor: what is done with each linear, or an allocation, which says it for each of them.
         store: run directory, with the second moments of every block unless `stream` is given.
         stream: calibration sequences in front of block 0, to gather second moments anew, full ones if the compressor
             needs them.
@@ -80,7 +81,7 @@ def compress(
 def _process_block(
     model: StreamedModel,
     index: int,
-    compressor: Compressor,
+    compressor: Compressor | Allocation,
     store: ArtefactStore,
     stream: HiddenStream | None,
     is_missing: bool,
@@ -105,7 +106,7 @@ def _process_block(
 def _process_dense(
     model: StreamedModel,
     index: int,
-    compressor: Compressor,
+    compressor: Compressor | Allocation,
     store: ArtefactStore,
     stream: HiddenStream,
     is_missing: bool,
@@ -124,7 +125,7 @@ def _process_dense(
 def _process_corrected(
     model: StreamedModel,
     index: int,
-    compressor: Compressor,
+    compressor: Compressor | Allocation,
     store: ArtefactStore,
     streams: tuple[HiddenStream, HiddenStream],
     is_missing: bool,
@@ -147,7 +148,7 @@ def _compress_corrected(
     model: StreamedModel,
     dense: nn.Module,
     index: int,
-    compressor: Compressor,
+    compressor: Compressor | Allocation,
     store: ArtefactStore,
     streams: tuple[HiddenStream, HiddenStream],
     report: Report,
@@ -172,10 +173,10 @@ def _compress_corrected(
             return copy.deepcopy(linear, {id(linear.weight): parameter})
 
         linears = {name: dense_linears[name] for name in group}
-        results |= _compress_linears(model, index, linears, compressor, moments, store.ranks, report, correct)
+        results |= compress_linears(model, index, linears, compressor, moments, store.ranks, report, correct)
         for name in group:
             storage, description, _ = results[name]
-            set_module(block, name, _restore(description, storage).to(model.device))
+            set_module(block, name, restored(description, storage).to(model.device))
         calibrating += gathered - started
         compressing += time.perf_counter() - gathered
     calibration.write_moments(model, index, store, squares, drift.num_tokens, calibrating)
@@ -190,7 +191,7 @@ def _compress_block(
     model: StreamedModel,
     block: nn.Module,
     index: int,
-    compressor: Compressor,
+    compressor: Compressor | Allocation,
     moments: Mapping[str, Tensor],
     store: ArtefactStore,
     report: Report,
@@ -201,15 +202,15 @@ def _compress_block(
     names = list(linears)
     for name in names:
         set_module(block, name, nn.Identity())  # lets go of the dense weights
-    results = _compress_linears(model, index, linears, compressor, moments, store.ranks, report)
+    results = compress_linears(model, index, linears, compressor, moments, store.ranks, report)
     _write(store, index, names, results, time.perf_counter() - started)
 
 
-def _compress_linears(
+def compress_linears(
     model: StreamedModel,
     index: int,
     linears: dict[str, nn.Linear],
-    compressor: Compressor,
+    compressor: Compressor | Allocation,
     moments: Mapping[str, Tensor],
     ranks: Ranks,
     report: Report,
@@ -221,7 +222,7 @@ def _compress_linears(
         model: dense model.
         index: number of the block.
         linears: by name; they are taken out.
-        compressor: what is done with each.
+        compressor: what is done with each, or an allocation.
         moments: second moment of each.
         ranks: the processes of the run.
         report: says how far it is.
@@ -240,12 +241,13 @@ def _compress_linears(
         linear = linears.pop(name)
         try:
             target = linear if correct is None else correct(name, linear)
-            compressed = compressor.compress(target, moments[name].to(model.device))
+            method = compressor.of(index, name) if isinstance(compressor, Allocation) else compressor
+            compressed = method.compress(target, moments[name].to(model.device))
         except ValueError as error:  # told to all ranks, so that none waits for one that has gone
             problem = f"{model.block_name(index)}.{name}: {error}"
             break
         if not isinstance(compressed, CompressedLinear):
-            raise TypeError(f"Expected {compressor!r} to return a CompressedLinear, but got {type(compressed)}.")
+            raise TypeError(f"Expected {method!r} to return a CompressedLinear, but got {type(compressed)}.")
         statistics = measure(linear, compressed, moments[name])
         storage = {key: tensor.cpu() for key, tensor in compressed.storage().items()}
         results[name] = (storage, compressed.description(), statistics)
@@ -306,11 +308,11 @@ def read_block(store: ArtefactStore, index: int) -> dict[str, CompressedLinear]:
     for name, description in metadata["linears"].items():
         prefix = f"{name}."
         stored = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        linears[name] = _restore(description, stored)
+        linears[name] = restored(description, stored)
     return linears
 
 
-def _restore(description: Mapping[str, Any], stored: Mapping[str, Tensor]) -> CompressedLinear:
+def restored(description: Mapping[str, Any], stored: Mapping[str, Tensor]) -> CompressedLinear:
     """Return the compressed linear of a description and what it stores."""
     linear = CompressedLinear.from_description(description)
     own = linear.state_dict()

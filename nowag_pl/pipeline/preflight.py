@@ -4,8 +4,10 @@ The formulas are those of docs/reproduction.md, "Memory and disk". All figures a
 bounds, those of disk are what is written but for file headers.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import psutil
@@ -195,6 +197,51 @@ def corrected_needs(sizes: ModelSizes, stream: StageNeeds) -> StageNeeds:
         disk=sizes.compressed,
         device_option=f"{stream.device_option}, or calibration.mode",
         host_option=stream.host_option,
+    )
+
+
+def candidate_bytes(model: StreamedModel, settings: Sequence[Compressor]) -> list[int]:
+    """Return the size of each block's linears, compressed with every setting that fits them, together.
+
+    Args:
+        model: a model whose weights need not be in memory.
+        settings: the compressor itself and its candidates.
+    """
+    value_bits, blocks = 8 * model.checkpoint.dtype.itemsize, []
+    for index in range(len(model)):
+        size = 0.0
+        for linear, compressor in product(model.linears(index).values(), settings):
+            with suppress(ValueError):
+                bits = expected_bits_per_weight(compressor, (linear.out_features, linear.in_features), value_bits)
+                size += bits / 8 * linear.weight.numel()
+        blocks.append(round(size))
+    return blocks
+
+
+def budget_needs(
+    sizes: ModelSizes, candidates: Sequence[int], num_sequences: int, seq_len: int, batch_size: int
+) -> StageNeeds:
+    """Return the needs of spreading a budget, beside those of a compression.
+
+    Args:
+        sizes: sizes of the model.
+        candidates: what :func:`candidate_bytes` gives.
+        num_sequences: sequences on which sensitivities are measured.
+        seq_len: tokens in each.
+        batch_size: sequences that pass a block together.
+    """
+    activations = 4 * sizes.activations(batch_size * seq_len)  # kept, their gradients, and the change of an output
+    restored = round((12 + sizes.restoring) * sizes.largest_linear)  # both weights and their difference in float32
+    block = sizes.block + max(candidates) + restored + activations
+    return StageNeeds(
+        "budget",
+        device=sizes.skeleton + max(block, 2 * LOGITS_BYTES * sizes.vocabulary),
+        host=max(candidates),
+        shared_host=(sizes.num_blocks + 2) * sizes.hidden_states(num_sequences, seq_len),
+        disk=sum(candidates) + sizes.compressed,  # and the whole model once more, to compare
+        device_option="calibration.batch_size or data.seq_len",
+        host_option="compression.budget.num_sequences",
+        disk_option="compression.budget.candidates",
     )
 
 

@@ -52,7 +52,7 @@ def build_report(
 
     num_bytes, itemsize = sum(row["bytes"] for row in rows), run.checkpoint.dtype.itemsize
     peaks = run.peak_memory or {"evaluation": peak_memory_bytes(run.device)}
-    kept = ("name", "shape", "loss", "bits_per_weight", "sparsity")
+    kept = ("name", "shape", "loss", "bits_per_weight", "sparsity", "setting")
     return {
         "model": run.checkpoint.path,
         "method": run.method,
@@ -62,6 +62,7 @@ def build_report(
         "calibration": run.calibration,
         "bits_per_weight": mean("bits_per_weight"),
         "sparsity": mean("sparsity"),
+        "budget": run.budget,
         "bytes_on_disk": num_bytes,
         "perplexity": phases("perplexity", ("dense", "one_shot", *both, "finetuned")),
         "kl_divergence": phases("kl_divergence", ("one_shot", *both, "finetuned")),
@@ -82,5 +83,5 @@ def build_report(
         "command": provenance.command(),
         "versions": provenance.versions(),
         "device": provenance.device_name(run.device),
-        "linears": [{key: row[key] for key in kept} for row in rows],
+        "linears": [{key: row[key] for key in kept if key in row} for row in rows],
     }

@@ -11,13 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from nowag_pl.compressors import Compressor, needs_full_second_moment
+from nowag_pl.compressors.budget import Budget, settings_of, titles
 from nowag_pl.data.tokens import tokens_digest
+from nowag_pl.files import read_json
 from nowag_pl.models.assembly import assemble
 from nowag_pl.models.checkpoint import save_streamed
 from nowag_pl.models.loading import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear
 from nowag_pl.pipeline import calibration, compression, finetuning
+from nowag_pl.pipeline.budget import FILE as BUDGET_FILE
+from nowag_pl.pipeline.budget import STAGE as BUDGET_STAGE
+from nowag_pl.pipeline.budget import compress_within_budget
 from nowag_pl.pipeline.calibration import CalibrationMode
 from nowag_pl.pipeline.fingerprint import fingerprint
 from nowag_pl.pipeline.memory import measured_memory
@@ -93,23 +98,52 @@ class CompressionRun:
             with self.measuring("calibration"):
                 calibration.calibrate(self.model, windows, self.store, batch_size)
 
-    def compress(self, compressor: Compressor) -> None:
+    def compress(self, compressor: Compressor, budget: Budget | None = None) -> None:
         """Compress every linear of every block.
+
+        Args:
+            compressor: the method.
+            budget: how its bits are spread over the linears; None: its settings are the same everywhere.
 
         Raises:
             RuntimeError: `calibrate` was not called before.
+            ValueError: there is nothing among which the budget can choose.
         """
         if self._windows is None:
             raise RuntimeError("Expected calibrate before compress.")
-        self._settings["compression"] = compression.describe(compressor)
-        self.store.claim("compression", self._settings["compression"], compression.STAGE)
+        described = compression.describe(compressor)
         self.method = repr(compressor)
+        if budget is not None:
+            settings = settings_of(compressor, budget)
+            described["budget"] = {"settings": titles(settings), "num_sequences": budget.num_sequences}
+            self.method += f", bits spread over linears by sensitivity ({len(settings)} settings)"
+        self._settings["compression"] = described
+        self.store.claim("compression", described, compression.STAGE)
+        if budget is not None:
+            claimed = {**self._settings["calibration"], **described}
+            self.store.claim("budget", claimed, BUDGET_STAGE)
+            with self.measuring("compression"):
+                compress_within_budget(
+                    self.model, settings, self._windows, budget.num_sequences, self.store, self._batch_size, self._mode
+                )
+            return
         stream = None
         needs_stream = self._mode != "dense" or needs_full_second_moment(compressor)
         if needs_stream and self.store.missing(compression.STAGE, len(self.model)):
             stream = HiddenStream(self.model, self.store.ranks.share(self._windows), self._batch_size)
         with self.measuring("compression"):
             compression.compress(self.model, compressor, self.store, stream, self._mode)
+
+    @property
+    def budget(self) -> dict[str, Any] | None:
+        """What the budget has decided, but for the setting of each linear, which :meth:`statistics` has; or None."""
+        decision = self._decision
+        return decision and {name: decision[name] for name in ("taken", "uniform", "spread", "settings")}
+
+    @property
+    def _decision(self) -> dict[str, Any] | None:
+        has_budget = "budget" in self._settings.get("compression", {})
+        return read_json(self.store.folder / BUDGET_FILE) if has_budget else None
 
     def measuring(self, stage: str) -> AbstractContextManager[None]:
         """Return a context in which the peak memory of a stage is measured."""
@@ -159,11 +193,13 @@ class CompressionRun:
 
     def statistics(self) -> list[dict[str, Any]]:
         """Return loss, bits and sparsity of every compressed linear, in the model's order."""
-        rows = []
+        rows, decision = [], self._decision
         for index in range(len(self.model)):
             statistics = self.store.read_metadata(compression.STAGE, index)["statistics"]
             for name, row in statistics.items():
                 rows.append({"name": f"{self.model.block_name(index)}.{name}", "block": index, **row})
+                if decision is not None:
+                    rows[-1]["setting"] = decision["settings"][decision["selection"][index][name]]
         return rows
 
     def finetuning_statistics(self) -> list[dict[str, Any]]:
@@ -178,7 +214,7 @@ class CompressionRun:
             "compression": compression.STAGE,
             "finetuning": finetuning.STAGE,
         }
-        return {
+        seconds = {
             name: sum(
                 self.store.read_metadata(stage, index)["seconds"]
                 for index in range(len(self.model))
@@ -186,6 +222,9 @@ class CompressionRun:
             )
             for name, stage in stages.items()
         }
+        if self._decision is not None:
+            seconds["budget"] = self._decision["seconds"]
+        return seconds
 
 
 class CompressedModel:

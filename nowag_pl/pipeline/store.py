@@ -1,6 +1,7 @@
 """The artefacts of a run: one file per stage and block, and the manifest that says what they belong to."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,12 @@ class ArtefactStore:
     def read_metadata(self, stage: str, index: int) -> dict[str, Any]:
         """Return the metadata of an artefact."""
         return read_metadata(self.path(stage, index))
+
+    def remove(self, stage: str) -> None:
+        """Delete the artefacts of a stage, on rank zero, when no rank needs them any more."""
+        self.ranks.gather(None)
+        if self.ranks.is_zero:
+            shutil.rmtree(self.folder / stage, ignore_errors=True)
 
     def claim(self, section: str, settings: Mapping[str, Any], stage: str | None = None) -> None:
         """Enter the settings of a stage in the manifest, or check that they are those of the artefacts.
