@@ -159,7 +159,7 @@ def without_times(run_dir) -> tuple:
 
 
 # 3 moments, 3 + 3 to choose, 3 + 3 to compare, the decision, then 3 + 3 are moved
-@pytest.mark.parametrize("num_writes", [4, 7, 10, 13, 15, 16, 19])
+@pytest.mark.parametrize("num_writes", [4, 10, 15, 19, *(pytest.param(n, marks=pytest.mark.slow) for n in (7, 13, 16))])
 def test_cut_run_goes_on_to_the_same_artefacts(num_writes, model_folder, tmp_path, monkeypatch):
     budgeted(model_folder(), tmp_path / "whole", QUANTIZER, SMALL)
     replacing, count = os.replace, 0
