@@ -18,6 +18,7 @@ from nowag_pl.functional.optional import is_for_numba
 
 _SLOTS = 8  # eight values of b bits fill b bytes
 MAX_BITS = 24
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes: views in which values of any type are moved
 MAX_TABLE_GROUP = 16  # wider groups are stored as plain bits
 
 

@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from nowag_pl.functional.chunks import empty_like
+from nowag_pl.functional.packing import INTEGERS
 from nowag_pl.functional.threads import in_threads
 
 _BLOCK = 2**14  # weights, which stay in the caches of a core
 _WORDS = {4: np.uint32, 8: np.uint64}  # which hold the mask of a group, a byte for each weight
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 GROUP_SIZES = tuple(_WORDS)
 _compiled = numba.njit(nogil=True)
 
@@ -46,7 +46,7 @@ def pick(values: Shaped[Tensor, "n"], keep: Bool[Tensor, "n"]) -> Shaped[Tensor,
     counts = [int(np.count_nonzero(mask[start : start + _BLOCK])) for start in range(0, len(mask), _BLOCK)]
     ends = np.cumsum([0, *counts], dtype=np.uint64)
     picked = values.new_empty(int(ends[-1]))
-    arrays = [tensor.view(_INTEGERS[values.itemsize]).numpy() for tensor in (values, picked)]
+    arrays = [tensor.view(INTEGERS[values.itemsize]).numpy() for tensor in (values, picked)]
     in_threads(lambda first, last: _pick(first, last, *arrays, mask, ends), 0, num_blocks)
     return picked
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nowag_pl.functional.threads import in_threads
 from nowag_pl.functional.vq_numba import (
-    INTEGERS,
+    as_integers,
     codeword_chunks,
     compiled,
     max_block_groups,
@@ -70,9 +70,7 @@ def decode_columns(
         start: number of the first row.
         out: where they go, `groups * d` wide; contiguous, of the type of the codebook.
     """
-    codeword_bytes = codebook[0].nbytes
-    integer = INTEGERS[max(size for size in INTEGERS if codeword_bytes % size == 0)]
-    codewords, copies = codebook.detach().view(integer).numpy(), out.view(integer).numpy()
+    codewords, copies = as_integers(codebook, out)
     codes, copy = columns.numpy(), _copy_kernel(codewords.shape[1])
     in_threads(lambda first, last: copy(codes, start, first, last, codewords, copies, _COPIED_GROUPS), 0, len(out))
 

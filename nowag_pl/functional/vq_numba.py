@@ -18,14 +18,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from nowag_pl.functional.packing import code_bits
+from nowag_pl.functional.packing import INTEGERS, code_bits
 from nowag_pl.functional.threads import in_threads
 
 _BLOCK_BYTES = 2**20  # products at a time, so that they stay in the cache of a core
 _MAX_BLOCK_GROUPS = 128
 _CHUNK = 512  # codewords, which stay in the first cache while they meet a block of groups
 _TILE_ROWS = 64  # whose windows are cut together
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 compiled = numba.njit(nogil=True, fastmath=True, error_model="numpy")
 
 
@@ -96,16 +95,20 @@ def decode(
         start: number of the first code.
         out: where they go; contiguous, of the type of the codebook.
     """
-    bits, codeword_bytes = code_bits(len(codebook)), codebook[0].nbytes
-    integer = INTEGERS[max(size for size in INTEGERS if codeword_bytes % size == 0)]
-    codewords = codebook.detach().view(integer).numpy()
-    copies, copy = out.view(integer).numpy(), _copy_kernel(bits, codewords.shape[1])
+    bits, (codewords, copies) = code_bits(len(codebook)), as_integers(codebook, out)
+    copy = _copy_kernel(bits, codewords.shape[1])
 
     def share(first: int, last: int) -> None:
         for part in _parts(codes.numpy(), bits, first, last):
             copy(*part, codewords, copies[part.start - start :])
 
     in_threads(share, start, start + len(out))
+
+
+def as_integers(codebook: Float[Tensor, "k d"], out: Float[Tensor, "rows width"]) -> tuple[np.ndarray, np.ndarray]:
+    """Return views of codewords and of where they go in the widest integers that fill a codeword."""
+    integer = INTEGERS[max(size for size in INTEGERS if codebook[0].nbytes % size == 0)]
+    return codebook.detach().view(integer).numpy(), out.view(integer).numpy()
 
 
 def _parts(codes: np.ndarray, bits: int, start: int, stop: int, length: int = 1) -> Iterator[_Part]:

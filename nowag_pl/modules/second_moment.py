@@ -1,13 +1,13 @@
 """Second moments of activations: mean over tokens of x_j^2, or of x x^T."""
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from nowag_pl.functional.output_error import mean_squares
+from nowag_pl.modules.running_mean import RunningMean
 
 
-class SecondMoment(nn.Module):
+class SecondMoment(RunningMean):
     """Running mean of the squares of each input feature, or of the products of all pairs, over tokens.
 
     Sums are float64, so that neither the order of the batches nor their number matters. Products of pairs are made in
@@ -25,14 +25,8 @@ class SecondMoment(nn.Module):
         [5.0, 2.0]
     """
 
-    total: Tensor
-    num_tokens: Tensor
-
     def __init__(self, num_features: int, full: bool = False) -> None:
-        super().__init__()
-        shape = (num_features, num_features) if full else (num_features,)
-        self.register_buffer("total", torch.zeros(shape, dtype=torch.float64))
-        self.register_buffer("num_tokens", torch.zeros((), dtype=torch.int64))
+        super().__init__(*(num_features, num_features) if full else (num_features,))
 
     @torch.no_grad()
     def update(self, activations: Tensor) -> None:
@@ -68,13 +62,6 @@ class SecondMoment(nn.Module):
         self.total += other.total
         self.num_tokens += other.num_tokens
 
-    @torch.no_grad()
-    def all_reduce(self) -> None:
-        """Add up over all ranks of the default process group, if there is one."""
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.total)
-            dist.all_reduce(self.num_tokens)
-
     def compute(self) -> Tensor:
         """Return the mean squares `[num_features]`, or products `[num_features, num_features]`, float32.
 
@@ -84,7 +71,7 @@ class SecondMoment(nn.Module):
         """
         if self.num_tokens == 0:
             raise RuntimeError("Expected at least one update before compute, but got none.")
-        mean = (self.total / self.num_tokens).float()
+        mean = super().compute()
         finite = mean_squares(mean).isfinite()  # no product of two is larger than both squares
         if not finite.all():
             raise ValueError(

@@ -16,8 +16,9 @@ from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.pipeline import calibration, candidates, compression, sensitivity
 from nowag_pl.pipeline.calibration import CalibrationMode
 from nowag_pl.pipeline.candidates import read_bits
+from nowag_pl.pipeline.finetuning import load_compressed_block
 from nowag_pl.pipeline.progress import block_progress
-from nowag_pl.pipeline.sensitivity import HEAD_TOKENS, read_sensitivities
+from nowag_pl.pipeline.sensitivity import head_positions, read_sensitivities
 from nowag_pl.pipeline.store import ArtefactStore
 from nowag_pl.pipeline.stream import HiddenStream
 
@@ -59,16 +60,18 @@ def compress_within_budget(
     if not store.missing(compression.STAGE, len(model)):
         return
 
+    full = any(map(needs_full_second_moment, settings))
+
+    def stream(into: ArtefactStore, stage: str) -> HiddenStream | None:
+        return calibration.calibration_stream(model, windows, into, stage, batch_size, mode, full)
+
     def compress(selection: Selection, into: ArtefactStore) -> None:
-        missing = into.missing(compression.STAGE, len(model))
-        stream = _stream(model, settings, windows, store, batch_size, mode) if missing else None
-        compression.compress(model, Allocation(settings, selection), into, stream, mode)
+        allocation = Allocation(settings, selection)
+        compression.compress(model, allocation, into, stream(into, compression.STAGE), mode)
 
     decision = read_decision(store)
     if decision is None:
-        missing = store.missing(candidates.STAGE, len(model))
-        stream = _stream(model, settings, windows, store, batch_size, mode) if missing else None
-        candidates.write_candidates(model, settings, store, stream)
+        candidates.write_candidates(model, settings, store, stream(store, candidates.STAGE))
         measured_on = windows[:num_sequences]
         sensitivity.write_sensitivities(model, measured_on, store, batch_size)
         selections, figures = spread_bits(store, len(model))
@@ -91,20 +94,6 @@ def compress_within_budget(
     compress(decision["selection"], store)  # what was not moved
     for stage in (candidates.STAGE, TRIALS):
         store.remove(stage)
-
-
-def _stream(
-    model: StreamedModel,
-    settings: Sequence[Compressor],
-    windows: Tensor,
-    store: ArtefactStore,
-    batch_size: int,
-    mode: CalibrationMode,
-) -> HiddenStream | None:
-    """Return calibration sequences in front of block 0, or None where the mean squares in the store are enough."""
-    if mode == "dense" and not any(map(needs_full_second_moment, settings)):
-        return None
-    return HiddenStream(model, store.ranks.share(windows), batch_size)
 
 
 def _trial(store: ArtefactStore, name: str, mode: CalibrationMode) -> ArtefactStore:
@@ -146,8 +135,7 @@ def divergences(model: StreamedModel, stores: Sequence[ArtefactStore], windows: 
         for index in range(len(model)):
             dense.run(model.load_block(index), index)
             for store, stream in zip(stores, streams, strict=True):
-                block = model.load_block(index, compression.read_block(store, index))
-                stream.run(block.to(model.device), index)
+                stream.run(load_compressed_block(model, store, index).to(model.device), index)
             report("")
     sums = [
         sum(_divergence(model, *pair) for pair in zip(dense.batches(), stream.batches(), strict=True))
@@ -159,10 +147,8 @@ def divergences(model: StreamedModel, stores: Sequence[ArtefactStore], windows: 
 
 def _divergence(model: StreamedModel, reference: Tensor, hidden: Tensor) -> float:
     """Return the summed divergence of a batch from its hidden states behind the last block, but for last positions."""
-    size = max(HEAD_TOKENS // len(hidden), 1)
     total = 0.0
-    for start in range(0, hidden.shape[1] - 1, size):
-        positions = slice(start, min(start + size, hidden.shape[1] - 1))
+    for positions in head_positions(len(hidden), hidden.shape[1] - 1):
         expected, actual = (model.head(each[:, positions]).flatten(0, 1) for each in (reference, hidden))
         total += float(kl_divergence(expected, actual)[0])
     return total

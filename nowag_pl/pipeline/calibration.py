@@ -48,6 +48,34 @@ def calibrate(model: StreamedModel, windows: Tensor, store: ArtefactStore, batch
             report("" if index in missing else "already there")
 
 
+def calibration_stream(
+    model: StreamedModel,
+    windows: Tensor,
+    store: ArtefactStore,
+    stage: str,
+    batch_size: int,
+    mode: CalibrationMode,
+    full: bool,
+) -> HiddenStream | None:
+    """Return this rank's sequences in front of block 0 for a stage that gathers second moments by itself.
+
+    Args:
+        model: dense model.
+        windows: calibration sequences `[num_sequences, seq_len]`, the same on every rank.
+        store: run directory.
+        stage: the stage.
+        batch_size: sequences that pass a block together.
+        mode: which second moments.
+        full: whether the matrices of x x^T are needed.
+
+    Returns:
+        None where no block lacks the stage, or the mean squares in the store are enough.
+    """
+    if (mode == "dense" and not full) or not store.missing(stage, len(model)):
+        return None
+    return HiddenStream(model, store.ranks.share(windows), batch_size)
+
+
 def calibrate_block(
     model: StreamedModel,
     stream: HiddenStream,

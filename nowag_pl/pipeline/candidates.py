@@ -7,11 +7,10 @@ from torch import Tensor, nn
 
 from nowag_pl.compressors import Compressor, needs_full_second_moment
 from nowag_pl.compressors.protocol import expected_bits_per_weight
-from nowag_pl.models.loading import set_module
-from nowag_pl.models.streaming import StreamedModel, find_linears
+from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear
 from nowag_pl.pipeline import calibration
-from nowag_pl.pipeline.compression import Results, compress_linears, restored
+from nowag_pl.pipeline.compression import Results, compress_linears, find_linear, take_linears
 from nowag_pl.pipeline.progress import Report, block_progress
 from nowag_pl.pipeline.store import ArtefactStore
 from nowag_pl.pipeline.stream import HiddenStream
@@ -62,9 +61,7 @@ def _compress(
     report: Report,
 ) -> list[Results]:
     """Compress the linears of one block, which it loses, with every setting that fits them."""
-    linears = find_linears(block)
-    for name in linears:
-        set_module(block, name, nn.Identity())
+    linears = take_linears(block)
     return [
         compress_linears(
             model,
@@ -94,9 +91,7 @@ def read_candidates(store: ArtefactStore, index: int) -> dict[str, dict[int, Com
     found: dict[str, dict[int, CompressedLinear]] = {}
     for number, descriptions in enumerate(metadata["linears"]):
         for name, description in descriptions.items():
-            prefix = f"{number}.{name}."
-            stored = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-            found.setdefault(name, {})[number] = restored(description, stored)
+            found.setdefault(name, {})[number] = find_linear(description, tensors, f"{number}.{name}")
     return found
 
 

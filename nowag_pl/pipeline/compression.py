@@ -97,9 +97,7 @@ def _process_block(
             moments = calibration.calibrate_block(model, stream, block, index, store, advance=False, full=full)
         _compress_block(model, block, index, compressor, moments, store, report)
     if stream is not None:
-        for name, linear in read_block(store, index).items():
-            set_module(block, name, linear.to(model.device))
-        stream.run(block, index)
+        _run_compressed(model, block, index, store, stream)
     return _losses(store, index)
 
 
@@ -138,10 +136,17 @@ def _process_corrected(
         calibration.check_finite_weights(model, block, index)
         _compress_corrected(model, block, index, compressor, store, streams, report)
     dense_stream.run(block, index)
+    _run_compressed(model, block, index, store, stream)
+    return _losses(store, index)
+
+
+def _run_compressed(
+    model: StreamedModel, block: nn.Module, index: int, store: ArtefactStore, stream: HiddenStream
+) -> None:
+    """Put the compressed linears into a block, and move the stream behind it."""
     for name, linear in read_block(store, index).items():
         set_module(block, name, linear.to(model.device))
     stream.run(block, index)
-    return _losses(store, index)
 
 
 def _compress_corrected(
@@ -198,12 +203,18 @@ def _compress_block(
 ) -> None:
     """Compress the linears of one block, which it loses, and write them as one artefact."""
     started = time.perf_counter()
-    linears = find_linears(block)
+    linears = take_linears(block)
     names = list(linears)
-    for name in names:
-        set_module(block, name, nn.Identity())  # lets go of the dense weights
     results = compress_linears(model, index, linears, compressor, moments, store.ranks, report)
     _write(store, index, names, results, time.perf_counter() - started)
+
+
+def take_linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linears of a block by name, and let the block go of them."""
+    linears = find_linears(block)
+    for name in linears:
+        set_module(block, name, nn.Identity())
+    return linears
 
 
 def compress_linears(
@@ -304,12 +315,20 @@ def measure(linear: nn.Linear, compressed: CompressedLinear, second_moment: Tens
 def read_block(store: ArtefactStore, index: int) -> dict[str, CompressedLinear]:
     """Return the compressed linears of a block by their name in it."""
     tensors, metadata = store.read(STAGE, index)
-    linears = {}
-    for name, description in metadata["linears"].items():
-        prefix = f"{name}."
-        stored = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        linears[name] = restored(description, stored)
-    return linears
+    return {name: find_linear(description, tensors, name) for name, description in metadata["linears"].items()}
+
+
+def find_linear(description: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> CompressedLinear:
+    """Return one compressed linear of an artefact.
+
+    Args:
+        description: its description.
+        tensors: those of all linears.
+        name: with a dot behind it, what the keys of its own begin with.
+    """
+    prefix = f"{name}."
+    stored = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    return restored(description, stored)
 
 
 def restored(description: Mapping[str, Any], stored: Mapping[str, Tensor]) -> CompressedLinear:

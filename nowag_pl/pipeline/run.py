@@ -29,7 +29,6 @@ from nowag_pl.pipeline.memory import measured_memory
 from nowag_pl.pipeline.ranks import Ranks
 from nowag_pl.pipeline.reference import DenseReference, Distillation, Teacher
 from nowag_pl.pipeline.store import ArtefactStore
-from nowag_pl.pipeline.stream import HiddenStream
 
 
 class CompressionRun:
@@ -127,10 +126,10 @@ class CompressionRun:
                     self.model, settings, self._windows, budget.num_sequences, self.store, self._batch_size, self._mode
                 )
             return
-        stream = None
-        needs_stream = self._mode != "dense" or needs_full_second_moment(compressor)
-        if needs_stream and self.store.missing(compression.STAGE, len(self.model)):
-            stream = HiddenStream(self.model, self.store.ranks.share(self._windows), self._batch_size)
+        full = needs_full_second_moment(compressor)
+        stream = calibration.calibration_stream(
+            self.model, self._windows, self.store, compression.STAGE, self._batch_size, self._mode, full
+        )
         with self.measuring("compression"):
             compression.compress(self.model, compressor, self.store, stream, self._mode)
 
@@ -222,8 +221,8 @@ class CompressionRun:
             )
             for name, stage in stages.items()
         }
-        if self._decision is not None:
-            seconds["budget"] = self._decision["seconds"]
+        if (decision := self._decision) is not None:
+            seconds["budget"] = decision["seconds"]
         return seconds
 
 

@@ -7,7 +7,6 @@ linear, a product for each setting), instead of a pass for each of them.
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from nowag_pl.functional.sensitivity import drawn_labels, label_gradient, predic
 from nowag_pl.models.streaming import StreamedModel, find_linears
 from nowag_pl.modules import CompressedLinear
 from nowag_pl.pipeline.candidates import read_candidates
+from nowag_pl.pipeline.drift import Point, captured
 from nowag_pl.pipeline.progress import block_progress
 from nowag_pl.pipeline.ranks import Ranks
 from nowag_pl.pipeline.store import ArtefactStore
@@ -82,9 +82,7 @@ def head_gradient(model: StreamedModel, hidden: Tensor, uniform: Tensor) -> Tens
         `[batch, seq_len, hidden]` in host memory, of the sum over all positions.
     """
     gradient = torch.zeros_like(hidden)
-    size = max(HEAD_TOKENS // len(hidden), 1)
-    for start in range(0, uniform.shape[1], size):
-        positions = slice(start, min(start + size, uniform.shape[1]))
+    for positions in head_positions(len(hidden), uniform.shape[1]):
         with torch.enable_grad():
             part = hidden[:, positions].to(model.device).requires_grad_()
             logits = model.head(part, differentiable=True)
@@ -93,6 +91,18 @@ def head_gradient(model: StreamedModel, hidden: Tensor, uniform: Tensor) -> Tens
         (of_part,) = torch.autograd.grad(logits, part, label_gradient(flat, labels).view_as(logits))
         gradient[:, positions] = of_part.cpu()
     return gradient
+
+
+def head_positions(num_sequences: int, num_positions: int) -> Iterator[slice]:
+    """Yield positions whose logits are in memory together.
+
+    Args:
+        num_sequences: sequences in a batch.
+        num_positions: positions of each.
+    """
+    size = max(HEAD_TOKENS // num_sequences, 1)
+    for start in range(0, num_positions, size):
+        yield slice(start, min(start + size, num_positions))
 
 
 def _hidden_states(
@@ -134,36 +144,18 @@ def _backward(
     sums: dict[str, dict[int, float]],
 ) -> Tensor:
     """Take gradients of a batch from behind a block to its front, and add up what the candidates' errors do."""
-    with torch.enable_grad(), _recorded(block) as records:
+    linears = find_linears(block)
+    points = [point for name in candidates for point in (Point(name, "input"), Point(name, "output"))]
+    with torch.enable_grad(), captured(block, points) as seen:
         entering = entering.to(model.device).requires_grad_()
         output = model.forward_block(block, entering, model.arguments(index, *entering.shape[:2]))
-    names = [name for name in candidates if name in records]
-    outputs = [records[name][1] for name in names]
+    names = [name for name in candidates if Point(name, "output") in seen]
+    outputs = [seen[Point(name, "output")] for name in names]
     before, *of_outputs = torch.autograd.grad(output, [entering, *outputs], gradient.to(model.device))
     with torch.no_grad():
-        linears = find_linears(block)
         for name, of_output in zip(names, of_outputs, strict=True):
-            weight, inputs = linears[name].weight, records[name][0]
+            weight, inputs = linears[name].weight, seen[Point(name, "input")]
             for number, linear in candidates[name].items():
                 change = F.linear(inputs, (linear.weight.float() - weight.float()).to(inputs.dtype))
                 sums[name][number] += float(predicted_divergence(change, of_output))
     return before.cpu()
-
-
-@contextmanager
-def _recorded(block: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Note inputs and outputs of the linears of a block while the context is open."""
-    records: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def record(name: str, inputs: Tensor, output: Tensor) -> None:
-        records[name] = inputs.detach(), output
-
-    handles = [
-        linear.register_forward_hook(lambda _, args, output, name=name: record(name, args[0], output))
-        for name, linear in find_linears(block).items()
-    ]
-    try:
-        yield records
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,12 +1,6 @@
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from tiny_models import ROOT
+from triton_interpreter import interpreted
 
 pytest.importorskip("triton")
 
@@ -19,18 +13,8 @@ CASES = [(150, 6, 200), (70, 3, 64), (64, 9, 65), (5, 1, 2), (33, 4, 1)]  # poin
 
 @pytest.fixture(scope="module")
 def results():
-    """Codes, distances and doubts of all cases, from a process of its own: Triton reads the environment on import."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(Path(__file__).with_name("kmeans_cases.py")), json.dumps(CASES)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(zip(CASES, json.loads(done.stdout), strict=True))
+    """Codes, distances and doubts of all cases, from Triton's interpreter."""
+    return interpreted("kmeans_cases.py", CASES)
 
 
 def check(features, right, codes, distances):

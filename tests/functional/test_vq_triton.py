@@ -1,12 +1,6 @@
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from tiny_models import ROOT
+from triton_interpreter import interpreted
 from vq_oracle import problem
 
 triton = pytest.importorskip("triton")
@@ -28,18 +22,8 @@ CASES = [(*shape, dtype) for shape in SHAPES for dtype in TOLERANCE if dtype != 
 
 @pytest.fixture(scope="module")
 def errors():
-    """Relative errors of all cases, from a process of its own: Triton reads the environment when it is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(Path(__file__).with_name("triton_cases.py")), json.dumps(CASES)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(zip(CASES, json.loads(done.stdout), strict=True))
+    """Relative errors of all cases, from Triton's interpreter."""
+    return interpreted("triton_cases.py", CASES)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -1,7 +1,6 @@
 """A budget over linears: sensitivities against autograd on the whole model, bits, resume, ranks, and the way back."""
 
 import json
-import os
 from dataclasses import replace
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from rank_threads import on_ranks
 from test_pipeline_moments import WINDOWS, calibrated
-from test_pipeline_run import EVALUATION, CutError
+from test_pipeline_run import EVALUATION, CutError, cut_behind
 from tiny_models import artefacts, load_whole
 
 from nowag_pl import NoWagPruner, NoWagQuantizer
@@ -162,20 +161,8 @@ def without_times(run_dir) -> tuple:
 @pytest.mark.parametrize("num_writes", [4, 10, 15, 19, *(pytest.param(n, marks=pytest.mark.slow) for n in (7, 13, 16))])
 def test_cut_run_goes_on_to_the_same_artefacts(num_writes, model_folder, tmp_path, monkeypatch):
     budgeted(model_folder(), tmp_path / "whole", QUANTIZER, SMALL)
-    replacing, count = os.replace, 0
-
-    def cutting(source, target):
-        nonlocal count
-        if str(target).endswith((".safetensors", "decision.json")):
-            if count == num_writes:
-                raise CutError
-            count += 1
-        replacing(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", cutting)
-        with pytest.raises(CutError):
-            budgeted(model_folder(), tmp_path / "cut", QUANTIZER, SMALL)
+    with cut_behind(num_writes, (".safetensors", "decision.json"), monkeypatch), pytest.raises(CutError):
+        budgeted(model_folder(), tmp_path / "cut", QUANTIZER, SMALL)
     budgeted(model_folder(), tmp_path / "cut", QUANTIZER, SMALL)
     assert without_times(tmp_path / "cut") == without_times(tmp_path / "whole")
 

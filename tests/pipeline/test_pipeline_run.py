@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from itertools import product
 from math import log
 
@@ -38,24 +39,31 @@ class CutError(Exception):
     """The process ends here."""
 
 
+@contextmanager
+def cut_behind(num_writes, endings, monkeypatch):
+    """Raise CutError when one more file than that is to be put in its place."""
+    putting, count = os.replace, 0
+
+    def cutting(source, target):
+        nonlocal count
+        if str(target).endswith(endings):
+            if count == num_writes:
+                raise CutError
+            count += 1
+        putting(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", cutting)
+        yield
+
+
 @pytest.mark.parametrize(  # writes of 3 moments, 3 compressed blocks, 2 references, in any mode
     ("mode", "num_writes"),
     [*product(["dense", "propagated"], range(9)), *product(["corrected"], [0, 3, 4])],
 )
 def test_cut_run_goes_on_to_the_same_artefacts(mode, num_writes, model_folder, tmp_path, monkeypatch):
     everything(model_folder(), tmp_path / "whole", mode=mode)
-    replace, count = os.replace, 0
-
-    def cutting(source, target):
-        nonlocal count
-        if str(target).endswith((".safetensors", ".npy")):
-            if count == num_writes:
-                raise CutError
-            count += 1
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", cutting)
+    with cut_behind(num_writes, (".safetensors", ".npy"), monkeypatch):
         if num_writes < 8:
             with pytest.raises(CutError):
                 everything(model_folder(), tmp_path / "cut", mode=mode)
