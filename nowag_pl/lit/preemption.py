@@ -48,6 +48,7 @@ class Preemption(Callback):
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
+        self._saved_step = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Know the processes to tell."""
@@ -77,8 +78,8 @@ class Preemption(Callback):
             self._save(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop between two epochs."""
-        if self._is_wanted(trainer):
+        """Stop between two epochs where their state is saved; what came later waits for the next step."""
+        if self._saved_step == trainer.global_step:
             raise SIGTERMException()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -98,6 +99,7 @@ class Preemption(Callback):
 
     def _save(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self._path)
+        self._saved_step = trainer.global_step
         if trainer.is_global_zero:
             _log.warning("SIGTERM: training is saved in %s; the same command goes on from there.", self._path)
 

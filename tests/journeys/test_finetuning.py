@@ -15,7 +15,7 @@ from tiny_models import ROOT, artefacts, finish, fit_arguments, load_whole, star
 from nowag_pl import load_compressed
 from nowag_pl.lit.block_module import BlockModule
 from nowag_pl.lit.module import LitCausalLM
-from nowag_pl.lit.preemption import EXIT_CODE
+from nowag_pl.lit.preemption import EXIT_CODE, Preemption
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -206,6 +206,24 @@ def test_sigterm_behind_any_step_loses_none(step, fit, tmp_path, monkeypatch):
     assert_equal_tensors(exported(tmp_path / "run"), exported(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_sigterm_between_two_epochs_loses_none(checkpoints, fit, tmp_path, monkeypatch, caplog):
+    settings = (*DISTILLATION, f"--trainer.enable_checkpointing={checkpoints}")
+    assert fit(*settings, name="whole").code == 0
+    on_train_epoch_end = Preemption.on_train_epoch_end
+
+    def stopping(self, trainer, pl_module):
+        on_train_epoch_end(self, trainer, pl_module)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Preemption, "on_train_epoch_end", stopping)
+        assert fit(*settings).code == EXIT_CODE
+    assert "training is saved in" in caplog.text
+    assert fit(*settings).code == 0
+    assert_equal_tensors(exported(tmp_path / "run"), exported(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize("every", [1, 3, 4])  # 4 steps in an epoch
 @pytest.mark.parametrize("step", [3, 4, 5])
 def test_run_cut_after_a_checkpoint_between_epochs(step, every, fit, tmp_path, monkeypatch):
@@ -308,7 +326,7 @@ def test_stopped_process_goes_on_to_the_same_bytes(point, signum, fit, model_fol
     assert not (run_dir / "export_finetuned").exists() or "training" in point
     if signum == signal.SIGTERM:
         assert code == EXIT_CODE, said
-        assert "training is saved in" in said or "training" not in point  # it may have been between two blocks
+        assert "training is saved in" in said or "training" not in point  # blockwise it may be between two blocks
         assert "the same command goes on" in said
         assert "Traceback" not in said
     else:
