@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nowag_pl.functional.chunks import CHUNK_ELEMENTS
 from nowag_pl.functional.kmeans_start import kmeans_plus_plus
-from nowag_pl.functional.nearest import CPU_CHUNK_ELEMENTS, CUDA_CHUNK_ELEMENTS, point_features, search
+from nowag_pl.functional.nearest import chunk_points, point_features, search
 from nowag_pl.functional.quantized import SubvectorWeights
 
 CUDA_PART_ELEMENTS = 2**25  # features at a time, 128 MiB: few kernels are launched
@@ -83,8 +83,7 @@ def weighted_kmeans(
         max_iters: updates of the codebook at the most.
         tolerance: least relative gain of the loss to go on; 0 to go on until the codes settle.
         codebook: start from these codewords instead of k-means++.
-        chunk_size: points whose k distances are in memory at a time. None: as many as make 2^18 distances on a CPU,
-            2^25 elsewhere.
+        chunk_size: points whose k distances are in memory at a time. None: :func:`nearest.chunk_points`.
 
     Returns:
         Codebook `[k, d]`, codes `[n]` (int32), the loss of exactly this pair, and the updates that led to it.
@@ -98,8 +97,7 @@ def weighted_kmeans(
             f"Expected a codebook of shape {(num_codewords, points.shape[1])}, but got {tuple(codebook.shape)}."
         )
     if chunk_size is None:
-        elements = CPU_CHUNK_ELEMENTS if points.device.type == "cpu" else CUDA_CHUNK_ELEMENTS
-        chunk_size = max(elements // max(num_codewords, 2 * points.shape[1]), 1)
+        chunk_size = chunk_points(num_codewords, points.shape[1], points.device)
     if codebook is None:
         codebook = kmeans_plus_plus(points, weights, num_codewords, generator)
     prepared = _Points(points, weights, chunk_size)

@@ -1,14 +1,19 @@
-"""The k-means++ start: codewords chosen among the points, far from each other."""
+"""The k-means++ start: codewords chosen among the points, far from each other.
+
+Each is drawn with probability proportional to its distance from those before it. Distances only fall, so that several
+draws can be made at once from earlier ones, of which each is kept with the share of its distance that is left; what is
+kept has the probabilities of one draw after the other. All distances are then lowered in one search.
+"""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from nowag_pl.functional.nearest import codeword_features, is_for_numba, point_features
+from nowag_pl.functional.nearest import codeword_features, point_features, search
 from nowag_pl.functional.quantized import SubvectorWeights
 
 START_POINTS_PER_CODEWORD = 64  # the start is drawn from a random sample of at most so many points
-NUMBA_MIN_DISTANCES = 2**26  # of all draws, above which other rounding and compiling pay off
+MAX_CANDIDATES = 1024  # at once; so many distances of each of them are in memory
 
 
 def kmeans_plus_plus(
@@ -33,20 +38,42 @@ def kmeans_plus_plus(
     if len(points) > sample_size:
         sample = torch.randperm(len(points), generator=generator)[:sample_size].sort().values.to(points.device)
     points, weights = points[sample], weights[sample]
-    draws = torch.rand(num_codewords, generator=generator, dtype=torch.float64)
-    if is_for_numba(points, num_codewords, NUMBA_MIN_DISTANCES):
-        from nowag_pl.functional.kmeans_start_numba import draw_points
-
-        return points[draw_points(points, weights, draws)]
-    dim = points.shape[1]
-    left, candidates = point_features(points, weights), codeword_features(points).T  # [n, 2 d]
-    offset = (left[:, dim:] * points).sum(dim=1)  # [n]: sum_j w x^2, what the scalar product leaves out
+    features = point_features(points, weights)  # [n, 2 d]
+    offset = (features[:, points.shape[1] :] * points).sum(dim=1)  # [n]: sum_j w x^2, what the features leave out
     distances = torch.ones_like(offset)  # equal chances for the first
-    chosen: list[Tensor] = []
-    for draw in draws.to(points.device):
-        cumulative = distances.cumsum(0, dtype=torch.float64)
-        index = torch.searchsorted(cumulative, draw * cumulative[-1], right=True).clamp_(max=len(points) - 1)
-        new = (left @ candidates[index]).add_(offset).clamp_(min=0)
-        distances = torch.minimum(distances, new) if chosen else new
-        chosen.append(index)
-    return points[torch.stack(chosen)]
+    chosen = _draw(points, features, offset, distances, 1, generator)
+    distances.fill_(torch.inf)
+    newest, codes = chosen, torch.empty(len(points), dtype=torch.int32, device=points.device)
+    while len(chosen) < num_codewords:
+        nearest = torch.empty_like(offset)
+        search(points[newest], len(points))(features, codes, nearest)
+        torch.minimum(distances, nearest.add_(offset).clamp_(min=0), out=distances)
+        count = min(len(chosen), MAX_CANDIDATES)  # while as many are added, most of each distance is left
+        newest = _draw(points, features, offset, distances, count, generator)
+        chosen = torch.cat([chosen, newest])
+    return points[chosen[:num_codewords]]
+
+
+def _draw(
+    points: Float[Tensor, "n d"],
+    features: Float[Tensor, "n width"],
+    offset: Float[Tensor, "n"],
+    distances: Float[Tensor, "n"],
+    count: int,
+    generator: torch.Generator,
+) -> Int[Tensor, "kept"]:
+    """Draw candidates by distances that leave each other out, and return those that the others let through."""
+    draws = torch.rand(2, count, generator=generator, dtype=torch.float64)
+    cumulative = distances.cumsum(0, dtype=torch.float64)
+    candidates = torch.searchsorted(cumulative, draws[0].to(points.device) * cumulative[-1], right=True)
+    candidates.clamp_(max=len(points) - 1)
+    products = features[candidates] @ codeword_features(points[candidates])
+    apart = (products + offset[candidates, None]).clamp_(min=0).T.cpu().contiguous()  # [codeword, point]
+    left = distances[candidates].cpu()
+    least = draws[1] * left
+    kept: list[int] = []
+    for number, new in enumerate(apart):
+        if left[number] >= least[number]:
+            kept.append(number)
+            torch.minimum(left, new, out=left)
+    return candidates[kept]

@@ -45,16 +45,30 @@ def codeword_features(codebook: Float[Tensor, "k d"]) -> Float[Tensor, "width k"
     return torch.cat([codebook.square(), -2 * codebook], dim=1).T
 
 
+def chunk_points(num_codewords: int, dim: int, device: torch.device) -> int:
+    """Return how many points make 2^18 distances on a CPU, 2^25 elsewhere.
+
+    Args:
+        num_codewords: k.
+        dim: d.
+        device: where the points are.
+    """
+    elements = CPU_CHUNK_ELEMENTS if device.type == "cpu" else CUDA_CHUNK_ELEMENTS
+    return max(elements // max(num_codewords, 2 * dim), 1)
+
+
 def search(
-    codebook: Float[Tensor, "k d"], num_points: int, chunk_size: int
+    codebook: Float[Tensor, "k d"], num_points: int, chunk_size: int | None = None
 ) -> Callable[[Tensor, Tensor, Tensor], None]:
     """Return what writes nearest codewords, int32, and their products, given :func:`point_features`.
 
     Args:
         codebook: codewords.
         num_points: how many points will be searched for in all.
-        chunk_size: points whose k distances are in memory at a time, where they are written.
+        chunk_size: points whose k distances are in memory at a time, where they are written; else :func:`chunk_points`.
     """
+    if chunk_size is None:
+        chunk_size = chunk_points(len(codebook), codebook.shape[1], codebook.device)
     right = codeword_features(codebook).contiguous()
     if is_for_numba(codebook, num_points, NUMBA_MIN_DISTANCES):
         from nowag_pl.functional.kmeans_numba import codeword_registers, find_nearest

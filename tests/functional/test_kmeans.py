@@ -1,3 +1,4 @@
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nowag_pl.functional import kmeans
+from nowag_pl.functional import kmeans, kmeans_start, nearest
 from nowag_pl.functional.chunks import CHUNK_ELEMENTS
 from nowag_pl.functional.kmeans import weighted_kmeans
 from nowag_pl.functional.kmeans_start import START_POINTS_PER_CODEWORD, kmeans_plus_plus
@@ -204,21 +205,46 @@ def test_fewer_points_than_codewords_are_refused():
         weighted_kmeans(points, weights, 4, seeded())
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_start_equals_scalar_loops(seed):
-    points, weights = random_problem(100, 3, seed)
-    lists = list(zip(points.tolist(), weights.tolist(), strict=True))
-    draws = torch.rand(4, generator=seeded(seed), dtype=torch.float64).tolist()
-    chances, expected = [1.0] * 100, []
-    for draw in draws:
-        left, index = draw * sum(chances), 0
-        while (left := left - chances[index]) >= 0:
-            index += 1
-        expected.append(points[index])
-        chances = [
-            min(scalar_distance(point, weight, codeword.tolist()) for codeword in expected) for point, weight in lists
-        ]
-    assert torch.equal(kmeans_plus_plus(points, weights, 4, seeded(seed)), torch.stack(expected))
+def start_probabilities(points, weights, num_codewords) -> dict[tuple[int, ...], float]:
+    """Return the probability of each order of codewords when each is drawn by the distances from all before it."""
+    chances = {(): 1.0}
+    for _ in range(num_codewords):
+        longer = {}
+        for chosen, chance in chances.items():
+            distances = [
+                min((scalar_distance(point, weight, points[codeword]) for codeword in chosen), default=1.0)
+                for point, weight in zip(points, weights, strict=True)
+            ]
+            for index, distance in enumerate(distances):
+                if distance > 0:
+                    longer[(*chosen, index)] = chance * distance / sum(distances)
+        chances = longer
+    return chances
+
+
+def test_start_has_the_probabilities_of_one_draw_after_the_other():
+    points, weights = random_problem(5, 2, seed=3)
+    expected = start_probabilities(points.tolist(), weights.tolist(), 4)  # the last two are drawn at once
+    generator, count = seeded(), 1200
+    observed = Counter(
+        tuple((points == codeword).all(dim=1).nonzero().item() for codeword in start)
+        for start in (kmeans_plus_plus(points, weights, 4, generator) for _ in range(count))
+    )
+    assert observed.keys() <= expected.keys()
+    chi_square = sum((observed[key] - count * chance) ** 2 / (count * chance) for key, chance in expected.items())
+    freedom = len(expected) - 1
+    assert freedom == 119
+    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_start_finds_every_cluster_in_few_passes(monkeypatch):
+    centers = 1000 * torch.randn(300, 4, generator=seeded())
+    points = (centers[:, None] + torch.randn(300, 10, 4, generator=seeded(1))).flatten(0, 1)
+    searches = []
+    monkeypatch.setattr(kmeans_start, "search", lambda *args: (searches.append(0), nearest.search(*args))[1])
+    start = kmeans_plus_plus(points, torch.ones_like(points), 300, seeded(2))
+    assert torch.cdist(start, centers).argmin(dim=1).unique().numel() == 300
+    assert len(searches) < 40
 
 
 @pytest.mark.parametrize("seed", range(8))

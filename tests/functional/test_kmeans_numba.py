@@ -5,11 +5,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("numba")
 
-from nowag_pl.functional import kmeans_start, nearest
+from nowag_pl.functional import nearest
 from nowag_pl.functional.kmeans import weighted_kmeans
 from nowag_pl.functional.kmeans_numba import codeword_registers, find_nearest
 from nowag_pl.functional.kmeans_start import kmeans_plus_plus
-from nowag_pl.functional.kmeans_start_numba import draw_points
 from nowag_pl.functional.nearest import row_minima
 
 
@@ -87,37 +86,11 @@ def test_small_problems_and_long_codewords_are_left_to_torch(problem, monkeypatc
     assert weighted_kmeans(*problem, 40, seeded(), 1).num_iters == 1
 
 
-def scalar_draws(points, weights, draws):
-    chances, chosen = [1.0] * len(points), []
-    for draw in draws:
-        left, index = draw * sum(chances), 0
-        while (left := left - chances[index]) >= 0:
-            index += 1
-        chosen.append(index)
-        errors = (weights.double() * (points.double() - points[index].double()).square()).sum(dim=1).tolist()
-        chances = errors if len(chosen) == 1 else [min(pair) for pair in zip(chances, errors, strict=True)]
-    return chosen
-
-
-@pytest.mark.parametrize("num_threads", [1, 3])
-@pytest.mark.parametrize("num_points", [5, 512, 1300])
-def test_draws_equal_scalar_loops(num_points, num_threads, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
-    points = torch.randn(num_points, 3, generator=seeded())
-    weights = torch.rand(num_points, 3, generator=seeded(1))
-    draws = torch.rand(5, generator=seeded(2), dtype=torch.float64)
-    assert draw_points(points, weights, draws).tolist() == scalar_draws(points, weights, draws.tolist())
-
-
-def test_draws_among_points_without_weight():
-    chosen = draw_points(torch.ones(600, 3), torch.zeros(600, 3), torch.rand(3, generator=seeded()).double())
-    assert chosen.tolist()[1:] == [599, 599]
-
-
 def test_a_start_is_that_without_numba(problem, monkeypatch):
-    expected = kmeans_plus_plus(*problem, 30, seeded())
-    monkeypatch.setattr(kmeans_start, "NUMBA_MIN_DISTANCES", 0)
-    assert torch.equal(kmeans_plus_plus(*problem, 30, seeded()), expected)
-    sampled = kmeans_plus_plus(*problem, 3, seeded())  # from 192 of 600 points
-    monkeypatch.setattr(kmeans_start, "NUMBA_MIN_DISTANCES", 2**62)
-    assert torch.equal(kmeans_plus_plus(*problem, 3, seeded()), sampled)
+    starts = []
+    for has_numba in (True, False):
+        monkeypatch.setattr(nearest, "NUMBA_MIN_DISTANCES", 0)
+        monkeypatch.setattr(nearest, "has_module", lambda name, found=has_numba: found)
+        starts.append([kmeans_plus_plus(*problem, count, seeded()) for count in (30, 3)])  # 3: from 192 of 600 points
+    assert torch.equal(starts[0][0], starts[1][0])
+    assert torch.equal(starts[0][1], starts[1][1])
