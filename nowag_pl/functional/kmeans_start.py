@@ -64,9 +64,9 @@ def _draw(
 ) -> Int[Tensor, "kept"]:
     """Draw candidates by distances that leave each other out, and return those that the others let through."""
     draws = torch.rand(2, count, generator=generator, dtype=torch.float64)
-    cumulative = distances.cumsum(0, dtype=torch.float64)
-    candidates = torch.searchsorted(cumulative, draws[0].to(points.device) * cumulative[-1], right=True)
-    candidates.clamp_(max=len(points) - 1)
+    cumulative = distances.cpu().cumsum(0, dtype=torch.float64)  # on CUDA sums differ from time to time
+    candidates = torch.searchsorted(cumulative, draws[0] * cumulative[-1], right=True)
+    candidates = candidates.clamp_(max=len(points) - 1).to(points.device)
     products = features[candidates] @ codeword_features(points[candidates])
     apart = (products + offset[candidates, None]).clamp_(min=0).T.cpu().contiguous()  # [codeword, point]
     left = distances[candidates].cpu()
