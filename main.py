@@ -22,7 +22,7 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from callbacks.calibration import ModelCalibration
@@ -32,11 +32,11 @@ from callbacks.finetuning import ModelFinetuning
 from callbacks.inspection import ModelInspection
 from callbacks.preflight import ModelPreflight
 from callbacks.reporting import ModelReport
-from nowag_pl.lit.command_line import HelpFormatter, SuggestingParser, suggestion
+from nowag_pl.lit.command_line import HelpFormatter, SuggestingParser, explained, suggestion
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
-from nowag_pl.lit.preemption import EXIT_CODE, Preemption, install
-from nowag_pl.lit.trainer import CHECKPOINT, CompressionTrainer
+from nowag_pl.lit.preemption import Preemption, begin, received_signal
+from nowag_pl.lit.trainer import CHECKPOINT, CompressionTrainer, check_checkpoint
 from nowag_pl.pipeline.comparing import compare
 from nowag_pl.pipeline.compression import describe
 
@@ -99,6 +99,7 @@ class CompressionCLI(LightningCLI):
         if self.config.subcommand == "compare":
             compare(self.config.compare.run_dirs, self.config.compare.output)
             parser.exit()
+        check_checkpoint(self.config[self.config.subcommand].get("ckpt_path"))  # before Lightning opens it
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add what stops a training in good order."""
@@ -122,11 +123,22 @@ class CompressionCLI(LightningCLI):
         config = self.config[self.subcommand]
         if config.run_dir is None:
             config.run_dir = str(Path("runs") / _run_name(config, str(self.subcommand)))
+        _check_run_dir(config.run_dir, config.model.path)
         config.model.run_dir = config.run_dir
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str((Path(config.run_dir) / CHECKPOINT).parent)
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = config.run_dir
+
+
+def _check_run_dir(run_dir: str, model_path: str) -> None:
+    """Raise ValueError where artefacts cannot be kept, or would lie among the weights of the model."""
+    if not run_dir:
+        raise ValueError("Expected run_dir to name a folder, but got ''.")
+    if Path(run_dir).is_file():
+        raise ValueError(f"Expected run_dir to name a folder, but {run_dir} is a file.")
+    if Path(run_dir).resolve() == Path(model_path).resolve():
+        raise ValueError(f"Expected run_dir to be another folder than that of the model, but got {run_dir}.")
 
 
 def _run_name(config: Any, subcommand: str) -> str:
@@ -192,18 +204,20 @@ def main(args: ArgsType = None) -> CompressionCLI:
 
 
 if __name__ == "__main__":
-    install()
+    begin()
     try:
         main()
     except SIGTERMException:
-        print("Stopped by SIGTERM; the same command goes on from here.", file=sys.stderr)  # noqa: T201
-        sys.exit(EXIT_CODE)
-    except (ValueError, OSError) as error:
+        stopped_by = received_signal()
+        print(f"Stopped by {stopped_by.name}; the same command goes on from here.", file=sys.stderr)  # noqa: T201
+        sys.exit(128 + stopped_by)
+    except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("NOWAG_PL_TRACEBACK"):
             raise
         message: object = error
         if isinstance(error, OSError) and error.strerror:  # without the number
             message = error.strerror + (f": {error.filename}" if error.filename else "")
-        if found := suggestion(str(message)):
+        message = explained(str(message))
+        if found := suggestion(message):
             message = f"{message}\ndid you mean {found}?"
         sys.exit(f"error: {message}\n(NOWAG_PL_TRACEBACK=1 shows where)")

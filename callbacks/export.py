@@ -12,6 +12,7 @@ from nowag_pl.models.checkpoint import save_compressed, save_dense
 from nowag_pl.pipeline.preflight import ModelSizes, StageNeeds, export_needs
 
 _log = logging.getLogger("nowag_pl")
+EXPORT = "export"  # folder in the run directory
 
 
 class ModelExport(Callback):
@@ -29,9 +30,7 @@ class ModelExport(Callback):
 
     def needs(self, sizes: ModelSizes, trainer: Trainer) -> list[StageNeeds]:
         """Return what the folders will need."""
-        finetunes = any(getattr(each, "finetunes_blocks", False) for each in trainer.callbacks)  # type: ignore[attr-defined]
-        num_copies = 2 if finetunes or trainer.max_epochs != 0 else 1
-        return [export_needs(sizes, num_copies, self.dense)] if self.enabled else []
+        return [export_needs(sizes, 1 + _finetunes(trainer), self.dense)] if self.enabled else []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder on rank zero, if this run changed the model."""
@@ -40,7 +39,7 @@ class ModelExport(Callback):
         trained = phase in ("blockwise", "finetuned")
         if not (self.enabled and module.run_dir and (trained or (phase == "one_shot" and module.is_compressed_here))):
             return
-        folder = Path(module.run_dir) / ("export_finetuned" if trained else "export")
+        folder = Path(module.run_dir) / (f"{EXPORT}_finetuned" if trained else EXPORT)
         if module.model is not None:
             model = module.whole_model()
             if trainer.is_global_zero:
@@ -50,3 +49,12 @@ class ModelExport(Callback):
             module.compressed.save(folder, self.dense)
         if trainer.is_global_zero:
             _log.info("Model written to %s", folder)
+        finetuned = folder.with_name(f"{EXPORT}_finetuned")
+        if trainer.is_global_zero and phase == "one_shot" and not _finetunes(trainer) and finetuned.exists():
+            _log.warning("%s is of an earlier command; this report is without its figures", finetuned)
+
+
+def _finetunes(trainer: Trainer) -> bool:
+    """Tell whether this command finetunes in any way."""
+    by_blocks = any(getattr(each, "finetunes_blocks", False) for each in trainer.callbacks)  # type: ignore[attr-defined]
+    return by_blocks or trainer.max_epochs != 0

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 
 from nowag_pl.lit.batches import ResumableLoader, Share, SharedBatches
 from nowag_pl.lit.block_module import ERROR, BlockModule
-from nowag_pl.lit.preemption import Preemption
+from nowag_pl.lit.preemption import Preemption, stop_if_asked
 from nowag_pl.models.checkpoint import stored_state
 from nowag_pl.pipeline import finetuning
 from nowag_pl.pipeline.arrays import ArrayFolder, SequenceArray
@@ -134,6 +134,7 @@ class _Blockwise:
             for index in range(start):
                 report("already there" if index not in missing else "skipped")
             for index in range(start, last + 1):
+                stop_if_asked()
                 note = "already there"
                 inputs = self._read(f"prefix_{index:03d}")
                 targets = self._targets(index, inputs) if index in missing else None

@@ -27,8 +27,28 @@ class SuggestingParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with the message, and with the nearest known names where it speaks of an unknown one."""
         parser = getattr(ex, "subcommand_parser", None) or self
+        message = explained(message)
         found = suggestion(message, parser._option_string_actions)
         super().error(message + (f"\ndid you mean {found}?" if found else ""), ex)
+
+
+def explained(message: str) -> str:
+    r"""Return an error message without what jsonargparse puts around one of ours, or with what may be wrong in YAML.
+
+    Args:
+        message: of jsonargparse, argparse, or this package.
+
+    Example:
+        >>> explained("Does not validate against any of the Union subtypes\n  - Expected top_k above 0, but got -1.")
+        'Expected top_k above 0, but got -1.'
+    """
+    if "Union subtypes" not in message:
+        return message
+    if own := re.search(r"- (Expected [\w.]+ .*, but got .*)", message):
+        return own[1]
+    if re.search(r"Expected a <class 'dict'>.*Given value: \{[^}]*\w:[^\s]", message, re.DOTALL):
+        return f"{message}\nYAML wants a space behind the colon: {{name: file.txt}}"
+    return message
 
 
 def suggestion(message: str, options: Iterable[str] = ()) -> str | None:

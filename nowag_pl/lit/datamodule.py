@@ -63,6 +63,14 @@ class TokenDataModule(LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
+        for name, texts in {
+            "calibration_files": calibration_files,
+            "eval_files": eval_files,
+            "eval_datasets": eval_datasets,
+            "python_packages": python_packages,
+        }.items():
+            if texts is not None and not texts:
+                raise ValueError(f"Expected an entry in data.{name}, but got {texts}. null takes the default.")
         if calibration_files and calibration_dataset:
             raise ValueError("Expected data.calibration_files or data.calibration_dataset, but got both.")
         if calibration_dataset and calibration_dataset.protocol != "stream":

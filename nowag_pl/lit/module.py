@@ -1,10 +1,11 @@
 """The causal language model under Lightning: training, and perplexity validation."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import cached_property
-from math import ceil
+from math import ceil, inf, isnan
+from textwrap import shorten
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from nowag_pl.data.tokens import tokens_digest
 from nowag_pl.lit.metrics import Divergence, Perplexity
-from nowag_pl.lit.sharding import gathered_state, shard
+from nowag_pl.lit.sharding import gathered_state, local_part, shard
 from nowag_pl.models.checkpoint import is_compressed, load_compressed
 from nowag_pl.models.loading import EMBEDDED, Checkpoint
 from nowag_pl.models.streaming import StreamedModel
@@ -52,6 +53,9 @@ class LitCausalLM(LightningModule):
         distillation: train a compressed model towards the dense model's predictions. null: towards the next token.
         verify: compare each weight file with its checksum, where the model has them, as exported ones do.
         run_dir: folder of artefacts and report; without it nothing can be compressed.
+
+    Raises:
+        ValueError: a number is out of its range.
     """
 
     def __init__(
@@ -67,6 +71,12 @@ class LitCausalLM(LightningModule):
         run_dir: str | None = None,
     ) -> None:
         super().__init__()
+        if not 0 < learning_rate < inf:
+            raise ValueError(f"Expected model.learning_rate above 0, but got {learning_rate}.")
+        if not 0 <= weight_decay < inf:
+            raise ValueError(f"Expected model.weight_decay of at least 0, but got {weight_decay}.")
+        if not 0 <= warmup_fraction < 1:
+            raise ValueError(f"Expected model.warmup_fraction of at least 0 and below 1, but got {warmup_fraction}.")
         self.run_dir = run_dir
         self.checkpoint = Checkpoint(path, dtype, verify)
         self.verify = verify
@@ -237,8 +247,40 @@ class LitCausalLM(LightningModule):
             losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
             losses = losses.unflatten(0, (len(tokens), -1))
         loss = (losses.mean(dim=1) * batch["weight"]).sum()
+        if not loss.isfinite():
+            raise self._diverged(f"a loss of {float(loss)}")
         self.log("train/loss", loss, prog_bar=True, batch_size=1)
         return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Refuse what has diverged, before it is saved."""
+        for name, parameter in self.named_parameters():
+            if not bool(local_part(parameter).isfinite().all()):
+                raise self._diverged(f"values that are not finite in {name}")
+
+    def _diverged(self, what: str) -> ValueError:
+        return ValueError(
+            f"Expected end-to-end training to stay finite, but got {what} after {self.global_step} steps. "
+            f"Try a smaller model.learning_rate than {self.learning_rate}."
+        )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load a state as torch does.
+
+        Raises:
+            ValueError: it is of another model or method.
+        """
+        try:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        except RuntimeError as error:
+            _, _, problems = str(error).partition("\n")
+            problem = shorten(problems, 200, placeholder=" ...")
+            raise ValueError(f"Expected a checkpoint of this model and method, but got: {problem}") from error
+
+    def check_training(self) -> None:
+        """Raise ValueError, before anything is computed, where end-to-end training would be refused."""
+        if self.distillation is not None:
+            self.distillation.check(self.checkpoint.vocab_size)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with a linear warm-up and a cosine decay."""
@@ -339,6 +381,8 @@ class LitCausalLM(LightningModule):
                 values["dense_perplexity"] = self._dense_perplexity[name].compute()
                 values |= self._divergence[name].compute()
             self.eval_metrics[name] = {key: float(value) for key, value in values.items()}
+            if getattr(self.trainer, "phase", None) == "finetuned" and isnan(values["perplexity"]):
+                raise self._diverged(f"a perplexity of nan on {name}")
             self.log_dict({f"{key}/{name}": value.float() for key, value in values.items()}, rank_zero_only=True)
 
     @property

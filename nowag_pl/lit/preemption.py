@@ -1,4 +1,4 @@
-"""SIGTERM, by which clusters take a machine back: training saves and stops, everything else stops at once."""
+"""SIGTERM, by which clusters take a machine back, and Ctrl-C: training saves and stops, all else stops at once."""
 
 import logging
 import signal
@@ -16,15 +16,17 @@ EXIT_CODE = 128 + signal.SIGTERM
 class _Request:
     """What the signal handler of this process knows."""
 
-    received = False
+    received = 0  # number of the signal
     trainers: list[Trainer] = []  # noqa: RUF012 - those in training, the innermost last
     launcher: Any = None  # of the processes that this one has started
 
 
 def handle_sigterm(signum: int = 0, frame: Any = None) -> None:
     """Ask a running training to save and stop; stop at once where there is none, as artefacts are always whole."""
-    _Request.received = True
-    if _Request.launcher is not None:
+    _Request.received = signum or signal.SIGTERM
+    if signum == signal.SIGINT:  # a terminal sends it to all processes; the second ends the program as it is
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    elif _Request.launcher is not None:
         launcher, _Request.launcher = _Request.launcher, None
         launcher.kill(signal.SIGTERM)
     if not _Request.trainers:
@@ -35,6 +37,24 @@ def install() -> None:
     """Handle SIGTERM from now on, also where Lightning has put a handler of its own."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handle_sigterm)
+
+
+def begin() -> None:
+    """Handle SIGTERM and Ctrl-C in a program that has just begun."""
+    _Request.received = 0
+    install()
+    signal.signal(signal.SIGINT, handle_sigterm)
+
+
+def received_signal() -> signal.Signals:
+    """Return the signal that has stopped this process."""
+    return signal.Signals(_Request.received or signal.SIGTERM)
+
+
+def stop_if_asked() -> None:
+    """Stop here where a signal came and its exception was lost: Python ignores those that are raised in `__del__`."""
+    if _Request.received:
+        raise SIGTERMException()
 
 
 class Preemption(Callback):
@@ -62,7 +82,6 @@ class Preemption(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put our handler over Lightning's, and let it wait for the end of a step."""
-        _Request.received = False
         _Request.trainers.append(trainer)
         install()
 
@@ -95,13 +114,13 @@ class Preemption(Callback):
     @staticmethod
     def _is_wanted(trainer: Trainer) -> bool:
         """Agree with the other ranks whether to stop."""
-        return trainer.strategy.reduce_boolean_decision(_Request.received, all=False)
+        return trainer.strategy.reduce_boolean_decision(bool(_Request.received), all=False)
 
     def _save(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self._path)
         self._saved_step = trainer.global_step
         if trainer.is_global_zero:
-            _log.warning("SIGTERM: training is saved in %s; the same command goes on from there.", self._path)
+            _log.warning("Training is saved in %s; the same command goes on from there.", self._path)
 
     @staticmethod
     def _leave(trainer: Trainer) -> None:

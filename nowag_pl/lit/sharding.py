@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from nowag_pl.modules import CompressedLinear
 
@@ -59,6 +60,11 @@ def _unify_types(linear: CompressedLinear) -> None:
     if len({parameter.dtype for parameter in linear.parameters()}) > 1:
         for parameter in linear.parameters():
             parameter.data = parameter.data.float()
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor, which may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered_state(model: nn.Module) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any, Literal, cast
+from zipfile import is_zipfile
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -23,6 +24,7 @@ from nowag_pl.pipeline.ranks import Ranks
 from nowag_pl.pipeline.store import ArtefactStore
 
 Phase = Literal["one_shot", "blockwise", "finetuned"]
+_KEYWORDS = ("best", "last", "hpc")  # what Lightning finds itself
 CHECKPOINT = Path("training") / "last.ckpt"  # of end-to-end training, in the run directory
 
 
@@ -49,7 +51,12 @@ class CompressionTrainer(Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Run the compression stages and validate; finetune blocks and validate; train end to end and validate."""
+        """Run the compression stages and validate; finetune blocks and validate; train end to end and validate.
+
+        Raises:
+            ValueError: something is asked for that no training would do.
+        """
+        self._check_training(model, ckpt_path)
         self.compressing = True
         self.validate(model, val_dataloaders, datamodule=datamodule)
         if any(getattr(callback, "finetunes_blocks", False) for callback in self.callbacks):  # type: ignore[attr-defined]
@@ -63,6 +70,19 @@ class CompressionTrainer(Trainer):
         ckpt_path = ckpt_path or self._last_checkpoint(model)
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
         self.validate(model, val_dataloaders, datamodule=datamodule)
+
+    def _check_training(self, model: LightningModule, ckpt_path: str | None) -> None:
+        """Refuse before hours of compression what would be refused, or left out, behind it."""
+        wanted = {
+            "ckpt_path": ckpt_path,
+            "trainer.max_steps": self.max_steps > 0,
+            "model.distillation": getattr(model, "distillation", None),
+        }
+        for name, value in wanted.items():
+            if value and self.max_epochs == 0:
+                raise ValueError(f"Expected trainer.max_epochs of at least 1 with {name}, but got 0.")
+        if self.max_epochs != 0 and isinstance(model, LitCausalLM):
+            model.check_training()
 
     def _claim_training(self, model: LightningModule) -> None:
         """Enter in the manifest what the end-to-end training depends on, or check that it is what it was."""
@@ -86,7 +106,16 @@ class CompressionTrainer(Trainer):
         """Measure the perplexity of a dense or compressed model.
 
         The report callback shows the figures, so Lightning's own table is left out.
+
+        Raises:
+            ValueError: a part of the windows would be measured.
         """
+        limit = self.limit_val_batches
+        if limit is not None and (isinstance(limit, int) or limit < 1):
+            raise ValueError(
+                "Expected no trainer.limit_val_batches, trainer.overfit_batches or trainer.fast_dev_run: perplexities "
+                "are those of whole texts. data.max_eval_windows takes fewer windows, and says so."
+            )
         return super().validate(*args, verbose=verbose, **kwargs)
 
     def evaluate(
@@ -132,6 +161,20 @@ class CompressionTrainer(Trainer):
             write_json(Path(module.run_dir) / EVALUATION_FILE, evaluation)
             rank_zero_info(f"Figures written to {Path(module.run_dir) / EVALUATION_FILE}")
         return evaluation
+
+
+def check_checkpoint(ckpt_path: str | None) -> None:
+    """Raise ValueError where a checkpoint to go on from is not there, or is another file.
+
+    Args:
+        ckpt_path: what Lightning takes: a file, a folder, an address, or a word.
+    """
+    if ckpt_path is None or ckpt_path in _KEYWORDS or "://" in ckpt_path:
+        return
+    path = Path(ckpt_path)
+    if not path.exists() or (path.is_file() and not is_zipfile(path)):
+        state = "is another file, or damaged" if path.exists() else "is not there"
+        raise ValueError(f"Expected ckpt_path to be a checkpoint of Lightning, but {path} {state}.")
 
 
 def is_compressing(trainer: Trainer, stage: str) -> bool:

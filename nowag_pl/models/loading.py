@@ -1,7 +1,7 @@
 """Open a model folder or hub id: configuration, tokenizer, weights. Only safetensors are read, never a pickle."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from functools import cached_property
 from importlib.resources import files
@@ -179,18 +179,22 @@ class Checkpoint:
             )
         return {name: file for file in files for name in _tensor_names(file)}
 
-    def read(self, names: list[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Read tensors by name, in the checkpoint's own type.
-
-        Raises:
-            ValueError: the checkpoint lacks one of them, or a file is damaged.
-        """
+    def require(self, names: Iterable[str]) -> None:
+        """Raise ValueError if the checkpoint lacks one of these tensors."""
         missing = [name for name in names if name not in self.weight_map]
         if missing:
             raise ValueError(
                 f"Expected {self.folder} to hold {missing[0]!r}, but it is not there ({len(missing)} tensors are "
                 "missing). The weights do not belong to this config.json, or the family is not supported."
             )
+
+    def read(self, names: list[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Read tensors by name, in the checkpoint's own type.
+
+        Raises:
+            ValueError: the checkpoint lacks one of them, or a file is damaged.
+        """
+        self.require(names)
         tensors: dict[str, Tensor] = {}
         for file in sorted({self.weight_map[name] for name in names}):
             self._checksums.check(file)

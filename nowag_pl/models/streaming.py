@@ -51,6 +51,9 @@ class StreamedModel:
         empty_like_described(self.skeleton, checkpoint.compressed_linears)
         self.blocks = list(blocks.children())  # on meta, never filled
         set_module(self.skeleton, self.blocks_name, nn.ModuleList())
+        checkpoint.require(
+            f"{self.block_name(index)}.{name}" for index, block in enumerate(self.blocks) for name in block.state_dict()
+        )
         self._load(self.skeleton, "")
         self.skeleton.requires_grad_(False)
         self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}

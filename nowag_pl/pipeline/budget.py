@@ -77,6 +77,8 @@ def compress_within_budget(
         selections, figures = spread_bits(store, len(model))
         trials = {name: _trial(store, name, mode) for name in selections}
         for name, selection in selections.items():
+            if store.ranks.is_zero:
+                _log.info("All linears, %s settings:", name)
             compress(selection, trials[name])
         measured = divergences(model, list(trials.values()), measured_on, batch_size)
         decision = _decide(settings, selections, figures, dict(zip(selections, measured, strict=True)))

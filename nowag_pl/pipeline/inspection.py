@@ -1,5 +1,6 @@
 """What compression did, in a size that can be looked at: a few linears of a few blocks, one block at a time."""
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from nowag_pl.modules import CompressedLinear, MaskedLinear, VQLinear
 from nowag_pl.pipeline import calibration, compression
 from nowag_pl.pipeline.run import CompressionRun
 
+_log = logging.getLogger(__name__)
 _MASK_CROP = 32  # rows and columns of a mask whose single weights are shown
 
 
@@ -90,6 +92,12 @@ def inspect_linears(run: CompressionRun, limits: Limits) -> Iterator[LinearView]
         run: a run whose linears are compressed. Its artefacts are read; no other process need take part.
         limits: how much to look at.
     """
+    if limits.linears is not None and not any(name.endswith(limits.linears) for name in run.model.linears(0)):
+        _log.warning(
+            "inspection.linears: no linear ends with any of %s; there are %s",
+            list(limits.linears),
+            ", ".join(run.model.linears(0)),
+        )
     for index in inspected_blocks(len(run.model), limits.max_blocks):
         dense = find_linears(run.model.load_block(index))
         moments, _ = run.store.read(calibration.STAGE, index)

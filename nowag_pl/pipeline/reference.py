@@ -44,6 +44,13 @@ class Distillation:
             if value is not None and value < 1:
                 raise ValueError(f"Expected model.distillation.{name} of at least 1, but got {value}.")
 
+    def check(self, vocab_size: int) -> None:
+        """Raise ValueError where more of the dense model's tokens are to be kept than there are."""
+        if self.top_k is not None and self.top_k > vocab_size:
+            raise ValueError(
+                f"Expected model.distillation.top_k of at most {vocab_size}, the vocabulary, but got {self.top_k}."
+            )
+
 
 class DenseReference:
     """Dense logits by text and window.
@@ -100,11 +107,7 @@ class Teacher:
         self._temperature = distillation.temperature
         self._top: tuple[SequenceArray, SequenceArray] | None = None
         top_k = distillation.top_k
-        if top_k is not None and top_k > model.checkpoint.vocab_size:
-            raise ValueError(
-                f"Expected model.distillation.top_k of at most {model.checkpoint.vocab_size}, the vocabulary, "
-                f"but got {top_k}."
-            )
+        distillation.check(model.checkpoint.vocab_size)
         entry = 8 * top_k if top_k else model.hidden_size * model.checkpoint.dtype.itemsize
         if store.ranks.is_zero:
             _log.info("Dense predictions for distillation take %.2f GiB on disk", windows.numel() * entry / 2**30)

@@ -113,6 +113,12 @@ def test_missing_tensor_is_named(command, command_line, own_model, workplace, tm
     assert_refused(command_line(arguments), re.escape(name))
 
 
+def test_fewer_blocks_than_the_configuration_says(fit, own_model, tmp_path):
+    edit_json(own_model / "config.json", num_hidden_layers=9)
+    assert_refused(fit(model=own_model), r"model\.layers\.\d\.")
+    assert not list(tmp_path.rglob("block_*.safetensors"))
+
+
 def test_missing_tensor_of_a_tied_model_is_named(fit, tmp_path):
     folder = save_tiny_model(tmp_path / "tied", tied=True)
     edit_tensors(folder, {"model.norm.weight": None})
@@ -254,6 +260,74 @@ def test_more_codewords_than_subvectors_is_said_before_anything_is_written(fit, 
         "--compression.compressor.codebook_size=256",
     )
     assert not list((tmp_path / "run").glob("compressed/*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "pattern"),
+    [
+        ("--trainer.limit_val_batches=1", "limit_val_batches.*max_eval_windows"),
+        ("--trainer.limit_val_batches=0", "limit_val_batches"),
+        ("--trainer.overfit_batches=2", "overfit_batches"),
+        ("--trainer.fast_dev_run=true", "fast_dev_run"),
+        ("--trainer.max_steps=3", "max_epochs of at least 1 with trainer.max_steps"),
+        ("--ckpt_path=.", "max_epochs of at least 1 with ckpt_path"),
+        ("--model.distillation.temperature=2", "max_epochs of at least 1 with model.distillation"),
+        ("--model.distillation.temperature=-1", "^Expected model.distillation.temperature above 0, but got -1"),
+        ("--compression.budget.num_sequences=0", "^Expected compression.budget.num_sequences of at least 1"),
+        ("--data.calibration_files=[]", r"data.calibration_files, but got \[\]"),
+        ("--data.eval_files={}", "data.eval_files, but got {}"),
+        ("--data.eval_files={mine:text.txt}", "a space behind the colon"),
+        ("--run_dir=", "run_dir to name a folder"),
+        ("--trainer.devices=0", "devices"),
+    ],
+)
+def test_option_that_would_do_something_else_than_it_says(setting, pattern, fit, tmp_path):
+    assert_refused(fit(setting), pattern)
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "pattern"),
+    [
+        ("--model.learning_rate=-1", "model.learning_rate above 0"),
+        ("--model.weight_decay=-1", "model.weight_decay of at least 0"),
+        ("--model.warmup_fraction=2", "model.warmup_fraction of at least 0 and below 1"),
+        ("--model.distillation.top_k=4000", "model.distillation.top_k of at most 2048"),
+        ("--ckpt_path=absent.ckpt", "absent.ckpt is not there"),
+        ("--ckpt_path=notes.txt", "notes.txt is another file, or damaged"),
+        ("--trainer.max_epochs=-2", "max_epochs"),
+        ("--checkpoint.every_n_train_steps=-1", "every_n_train_steps"),
+    ],
+)
+def test_training_is_refused_before_anything_is_compressed(setting, pattern, fit, tmp_path):
+    (tmp_path / "notes.txt").write_text("no checkpoint")
+    assert_refused(fit("--trainer.max_epochs=1", setting), pattern)
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_run_dir_that_is_a_file_or_the_model(fit, own_model, tmp_path):
+    (tmp_path / "notes.txt").touch()
+    assert_refused(fit(f"--run_dir={tmp_path / 'notes.txt'}"), "run_dir", "is a file")
+    assert_refused(
+        fit(f"--run_dir={own_model}", model=own_model), "run_dir to be another folder than that of the model"
+    )
+
+
+TRAINING = ("--trainer.max_epochs=1", "--data.max_train_windows=4")
+
+
+def test_training_that_diverges_exports_nothing(fit, tmp_path):
+    assert_refused(fit(*TRAINING, "--model.learning_rate=1e30"), "stay finite", r"model.learning_rate than 1e\+30")
+    assert not (tmp_path / "run" / "export_finetuned").exists()
+    assert not (tmp_path / "run" / "training" / "last.ckpt").exists()
+
+
+def test_checkpoint_of_another_method(fit, tmp_path):
+    assert fit(*TRAINING).code == 0
+    method = "{class_path: nowag_pl.NoWagQuantizer, init_args: {subvector_dim: 4, codebook_size: 16}}"
+    other = (f"--compression.compressor={method}", f"--run_dir={tmp_path / 'other'}")
+    checkpoint = tmp_path / "run" / "training" / "last.ckpt"
+    assert_refused(fit(*TRAINING, *other, f"--ckpt_path={checkpoint}"), "this model and method")
 
 
 def test_run_dir_below_a_file(command_line, model_folder, workplace, tmp_path):

@@ -1,5 +1,6 @@
 """Blockwise and end-to-end finetuning through the command line."""
 
+import gc
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from test_fit_and_validate import perplexity, read_report, text_windows
 from tiny_models import ROOT, artefacts, finish, fit_arguments, load_whole, start, validate_arguments
 
 from nowag_pl import load_compressed
+from nowag_pl.lit import blockwise
 from nowag_pl.lit.block_module import BlockModule
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.preemption import EXIT_CODE, Preemption
@@ -206,6 +208,26 @@ def test_sigterm_behind_any_step_loses_none(step, fit, tmp_path, monkeypatch):
     assert_equal_tensors(exported(tmp_path / "run"), exported(tmp_path / "whole"))
 
 
+def test_signal_whose_exception_is_lost_stops_before_the_next_block(fit, tmp_path, monkeypatch):
+    class Lossy:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    collect = gc.collect
+    with monkeypatch.context() as patch:
+        patch.setattr(blockwise.gc, "collect", lambda: (Lossy(), collect())[1])
+        assert fit(*BLOCKWISE).code == 128 + signal.SIGINT
+    assert len(list((tmp_path / "run" / "finetuned").glob("block_*.safetensors"))) == 1
+    assert fit(*BLOCKWISE).code == 0
+
+
+def test_finetuned_export_of_an_earlier_command_is_named(fit, caplog):
+    assert fit(*BLOCKWISE).code == 0
+    assert "earlier command" not in caplog.text
+    assert fit().code == 0
+    assert "run/export_finetuned is of an earlier command" in caplog.text
+
+
 @pytest.mark.parametrize("checkpoints", [True, False])
 def test_sigterm_between_two_epochs_loses_none(checkpoints, fit, tmp_path, monkeypatch, caplog):
     settings = (*DISTILLATION, f"--trainer.enable_checkpointing={checkpoints}")
@@ -219,7 +241,7 @@ def test_sigterm_between_two_epochs_loses_none(checkpoints, fit, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(Preemption, "on_train_epoch_end", stopping)
         assert fit(*settings).code == EXIT_CODE
-    assert "training is saved in" in caplog.text
+    assert "Training is saved in" in caplog.text
     assert fit(*settings).code == 0
     assert_equal_tensors(exported(tmp_path / "run"), exported(tmp_path / "whole"))
 
@@ -315,7 +337,10 @@ LONG = (
 )
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "signum",
+    [signal.SIGTERM, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGINT, signal.SIGKILL))],
+)
 @pytest.mark.parametrize("point", ["finetuned/checkpoints/block_001/last.ckpt", "training/last.ckpt"])
 def test_stopped_process_goes_on_to_the_same_bytes(point, signum, fit, model_folder, workplace, tmp_path):
     settings = (*BLOCKWISE, *DISTILLATION, *LONG)
@@ -324,10 +349,10 @@ def test_stopped_process_goes_on_to_the_same_bytes(point, signum, fit, model_fol
     code = stop_when(start(arguments, log), (run_dir / point).exists, log, signum)
     said = log.read_text()
     assert not (run_dir / "export_finetuned").exists() or "training" in point
-    if signum == signal.SIGTERM:
-        assert code == EXIT_CODE, said
-        assert "training is saved in" in said or "training" not in point  # blockwise it may be between two blocks
-        assert "the same command goes on" in said
+    if signum != signal.SIGKILL:
+        assert code == 128 + signum, said
+        assert f"Stopped by {signum.name}; the same command goes on" in said
+        assert "Training is saved in" in said or "training" not in point  # blockwise it may be between two blocks
         assert "Traceback" not in said
     else:
         assert code == -signum
@@ -337,11 +362,13 @@ def test_stopped_process_goes_on_to_the_same_bytes(point, signum, fit, model_fol
     assert artefacts(run_dir) == artefacts(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("stage", ["moments/block_001.safetensors"])
-def test_sigterm_outside_of_training_stops_at_once(stage, fit, model_folder, workplace, tmp_path):
+def test_signal_outside_of_training_stops_at_once(stage, signum, fit, model_folder, workplace, tmp_path):
     run_dir, log = tmp_path / "run", tmp_path / "log"
     arguments = fit_arguments(workplace, model_folder("qwen2", num_blocks=20), run_dir)
-    assert stop_when(start(arguments, log), (run_dir / stage).exists, log, signal.SIGTERM) == EXIT_CODE
+    assert stop_when(start(arguments, log), (run_dir / stage).exists, log, signum) == 128 + signum
+    assert f"Stopped by {signum.name}" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert fit(model=model_folder("qwen2", num_blocks=20)).code == 0
 

@@ -64,7 +64,7 @@ def test_fit_without_epochs_validates_once(data, model_folder, tmp_path):
 
 def test_fit_with_epochs_validates_before_and_after(data, model_folder, tmp_path):
     phases = Phases()
-    settings = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1, "num_sanity_val_steps": 0}
+    settings = {"max_epochs": 1, "limit_train_batches": 2, "num_sanity_val_steps": 0}
     trainer(tmp_path, phases, **settings).fit(LitCausalLM(str(model_folder())), datamodule=data)
     assert phases.seen[0] == ("one_shot", "validate", True)
     assert phases.seen[-1] == ("finetuned", "validate", True)
@@ -130,7 +130,7 @@ def test_vectors_are_not_decayed_and_nothing_is_left_out(data, model_folder, tmp
             groups.extend(trainer.optimizers[0].param_groups)
 
     module = LitCausalLM(str(model_folder("qwen2")), weight_decay=0.3)
-    settings = {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1}
+    settings = {"max_epochs": 1, "limit_train_batches": 1}
     trainer(tmp_path, Look(), **settings).fit(module, datamodule=data)
     decays = {parameter: group["weight_decay"] for group in groups for parameter in group["params"]}
     assert set(decays) == set(module.parameters())
