@@ -24,12 +24,15 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from nowag_pl import accelerate
+from nowag_pl.functional.armor_objective import identity_factors
 from nowag_pl.functional.vq_matmul import is_for_few_tokens, vq_matmul
-from nowag_pl.modules import MaskedLinear, SemiStructuredLinear, VQLinear
+from nowag_pl.modules import ArmorLinear, MaskedLinear, VQLinear
+from nowag_pl.modules.semi_structured_linear import SemiStructuredForm
 
 SHAPES = ["4096x4096", "11008x4096", "4096x11008"]  # out x in
 TOKENS = [1, 4, 16, 2048]
 CODEBOOKS = [(6, 4096), (4, 256)]  # d, k: both 2 bits
+ARMOR_BLOCK = 128
 CACHE_BYTES = {"cpu": 300 * 2**20, "cuda": 100 * 2**20}  # at least as much lies between two uses of a linear
 MAX_COPIES = 8
 ACCELERATED = "accelerated"
@@ -88,9 +91,19 @@ def vector_quantized(shape: tuple[int, int], dim: int, size: int, dtype: torch.d
     return VQLinear(torch.randn(size, dim) / shape[1] ** 0.5, codes, *scales, dtype=dtype)
 
 
-def half_pruned(shape: tuple[int, int], dtype: torch.dtype) -> nn.Module:
+def half_kept(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return a weight and a mask of pattern 2:4."""
     keep = torch.tensor([True, False, False, True]).repeat(shape[0], shape[1] // 4)
-    return MaskedLinear(torch.randn(shape, dtype=dtype) / shape[1] ** 0.5, keep, pattern=(2, 4))
+    return torch.randn(shape) / shape[1] ** 0.5, keep
+
+
+def half_pruned(shape: tuple[int, int], dtype: torch.dtype) -> nn.Module:
+    weight, keep = half_kept(shape)
+    return MaskedLinear(weight.to(dtype), keep, pattern=(2, 4))
+
+
+def armor(shape: tuple[int, int], dtype: torch.dtype) -> nn.Module:
+    return ArmorLinear(identity_factors(*half_kept(shape), ARMOR_BLOCK, ARMOR_BLOCK), (2, 4), dtype=dtype)
 
 
 def contenders(shape: tuple[int, int], device: torch.device) -> list[Contender]:
@@ -107,6 +120,7 @@ def contenders(shape: tuple[int, int], device: torch.device) -> list[Contender]:
             made.append((f"{name}, {ACCELERATED}", *made[-1][1:]))
     if device.type == "cuda":
         made.append((f"2:4, {ACCELERATED}", first, lambda: half_pruned(shape, first)))
+        made.append((f"ARMOR 2:4, {ACCELERATED}", first, lambda: armor(shape, first)))
     return [contender(name, dtype, make, device) for name, dtype, make in made]
 
 
@@ -125,9 +139,11 @@ def contender(name: str, dtype: torch.dtype, make: Callable[[], nn.Module], devi
 
 def held_bytes(linear: nn.Module) -> int:
     """Return the bytes of a linear in memory; a 2:4 tensor, which hides its own, holds half and two bits for each."""
-    if isinstance(linear, SemiStructuredLinear):
-        return linear.weight.nbytes * 9 // 16 + linear.mask.nbytes
-    return sum(tensor.nbytes for tensor in (*linear.parameters(), *linear.buffers()))
+    num_bytes = sum(parameter.nbytes for parameter in linear.parameters())
+    if isinstance(linear, SemiStructuredForm):
+        dense = linear.out_features * linear.in_features * linear.dtype.itemsize
+        return num_bytes + dense * 9 // 16 + linear.mask.nbytes
+    return num_bytes + sum(buffer.nbytes for buffer in linear.buffers())
 
 
 def compare(table: Table, shape: tuple[int, int], tokens: list[int], device: torch.device, rounds: int) -> None:

@@ -1,6 +1,7 @@
 """Products with block-diagonal matrices, of which only the blocks are held, `[blocks, size, size]`."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -50,3 +51,26 @@ def multiply_right(matrix: Float[Tensor, "*rows in"], blocks: Float[Tensor, "q b
     """
     rows = matrix.unflatten(-1, blocks.shape[:2])  # [..., q, b]
     return torch.einsum("...qb,qbc->...qc", rows, blocks).flatten(-2)
+
+
+def apply_factors(
+    activations: Float[Tensor, "*batch in"],
+    out_factor: Float[Tensor, "p a a"],
+    core: Float[Tensor, "out in"],
+    in_factor: Float[Tensor, "q b b"],
+) -> Float[Tensor, "*batch out"]:
+    """Return `x (A S B)^T`: B, then S, then A, without their product.
+
+    Args:
+        activations: x, any number of tokens.
+        out_factor: blocks of A; `p a` is out.
+        core: S, dense or semi-structured, in the type of the activations.
+        in_factor: blocks of B; `q b` is in.
+
+    Returns:
+        The product in the type of the activations.
+    """
+    dtype = activations.dtype
+    hidden = multiply_right(activations, in_factor.to(dtype).mT)  # [..., in]
+    hidden = F.linear(hidden, core)  # [..., out]
+    return multiply_right(hidden, out_factor.to(dtype).mT).to(dtype)

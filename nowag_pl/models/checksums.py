@@ -31,14 +31,17 @@ class Checksums:
         self._enabled = enabled
         self._unchecked: dict[str, str] | None = None
 
-    def check_small_files(self) -> None:
+    def check_small_files(self, may_lack: bool = False) -> None:
         """Check everything but the weights.
+
+        Args:
+            may_lack: files that the index names may not be there, as in a folder that a hub's client fills.
 
         Raises:
             ValueError: a file is damaged or missing.
         """
-        for name in [name for name in self._pending() if not name.endswith(".safetensors")]:
-            self.check(self._folder / name)
+        files = [self._folder / name for name in self._pending() if not name.endswith(".safetensors")]
+        self.check(*(file for file in files if file.is_file() or not may_lack))
 
     def check(self, *files: Path) -> None:
         """Check files, if the folder has checksums for them.

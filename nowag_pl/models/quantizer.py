@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from nowag_pl.models.assembly import empty_like_described
 from nowag_pl.models.checkpoint import compressed_linears, packed_tensors
 from nowag_pl.models.checksums import Checksums
-from nowag_pl.models.loading import CONFIG_FILE, FORMAT, METHOD, described_linears, set_module
+from nowag_pl.models.loading import FORMAT, METHOD, described_linears, set_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,6 +65,7 @@ class CompressionQuantizer(HfQuantizer):
     requires_calibration = True
     is_trainable = True  # by LoRA, see nowag_pl.lora_for_compressed
     quantization_config: CompressionConfig
+    _checksums: Checksums | None = None  # of the folder that is being loaded
 
     def is_serializable(self) -> bool:
         """Tell that `save_pretrained` writes the same format again."""
@@ -82,7 +83,9 @@ class CompressionQuantizer(HfQuantizer):
         if files and self.quantization_config.verify:
             checksums = Checksums(files[0].parent)
             if checksums.covers(files):
-                checksums.check(files[0].parent / CONFIG_FILE, *files)
+                checksums.check_small_files(may_lack=True)
+                checksums.check(*files)
+                self._checksums = checksums
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)  # transformers has set the model's; the linears know their own types
         try:
@@ -90,6 +93,17 @@ class CompressionQuantizer(HfQuantizer):
                 empty_like_described(model, self.quantization_config.linears)
         finally:
             torch.set_default_dtype(default)
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+        """Check the files that transformers fetched from a hub meanwhile: the generation settings.
+
+        Raises:
+            ValueError: a file is damaged.
+        """
+        if self._checksums is not None:
+            self._checksums.check_small_files(may_lack=True)
+            self._checksums = None
+        return model
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return what `save_pretrained` writes, and describe it in the configuration, which is written next."""

@@ -7,7 +7,7 @@ from nowag_pl.modules.cross_moment import CrossMoment
 from nowag_pl.modules.lookup_linear import LookupLinear
 from nowag_pl.modules.masked_linear import MaskedLinear
 from nowag_pl.modules.second_moment import SecondMoment
-from nowag_pl.modules.semi_structured_linear import SemiStructuredLinear
+from nowag_pl.modules.semi_structured_linear import SemiStructuredArmorLinear, SemiStructuredLinear
 from nowag_pl.modules.vq_linear import VQLinear
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "LookupLinear",
     "MaskedLinear",
     "SecondMoment",
+    "SemiStructuredArmorLinear",
     "SemiStructuredLinear",
     "VQLinear",
     "accelerate",

@@ -7,10 +7,12 @@ from torch import nn
 
 from nowag_pl.functional.semi_structured import semi_structured_obstacle
 from nowag_pl.functional.vq_matmul import lookup_obstacle
+from nowag_pl.modules.armor_linear import ArmorLinear
+from nowag_pl.modules.compressed_linear import CompressedLinear
 from nowag_pl.modules.lookup_linear import LookupLinear
 from nowag_pl.modules.masked_linear import MaskedLinear
 from nowag_pl.modules.running_form import RunningForm
-from nowag_pl.modules.semi_structured_linear import SemiStructuredLinear
+from nowag_pl.modules.semi_structured_linear import SemiStructuredArmorLinear, SemiStructuredLinear
 from nowag_pl.modules.vq_linear import VQLinear
 
 _log = logging.getLogger(__name__)
@@ -19,7 +21,8 @@ _log = logging.getLogger(__name__)
 def accelerate(model: nn.Module) -> int:
     """Replace compressed linears, in place, by what runs faster on their device.
 
-    - 2:4 linears on a GPU with sparse tensor cores: :class:`SemiStructuredLinear`;
+    - in float16 or bfloat16, on a GPU with sparse tensor cores: 2:4 linears (:class:`SemiStructuredLinear`) and the 2:4
+      cores of ARMOR's, with the factors before and after (:class:`SemiStructuredArmorLinear`);
     - vector-quantized linears on a CPU, where Numba is installed (the extra `cpu`): :class:`LookupLinear`, in a little
       more memory. On CUDA they run from packed codes and need no conversion.
 
@@ -30,7 +33,7 @@ def accelerate(model: nn.Module) -> int:
         model: any module with compressed linears inside.
 
     Returns:
-        How many linears were replaced. Why others were not is logged.
+        How many linears were replaced. Why others were not is logged as a warning.
 
     Raises:
         RuntimeError: the model is in training mode.
@@ -39,30 +42,45 @@ def accelerate(model: nn.Module) -> int:
         raise RuntimeError(
             "Expected a model in evaluation mode, but got one in training mode. Call model.eval() first."
         )
-    obstacles: Counter[str] = Counter()
-    replaced: dict[nn.Module, RunningForm] = {}  # a linear may be in several places
-    for parent in list(model.modules()):
-        for name, linear in list(parent.named_children()):
-            if not isinstance(linear, MaskedLinear | VQLinear):
-                continue
-            form = replaced.get(linear) or _running_form(linear)
-            if isinstance(form, RunningForm):
-                replaced[linear] = form
-                setattr(parent, name, form)
-            elif form is not None:
-                obstacles[form] += 1
+    forms: dict[nn.Module, RunningForm | str] = {}  # a linear may be in several places
+    for name, linear in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(linear, CompressedLinear):
+            continue
+        if linear not in forms:
+            forms[linear] = _running_form(linear) if name else "linears stay: they are the model itself"
+        form = forms[linear]
+        if isinstance(form, RunningForm):
+            model.set_submodule(name, form)
+    obstacles = Counter(form for form in forms.values() if isinstance(form, str))
     for obstacle, count in obstacles.items():
         _log.warning("%d %s", count, obstacle)
-    return len(replaced)
+    return len(forms) - obstacles.total()
 
 
-def _running_form(linear: MaskedLinear | VQLinear) -> RunningForm | str | None:
-    """Return what a linear is replaced by, or why it is not, for a message; None where nothing is to be gained."""
-    if isinstance(linear, MaskedLinear):
-        shape = (linear.out_features, linear.in_features)
-        obstacle = semi_structured_obstacle(shape, linear.pattern, linear.dtype, linear.values.device)
-        return f"pruned linears run densely: {obstacle}" if obstacle else SemiStructuredLinear(linear)
-    if linear.codes.device.type != "cpu":
-        return None
-    obstacle = lookup_obstacle(linear.codebook_size, linear.out_features)
-    return f"quantized linears run from packed codes: {obstacle}" if obstacle else LookupLinear(linear)
+def _running_form(linear: CompressedLinear) -> RunningForm | str:
+    """Return what a linear is replaced by, or why it is not, for a message."""
+    match linear:
+        case MaskedLinear():
+            obstacle = _semi_structured_obstacle(linear)
+            return f"pruned linears run densely: {obstacle}" if obstacle else SemiStructuredLinear(linear)
+        case ArmorLinear():
+            obstacle = _semi_structured_obstacle(linear)
+            return f"ARMOR linears run with a dense core: {obstacle}" if obstacle else SemiStructuredArmorLinear(linear)
+        case VQLinear():
+            obstacle = _lookup_obstacle(linear)
+            return f"quantized linears run from packed codes: {obstacle}" if obstacle else LookupLinear(linear)
+        case RunningForm():
+            return "linears stay: they are in their running form already"
+    return f"linears stay: a {type(linear).__name__} has no running form"
+
+
+def _semi_structured_obstacle(linear: MaskedLinear | ArmorLinear) -> str | None:
+    shape = (linear.out_features, linear.in_features)
+    return semi_structured_obstacle(shape, linear.pattern, linear.dtype, linear.values.device)
+
+
+def _lookup_obstacle(linear: VQLinear) -> str | None:
+    device = linear.codes.device.type
+    if device != "cpu":
+        return f"on {device}, not on a CPU"
+    return lookup_obstacle(linear.codebook_size, linear.out_features)

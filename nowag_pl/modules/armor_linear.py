@@ -5,12 +5,11 @@ from math import ceil
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nowag_pl.functional.armor_objective import ArmorFactors, reconstruct
 from nowag_pl.functional.bits import armor_bits_per_weight
-from nowag_pl.functional.block_diagonal import multiply_right
+from nowag_pl.functional.block_diagonal import apply_factors
 from nowag_pl.functional.packing import pack_keep, pattern_bits, unpack_keep
 from nowag_pl.functional.pruning import kept_values
 from nowag_pl.modules.compressed_linear import CompressedLinear, dtype_name, rounded_to
@@ -95,14 +94,8 @@ class ArmorLinear(CompressedLinear):
             `[..., out]`, in the type of the activations.
         """
         dtype = activations.dtype
-        hidden = multiply_right(activations, self.in_factor.to(dtype).mT)  # [..., in]
-        hidden = self._apply_core(hidden)  # [..., out]
-        output = multiply_right(hidden, self.out_factor.to(dtype).mT).to(dtype)
+        output = apply_factors(activations, self.out_factor, self.core.to(dtype), self.in_factor)
         return output if self.bias is None else output + self.bias.to(dtype)
-
-    def _apply_core(self, hidden: Tensor) -> Tensor:
-        """Apply S alone to `[..., in]`: the product that a semi-structured kernel can take over."""
-        return F.linear(hidden, self.core.to(hidden.dtype))
 
     @property
     def bits_per_weight(self) -> float:

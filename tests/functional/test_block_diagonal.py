@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nowag_pl.functional.block_diagonal import largest_block, multiply_left, multiply_right
+from nowag_pl.functional.block_diagonal import apply_factors, largest_block, multiply_left, multiply_right
 
 
 @given(num_features=st.integers(1, 400), at_most=st.integers(1, 64), multiple_of=st.integers(1, 8))
@@ -30,3 +30,14 @@ def test_products_are_those_of_dense_matrices(num_left, left, num_right, right):
 def test_right_product_takes_any_leading_dimensions(leading, generator):
     matrix, blocks = torch.randn(*leading, 6, generator=generator), torch.randn(3, 2, 2, generator=generator)
     torch.testing.assert_close(multiply_right(matrix, blocks), matrix @ torch.block_diag(*blocks))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("leading", [(), (2,), (2, 3)])
+def test_factors_are_applied_one_after_the_other(leading, dtype, generator):
+    activations, core = torch.randn(*leading, 6, generator=generator), torch.randn(8, 6, generator=generator)
+    left, right = torch.randn(2, 4, 4, generator=generator), torch.randn(3, 2, 2, generator=generator)
+    output = apply_factors(activations.to(dtype), left, core.to(dtype), right)
+    expected = activations @ (torch.block_diag(*left) @ core @ torch.block_diag(*right)).T
+    assert output.dtype == dtype
+    assert (output.float() - expected).norm() <= (1e-5 if dtype == torch.float32 else 2e-2) * expected.norm()

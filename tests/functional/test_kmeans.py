@@ -5,8 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from largest_tensor import LargestTensor
 
 from nowag_pl.functional import kmeans, kmeans_start, nearest
 from nowag_pl.functional.chunks import CHUNK_ELEMENTS
@@ -267,21 +266,6 @@ def test_start_from_a_sample_of_many_points():
 def test_start_from_equal_points():
     start = kmeans_plus_plus(torch.ones(5, 2), torch.ones(5, 2), 3, seeded())
     assert start.tolist() == [[1.0, 1.0]] * 3
-
-
-class LargestTensor(TorchDispatchMode):
-    """Notes the elements of the largest tensor that any operation gives, views aside."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-            self.elements = max([self.elements, *(tensor.numel() for tensor in tensors)])
-        return result
 
 
 def test_no_features_and_no_weights_of_all_points_are_made():

@@ -1,6 +1,5 @@
 """A flipped byte anywhere in an export is found, or changes nothing."""
 
-import hashlib
 import json
 import re
 
@@ -10,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_assembly import COMPRESSORS, compressed_linears, logits
 from tiny_models import copy_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from nowag_pl import load_compressed, save_compressed, save_dense
 from nowag_pl.models import checksums
@@ -90,9 +89,9 @@ def test_missing_file_is_named(pattern, export, tmp_path):
 
 @settings(max_examples=15)
 @given(data=st.data())
-def test_transformers_finds_flipped_bytes_of_weights_and_descriptions(export, data):
+def test_transformers_finds_flipped_bytes(export, data):
     folder = export[0] / "packed"
-    file = data.draw(st.sampled_from([*sorted(folder.glob("*.safetensors")), folder / "config.json"]))
+    file = data.draw(st.sampled_from(sorted(path for path in folder.iterdir() if path.name != INDEX)))
     content = file.read_bytes()
     start = content.find(b'"format"') if file.name == "config.json" else 0
     place = data.draw(st.integers(start, len(content) - 1))
@@ -104,6 +103,59 @@ def test_transformers_finds_flipped_bytes_of_weights_and_descriptions(export, da
         file.write_bytes(content)
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_transformers_refuses_small_files_by_name(name, export, tmp_path):
+    folder = copy_model(export[0] / "packed", tmp_path / "packed")
+    (folder / name).write_text((folder / name).read_text() + "\n")
+    expected = rf"Expected {re.escape(str(folder / name))} as it was written, but its SHA-256"
+    with pytest.raises(ValueError, match=expected):
+        AutoModelForCausalLM.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config["verify"] = False
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder, config=config)), export[1])
+
+
+def test_transformers_checks_the_files_that_are_there(export, tmp_path):
+    folder = copy_model(export[0] / "packed", tmp_path / "packed")
+    for name in ("generation_config.json", "tokenizer.json"):
+        (folder / name).unlink()
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), export[1])
+    (folder / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json as it was written"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_transformers_checks_what_it_fetches_after_the_weights(export, tmp_path, monkeypatch):
+    folder = copy_model(export[0] / "packed", tmp_path / "packed")
+    file = folder / "generation_config.json"
+    content = file.read_text()
+    file.unlink()
+    from_pretrained = GenerationConfig.from_pretrained
+
+    def fetch(*arguments, **settings):
+        file.write_text(content + "\n")
+        return from_pretrained(*arguments, **settings)
+
+    monkeypatch.setattr(GenerationConfig, "from_pretrained", fetch)
+    with pytest.raises(ValueError, match=r"generation_config\.json as it was written"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """Return the names of the files whose checksums were computed."""
+    names = []
+    digest = checksums.file_digest
+    monkeypatch.setattr(checksums, "file_digest", lambda path: (names.append(path.name), digest(path))[1])
+    return names
+
+
+def test_transformers_compares_each_file_once_and_the_weights_last(export, compared):
+    AutoModelForCausalLM.from_pretrained(export[0] / "packed")
+    assert compared == sorted(compared, key=lambda name: name.endswith(".safetensors"))
+    assert sorted(compared) == sorted(path.name for path in (export[0] / "packed").iterdir() if path.name != INDEX)
+
+
 def test_trusted_files_are_not_compared(export, tmp_path):
     folder = copy_model(export[0] / "packed", tmp_path / "packed")
     (folder / "generation_config.json").write_text("{}")
@@ -113,10 +165,7 @@ def test_trusted_files_are_not_compared(export, tmp_path):
     assert Checkpoint(str(folder), verify=False).config.vocab_size
 
 
-def test_streaming_compares_each_file_once_and_only_what_it_reads(export, monkeypatch):
-    compared = []
-    monkeypatch.setattr(checksums, "file_digest", lambda path: (compared.append(path.name), digest(path))[1])
-    digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()  # noqa: E731
+def test_streaming_compares_each_file_once_and_only_what_it_reads(export, compared):
     model = StreamedModel(Checkpoint(str(export[0] / "packed")))
     model.load_block(2)
     for index in (0, 1, 2, 0, 1, 2):

@@ -1,5 +1,6 @@
 import json
 import pickle
+from contextlib import contextmanager
 from copy import deepcopy
 from math import ceil
 
@@ -8,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from largest_tensor import LargestTensor
 
-from nowag_pl.functional import chunks
+from nowag_pl.functional import chunks, vq_matmul
 from nowag_pl.functional.vq_matmul import CPU_MAX_TOKENS
 from nowag_pl.modules import CompressedLinear, VQLinear
 
 DTYPES = [torch.float32, torch.bfloat16]
+needs_numba = pytest.mark.skipif(not vq_matmul.has_module("numba"), reason="Numba is an extra")
 
 
 def make(rows=5, columns=7, dim=3, size=6, dtype=torch.float32, bias=True):
@@ -159,27 +162,30 @@ def test_values_that_sixteen_bits_do_not_hold_are_refused(bad):
         VQLinear(torch.ones(1, 2), torch.zeros(2, 1).int(), torch.tensor([1.0, bad]), torch.ones(2))
 
 
-@pytest.fixture
-def no_weight(monkeypatch):
-    def refuse(_):
-        raise AssertionError("the weight was reconstructed")
-
-    monkeypatch.setattr(VQLinear, "weight", property(refuse))
+@contextmanager
+def without_weight(monkeypatch, module):
+    """Fail if a tensor of a quarter of the weight's size is made; a tile of rows is far smaller."""
+    monkeypatch.setattr(vq_matmul, "TILE_BYTES", 2**15)
+    with LargestTensor() as largest:
+        yield
+    assert 0 < largest.elements < module.out_features * module.in_features / 4
 
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 3e-3}
 
 
+@pytest.mark.parametrize("numba", [pytest.param(True, marks=needs_numba), False])
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(7,), (1, 7), (2, 3, 7), (CPU_MAX_TOKENS, 7), (0, 7)])
-def test_few_tokens_never_reconstruct_the_weight(dtype, bias, shape, generator, request):
-    module, _, _ = make(bias=bias, dtype=dtype)
+@pytest.mark.parametrize("shape", [(1003,), (1, 1003), (2, 3, 1003), (CPU_MAX_TOKENS, 1003), (0, 1003)])
+def test_few_tokens_never_reconstruct_the_weight(dtype, bias, shape, numba, generator, monkeypatch):
+    module, _, _ = make(512, 1003, bias=bias, dtype=dtype)
     activations = torch.randn(shape, generator=generator).to(dtype)
     bias_values = None if module.bias is None else module.bias.float()
     expected = F.linear(activations.float(), module.weight.float(), bias_values)
-    request.getfixturevalue("no_weight")
-    with torch.no_grad():
+    if not numba:
+        monkeypatch.setattr(vq_matmul, "has_module", lambda name: False)
+    with torch.no_grad(), without_weight(monkeypatch, module):
         output = module(activations)
     assert output.dtype == dtype
     assert output.shape == expected.shape
@@ -219,9 +225,10 @@ def test_one_thing_that_is_trained_is_enough_for_gradients(trained):
     assert module(activations).requires_grad
 
 
-def test_frozen_linear_never_reconstructs_the_weight(no_weight):
-    module, _, _ = make()
-    assert not module.requires_grad_(False)(torch.ones(2, 7)).requires_grad
+def test_frozen_linear_never_reconstructs_the_weight(monkeypatch):
+    module, _, _ = make(512, 1003)
+    with without_weight(monkeypatch, module):
+        assert not module.requires_grad_(False)(torch.ones(2, 1003)).requires_grad
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, CPU_MAX_TOKENS + 1])
