@@ -20,7 +20,7 @@ def has_module(name: str) -> bool:
     """
     found = find_spec(name) is not None
     if not found:
-        extra = "pip install triton" if name == "triton" else "pip install 'nowag_pl[cpu]'"
+        extra = "pip install triton" if name == "triton" else "pip install numba"
         _log.warning("%s is not installed: compression and vector-quantized linears run more slowly (%s)", name, extra)
     return found
 

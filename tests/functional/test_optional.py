@@ -6,7 +6,7 @@ from nowag_pl.functional import optional
 
 
 @pytest.mark.parametrize(
-    ("name", "command"), [("numba", "pip install 'nowag_pl[cpu]'"), ("triton", "pip install triton")]
+    ("name", "command"), [("numba", "pip install numba"), ("triton", "pip install triton")]
 )
 def test_a_missing_package_is_named_once(name, command, monkeypatch, caplog):
     monkeypatch.setattr(optional, "find_spec", lambda name: None)
