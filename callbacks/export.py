@@ -9,7 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.trainer import validated_phase
 from nowag_pl.models.checkpoint import save_compressed, save_dense
-from nowag_pl.pipeline.preflight import ModelSizes, StageNeeds, export_needs
+from nowag_pl.pipeline.block_needs import StageNeeds, export_needs
+from nowag_pl.pipeline.sizes import ModelSizes
 
 _log = logging.getLogger("nowag_pl")
 
@@ -30,8 +31,8 @@ class ModelExport(Callback):
     def needs(self, sizes: ModelSizes, trainer: Trainer) -> list[StageNeeds]:
         """Return what the folders will need."""
         finetunes = any(getattr(each, "finetunes_blocks", False) for each in trainer.callbacks)  # type: ignore[attr-defined]
-        num_copies = 2 if finetunes or trainer.max_epochs != 0 else 1
-        return [export_needs(sizes, num_copies, self.dense)] if self.enabled else []
+        num_copies = sizes.is_compressed_here + (finetunes or trainer.max_epochs != 0)
+        return [export_needs(sizes, num_copies, self.dense)] if self.enabled and num_copies else []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder on rank zero, if this run changed the model."""
