@@ -70,7 +70,6 @@ class CompressionCLI(LightningCLI):
         )
         parser.link_arguments("run_dir", "model.run_dir")
         parser.link_arguments("compression.enabled", "calibration.enabled")
-        parser.link_arguments("compression.enabled", "preflight.enabled")
         parser.set_defaults({"compression.compressor": {"class_path": "nowag_pl.NoWagPruner"}})
 
     @staticmethod

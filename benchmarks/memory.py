@@ -27,8 +27,9 @@ from nowag_pl import NoWagPruner, NoWagQuantizer
 from nowag_pl.files import write_json, write_tensors
 from nowag_pl.models.loading import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
-from nowag_pl.pipeline import preflight
+from nowag_pl.pipeline import block_needs, preflight
 from nowag_pl.pipeline.run import CompressionRun
+from nowag_pl.pipeline.sizes import ModelSizes
 from nowag_pl.pipeline.stream import streamed
 
 BATCH = 1
@@ -88,16 +89,16 @@ class Resident:
             self.seconds[name] = time.perf_counter() - started
 
 
-def _expected(sizes: preflight.ModelSizes, num_sequences: int, seq_len: int) -> dict[str, int]:
+def _expected(sizes: ModelSizes, num_sequences: int, seq_len: int) -> dict[str, int]:
     """Return what the preflight expects of each stage on a CPU."""
     windows = {"random": num_sequences}
-    validation = preflight.validation_needs(sizes, windows, seq_len, BATCH)
+    validation = block_needs.validation_needs(sizes, windows, seq_len, BATCH)
     needs = {
-        "calibrate": preflight.calibration_needs(sizes, num_sequences, seq_len, BATCH),
-        "compress": preflight.compression_needs(sizes),
-        "measure dense": preflight.reference_needs(sizes, windows, seq_len, BATCH),
+        "calibrate": block_needs.calibration_needs(sizes, num_sequences, seq_len, BATCH),
+        "compress": block_needs.compression_needs(sizes),
+        "measure dense": block_needs.reference_needs(sizes, windows, seq_len, BATCH),
         "measure compressed": validation,
-        "export": preflight.export_needs(sizes, 1),
+        "export": block_needs.export_needs(sizes, 1),
         "measure export": validation,
     }
     on_cpu = preflight.Available(device=None, host=0, disk=0)
@@ -146,7 +147,7 @@ def main() -> None:
         name += f" (d = {method.subvector_dim}, k = {method.codebook_size}, {method.max_iters} iterations)"
     title = f"{name}: {args.blocks} blocks of {block_mib} MiB, embeddings and head {skeleton_mib} MiB"
     table = Table(title=f"{title}, activations {activations_mib} MiB")
-    expected = _expected(preflight.ModelSizes.of(model, METHODS[args.method]), *windows.shape)
+    expected = _expected(ModelSizes.of(model, METHODS[args.method]), *windows.shape)
     columns = (
         "stage",
         "seconds",

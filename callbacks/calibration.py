@@ -7,8 +7,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.trainer import is_compressing
+from nowag_pl.pipeline.block_needs import StageNeeds, calibration_needs
 from nowag_pl.pipeline.calibration import CalibrationMode
-from nowag_pl.pipeline.preflight import ModelSizes, StageNeeds, calibration_needs
+from nowag_pl.pipeline.sizes import ModelSizes
 
 
 class ModelCalibration(Callback):
@@ -49,6 +50,8 @@ class ModelCalibration(Callback):
 
     def needs(self, sizes: ModelSizes, trainer: Trainer) -> list[StageNeeds]:
         """Return what the stage will need."""
+        if not self.enabled:
+            return []
         seq_len = cast(TokenDataModule, trainer.datamodule).seq_len  # type: ignore[attr-defined]
         return [calibration_needs(sizes, self.num_sequences, seq_len, self.batch_size)]
 

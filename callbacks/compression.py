@@ -9,14 +9,14 @@ from nowag_pl.compressors.budget import Budget, settings_of
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.trainer import is_compressing
-from nowag_pl.pipeline.preflight import (
-    ModelSizes,
+from nowag_pl.pipeline.block_needs import (
     StageNeeds,
     budget_needs,
     candidate_bytes,
     compression_needs,
-    corrected_needs,
+    compression_needs_in_mode,
 )
+from nowag_pl.pipeline.sizes import ModelSizes
 
 _DEFAULT = NoWagPruner()
 
@@ -42,15 +42,15 @@ class ModelCompression(Callback):
 
     def needs(self, sizes: ModelSizes, trainer: Trainer) -> list[StageNeeds]:
         """Return what the stage will need."""
+        if not self.enabled:
+            return []
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         calibration = next((each for each in callbacks if getattr(each, "gathers_second_moments", False)), None)
-        if calibration is None or not (sizes.full_moments or calibration.mode != "dense"):
-            needs = [compression_needs(sizes)]
-        elif calibration.mode == "corrected":
-            needs = [corrected_needs(sizes, *calibration.needs(sizes, trainer))]
-        else:
-            needs = [compression_needs(sizes, *calibration.needs(sizes, trainer))]
-        if self.budget is not None and calibration is not None:
+        if calibration is None:
+            return [compression_needs(sizes)]
+        (of_calibration,) = calibration.needs(sizes, trainer)
+        needs = [compression_needs_in_mode(sizes, of_calibration, calibration.mode)]
+        if self.budget is not None:
             module, data = cast(LitCausalLM, trainer.lightning_module), cast(TokenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
             blocks = candidate_bytes(module.run.model, self._settings)
             num_sequences = min(self.budget.num_sequences, calibration.num_sequences)

@@ -9,7 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.trainer import validated_phase
 from nowag_pl.models.checkpoint import save_compressed, save_dense
-from nowag_pl.pipeline.preflight import ModelSizes, StageNeeds, export_needs
+from nowag_pl.pipeline.block_needs import StageNeeds, export_needs
+from nowag_pl.pipeline.sizes import ModelSizes
 
 _log = logging.getLogger("nowag_pl")
 EXPORT = "export"  # folder in the run directory
@@ -30,7 +31,8 @@ class ModelExport(Callback):
 
     def needs(self, sizes: ModelSizes, trainer: Trainer) -> list[StageNeeds]:
         """Return what the folders will need."""
-        return [export_needs(sizes, 1 + _finetunes(trainer), self.dense)] if self.enabled else []
+        num_copies = sizes.is_compressed_here + _finetunes(trainer)
+        return [export_needs(sizes, num_copies, self.dense)] if self.enabled and num_copies else []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder on rank zero, if this run changed the model."""

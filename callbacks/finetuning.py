@@ -11,7 +11,8 @@ from nowag_pl.lit.blockwise import BlockwiseSettings, finetune_blocks
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.trainer import is_compressing
-from nowag_pl.pipeline.preflight import ModelSizes, StageNeeds, finetuning_needs
+from nowag_pl.pipeline.block_needs import StageNeeds, finetuning_needs, num_streams
+from nowag_pl.pipeline.sizes import ModelSizes
 
 
 class ModelFinetuning(Callback):
@@ -88,10 +89,10 @@ class ModelFinetuning(Callback):
         if not self.enabled:
             return []
         settings, data = self.settings, cast(TokenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
-        num_sequences, num_streams = self.num_sequences + self.num_held_out, 3 if settings.targets == "block" else 4
+        num_sequences, streams = self.num_sequences + self.num_held_out, num_streams(settings.targets)
         batch_size = ceil(settings.batch_size / trainer.world_size)
         in_memory = settings.activations == "memory"
-        return [finetuning_needs(sizes, num_sequences, data.seq_len, batch_size, in_memory, num_streams)]
+        return [finetuning_needs(sizes, num_sequences, data.seq_len, batch_size, in_memory, streams)]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finetune, once, and let the module build its model from the result."""

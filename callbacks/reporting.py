@@ -13,9 +13,11 @@ from rich.table import Table
 from nowag_pl.files import write_json, write_text
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
+from nowag_pl.lit.preflight import stage_of_validation
 from nowag_pl.lit.trainer import is_compressing, validated_phase
-from nowag_pl.pipeline.preflight import ModelSizes, StageNeeds, reference_needs, validation_needs
+from nowag_pl.pipeline.block_needs import StageNeeds, reference_needs
 from nowag_pl.pipeline.report import PAGE_FILE, REPORT_FILE, build_report
+from nowag_pl.pipeline.sizes import ModelSizes
 
 
 class ModelReport(Callback):
@@ -44,10 +46,8 @@ class ModelReport(Callback):
         """Return what the dense reference and the validation will need."""
         data = cast(TokenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
         windows = {name: len(tokens) for name, tokens in data.eval_windows.items()}
-        return [
-            reference_needs(sizes, windows, data.seq_len, self.batch_size),
-            validation_needs(sizes, windows, data.seq_len, data.eval_batch_size),
-        ]
+        reference = [reference_needs(sizes, windows, data.seq_len, self.batch_size)] if sizes.is_compressed_here else []
+        return [*reference, stage_of_validation(sizes, trainer)]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Record the dense model's predictions, once, if this run compresses."""

@@ -16,8 +16,9 @@ from nowag_pl import ArmorCompressor, MagnitudePruner, NoWagPruner, NoWagQuantiz
 from nowag_pl.compressors.budget import Budget
 from nowag_pl.compressors.protocol import working_bytes
 from nowag_pl.data.sources import HubDataset
-from nowag_pl.pipeline import preflight
-from nowag_pl.pipeline.preflight import ModelSizes, StageNeeds
+from nowag_pl.pipeline import block_needs
+from nowag_pl.pipeline.block_needs import StageNeeds
+from nowag_pl.pipeline.sizes import ModelSizes
 
 CONFIGS = ROOT / "configs"
 PLUS = {"weighting": "output", "update": "alternating", "refit_scales": True, "damping": 0.03}
@@ -273,11 +274,11 @@ def test_recipe_tells_the_memory_and_disk_of_the_formulas(recipe):
     def stages(compressor) -> list[StageNeeds]:
         of, windows = sizes(compressor), {"wikitext2": 200, "c4": 200, "c4-new": 200}
         return [
-            preflight.calibration_needs(of, 128, seq_len, 1),
-            preflight.compression_needs(of),
-            preflight.reference_needs(of, windows, seq_len, 1),
-            preflight.validation_needs(of, windows, seq_len, 1),
-            preflight.export_needs(of, 1),
+            block_needs.calibration_needs(of, 128, seq_len, 1),
+            block_needs.compression_needs(of),
+            block_needs.reference_needs(of, windows, seq_len, 1),
+            block_needs.validation_needs(of, windows, seq_len, 1),
+            block_needs.export_needs(of, 1),
         ]
 
     both = [*stages(pruner), *stages(quantizer)]

@@ -45,6 +45,7 @@ class ArmorCompressor:
     weighting: Literal["normalized", "output"] = "normalized"
     seed: int = 0
     working_bytes_per_weight: ClassVar[float] = 64  # factors, gradients, Adam's moments, residuals and products
+    gradient_bytes_per_weight: ClassVar[float] = 5.5  # the core in float32, its mask, factors in 16 bits
 
     def __post_init__(self) -> None:
         """Check the settings.

@@ -157,10 +157,19 @@ class NoWagQuantizer:
         """Points in float32, 1 byte for work in chunks, and for each subvector a distance and up to 4 codes."""
         return 5 + 20 / self.subvector_dim
 
+    @property
+    def gradient_bytes_per_weight(self) -> float:
+        """The codewords, these times a scale, and the weight, in float32; the codes."""
+        return 12 + 4 / self.subvector_dim
+
     def expected_bits_per_weight(self, shape: tuple[int, int], value_bits: int) -> float:
         """Return the storage of a quantized linear; see :class:`~nowag_pl.compressors.protocol.Foreseeing`."""
         check_num_codewords(self.codebook_size, shape[0] * ceil(shape[1] / self.subvector_dim))
         return vector_quantized_bits_per_weight(shape, self.subvector_dim, self.codebook_size)
+
+    def num_values(self, shape: tuple[int, int]) -> int:
+        """Return how many values of a quantized linear `(out, in)` can be trained: codewords and both scales."""
+        return self.codebook_size * self.subvector_dim + sum(shape)
 
     def alternatives(self) -> list[dict[str, Any]]:
         """Return other codebooks, none larger; see :class:`~nowag_pl.compressors.protocol.Varying`.

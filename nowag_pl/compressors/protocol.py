@@ -1,5 +1,6 @@
 """The one contract of a compression method."""
 
+from math import ceil
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -55,7 +56,8 @@ class Varying(Protocol):
         """Return fields and values, in which each alternative differs from this compressor; none if there is none."""
 
 
-_UNKNOWN_WORKING_BYTES = 32.0
+UNKNOWN_WORKING_BYTES = 32.0
+UNKNOWN_GRADIENT_BYTES = 16.0
 _FULL_BYTES_PER_PAIR = 48.0  # of inputs: H, damped, its factor or eigenvectors, made in float64
 _FULL_BYTES_PER_WEIGHT = 48.0  # copies of the weight while kept weights or codes are fitted to its output
 
@@ -71,7 +73,20 @@ def expected_bits_per_weight(compressor: Compressor, shape: tuple[int, int], val
 
 def working_bytes_per_weight(compressor: Compressor) -> float:
     """Return what a compressor foresees, or 32 where it does not."""
-    return compressor.working_bytes_per_weight if isinstance(compressor, Foreseeing) else _UNKNOWN_WORKING_BYTES
+    return compressor.working_bytes_per_weight if isinstance(compressor, Foreseeing) else UNKNOWN_WORKING_BYTES
+
+
+def num_values(compressor: Compressor, shape: tuple[int, int]) -> int:
+    """Return how many values a compressed linear has to train; where it is not told, as many as 16 bits each allow."""
+    told = getattr(compressor, "num_values", None)
+    if told is not None:
+        return int(told(shape))
+    return ceil(expected_bits_per_weight(compressor, shape, 16) / 16 * shape[0] * shape[1])
+
+
+def gradient_bytes_per_weight(compressor: object) -> float:
+    """Return what a linear keeps of each restored weight for the gradients of its values; 16 where it is not told."""
+    return float(getattr(compressor, "gradient_bytes_per_weight", UNKNOWN_GRADIENT_BYTES))
 
 
 def working_bytes(compressor: Compressor, shape: tuple[int, int]) -> int:

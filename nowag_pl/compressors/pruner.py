@@ -34,6 +34,7 @@ class Pruner(ABC):
     sparsity: float | None = None
     pattern: tuple[int, int] | None = None
     working_bytes_per_weight: ClassVar[float] = 8  # scores in float32, the mask, intermediate results
+    gradient_bytes_per_weight: ClassVar[float] = 5  # the weight in float32, the mask
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -74,6 +75,10 @@ class Pruner(ABC):
             return num_weights // self.pattern[1] * self.pattern[0]
         assert self.sparsity is not None
         return num_weights - round(self.sparsity * num_weights)
+
+    def num_values(self, shape: tuple[int, int]) -> int:
+        """Return how many values of a pruned linear `(out, in)` can be trained."""
+        return self.num_kept(shape)
 
     def alternatives(self) -> list[dict[str, Any]]:
         """Return other sparsities, up to 0.3 away; see :class:`~nowag_pl.compressors.protocol.Varying`."""

@@ -29,6 +29,7 @@ from nowag_pl.lit.preemption import Preemption, stop_if_asked
 from nowag_pl.models.checkpoint import stored_state
 from nowag_pl.pipeline import finetuning
 from nowag_pl.pipeline.arrays import ArrayFolder, SequenceArray
+from nowag_pl.pipeline.block_needs import num_streams
 from nowag_pl.pipeline.progress import block_progress
 from nowag_pl.pipeline.run import CompressionRun
 
@@ -149,7 +150,6 @@ class _Blockwise:
     def _announce(self) -> None:
         """Say how large the hidden states are."""
         size = len(self.windows) * self.entry_shape[0] * self.entry_shape[1] * self.dtype.itemsize
-        sets = 3 if self.settings.targets == "block" else 4
         place = "host memory of every process" if self.settings.activations == "memory" else "mapped files"
         _log.info(
             "Finetuning %d blocks on %d sequences, held out %d: hidden states take up to %s in %s and %s on disk",
@@ -158,7 +158,7 @@ class _Blockwise:
             len(self.windows) - self.num_train,
             _gib(2 * size),
             place,
-            _gib(sets * size),
+            _gib(num_streams(self.settings.targets) * size),
         )
 
     def _has_inputs(self, index: int) -> bool:

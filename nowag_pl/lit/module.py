@@ -24,12 +24,11 @@ from nowag_pl.models.checkpoint import is_compressed, load_compressed
 from nowag_pl.models.loading import EMBEDDED, Checkpoint
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear
+from nowag_pl.pipeline.block_needs import MEASURED_TOKENS
 from nowag_pl.pipeline.ranks import Ranks
 from nowag_pl.pipeline.reference import Distillation, Teacher
 from nowag_pl.pipeline.run import CompressedModel, CompressionRun
 from nowag_pl.pipeline.stream import HiddenStream, streamed
-
-_MEASURED_TOKENS = 4096  # whose logits are in memory together; 2 GB in float32 for a vocabulary of 128,000
 
 
 class DenseReference(Protocol):
@@ -396,6 +395,6 @@ def _chunks(tokens: Tensor) -> Iterator[slice]:
     The last position of a chunk predicts the first token of the next, which is measured there.
     """
     batch, seq_len = tokens.shape
-    size = max(_MEASURED_TOKENS // max(batch, 1), 1)
+    size = max(MEASURED_TOKENS // max(batch, 1), 1)
     for start in range(0, seq_len - 1 if batch else 0, size):
         yield slice(start, start + size + 1)

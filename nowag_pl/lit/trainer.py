@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from nowag_pl.files import write_json
+from nowag_pl.lit.datamodule import DEFAULT_SEQ_LEN_LIMIT
 from nowag_pl.lit.evaluation import (
     EVALUATION_FILE,
     PAPER_TASKS,
@@ -20,8 +21,11 @@ from nowag_pl.lit.evaluation import (
     task_manager,
 )
 from nowag_pl.lit.module import LitCausalLM
+from nowag_pl.lit.preflight import show
 from nowag_pl.pipeline.ranks import Ranks
+from nowag_pl.pipeline.sizes import ModelSizes
 from nowag_pl.pipeline.store import ArtefactStore
+from nowag_pl.pipeline.whole_needs import questions_needs
 
 Phase = Literal["one_shot", "blockwise", "finetuned"]
 _KEYWORDS = ("best", "last", "hpc")  # what Lightning finds itself
@@ -152,6 +156,9 @@ class CompressionTrainer(Trainer):
         if not self.is_global_zero:
             return {}
         module = cast(LitCausalLM, model)
+        seq_len = min(module.checkpoint.max_seq_len or DEFAULT_SEQ_LEN_LIMIT, DEFAULT_SEQ_LEN_LIMIT)
+        needs = questions_needs(ModelSizes.as_it_is(module.checkpoint), seq_len, batch_size)
+        show([needs], Path(module.run_dir or self.default_root_dir), self.strategy.root_device)
         module.configure_model()
         whole = cast(nn.Module, module.model).to(self.strategy.root_device)
         evaluation = {"model": module.checkpoint.path, "dtype": str(module.checkpoint.dtype).removeprefix("torch.")}

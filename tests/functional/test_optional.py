@@ -5,9 +5,7 @@ import pytest
 from nowag_pl.functional import optional
 
 
-@pytest.mark.parametrize(
-    ("name", "command"), [("numba", "pip install numba"), ("triton", "pip install triton")]
-)
+@pytest.mark.parametrize(("name", "command"), [("numba", "pip install numba"), ("triton", "pip install triton")])
 def test_a_missing_package_is_named_once(name, command, monkeypatch, caplog):
     monkeypatch.setattr(optional, "find_spec", lambda name: None)
     optional.has_module.cache_clear()

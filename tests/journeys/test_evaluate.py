@@ -14,6 +14,7 @@ from nowag_pl import load_compressed
 from nowag_pl.lit import evaluation
 from nowag_pl.lit.evaluation import PAPER_TASKS, TaskSettings, task_manager
 from nowag_pl.models.loading import Checkpoint
+from nowag_pl.pipeline.preflight import Available
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
 pytest_plugins = ["tiny_fixtures"]
@@ -195,6 +196,14 @@ def test_solved_examples_change_what_is_asked(evaluate, result, model_folder):
         assert {task["num_fewshot"] for task in tasks.values()} == {number}
         found.append([task["metrics"] for task in tasks.values()])
     assert found[0] != found[1]
+
+
+def test_needs_of_the_whole_model_are_shown_with_a_warning(evaluate, monkeypatch, caplog):
+    monkeypatch.setattr(Available, "here", classmethod(lambda cls, folder, device: cls(None, 2**14, 2**40)))
+    outcome = evaluate("--limit=1", "--batch_size=2")
+    assert outcome.code == 0
+    assert "questions" in outcome.message
+    assert re.search("questions may need .* of host memory.*; change batch_size", caplog.text)
 
 
 def test_embedded_model_is_asked_as_well(evaluate, result):

@@ -16,10 +16,11 @@ from nowag_pl.compressors.budget import Budget, settings_of
 from nowag_pl.files import read_json
 from nowag_pl.functional.divergence import kl_divergence
 from nowag_pl.functional.sensitivity import drawn_labels
+from nowag_pl.pipeline import block_needs, candidates, compression, sensitivity
 from nowag_pl.pipeline import budget as spreading
-from nowag_pl.pipeline import candidates, compression, preflight, sensitivity
 from nowag_pl.pipeline.page import report_page
 from nowag_pl.pipeline.report import build_report
+from nowag_pl.pipeline.sizes import ModelSizes
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -260,9 +261,9 @@ def test_report_and_page_say_what_was_taken(model_folder, tmp_path):
 def test_preflight_foresees_the_candidates(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(spreading.ArtefactStore, "remove", lambda self, stage: None)
     run, settings = budgeted(model_folder(), tmp_path / "run", QUANTIZER, SMALL), settings_of(QUANTIZER, SMALL)
-    sizes = preflight.ModelSizes.of(run.model, QUANTIZER)
-    blocks = preflight.candidate_bytes(run.model, settings)
-    needs = preflight.budget_needs(sizes, blocks, NUM_SEQUENCES, 24, 2)
+    sizes = ModelSizes.of(run.model, QUANTIZER)
+    blocks = block_needs.candidate_bytes(run.model, settings)
+    needs = block_needs.budget_needs(sizes, blocks, NUM_SEQUENCES, 24, 2)
     written = [sum(t.nbytes for t in run.store.read(candidates.STAGE, index)[0].values()) for index in range(3)]
     assert blocks == pytest.approx(written, rel=0.01)
     assert needs.disk == sum(blocks) + sizes.compressed

@@ -19,8 +19,10 @@ from nowag_pl.compressors.protocol import expected_bits_per_weight, working_byte
 from nowag_pl.files import read_tensors
 from nowag_pl.models.loading import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
-from nowag_pl.pipeline import preflight
-from nowag_pl.pipeline.preflight import Available, ModelSizes, StageNeeds, host_bytes, readable, shortages
+from nowag_pl.pipeline import block_needs, preflight
+from nowag_pl.pipeline.block_needs import StageNeeds
+from nowag_pl.pipeline.preflight import Available, host_bytes, readable, shortages
+from nowag_pl.pipeline.sizes import ModelSizes
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -82,13 +84,13 @@ def test_expected_disk_is_what_is_written(family, compressor, model_folder, tmp_
     )
     num_linears = sum(len(run.model.linears(index)) for index in range(len(run.model)))
     rounding = num_linears  # bits of a linear in whole bytes
-    assert written("run/moments") == preflight.calibration_needs(sizes, 7, 24, 3).disk
-    assert written("run/compressed") - biases == pytest.approx(preflight.compression_needs(sizes).disk, abs=rounding)
-    assert written("export") == pytest.approx(preflight.export_needs(sizes, 1).disk, abs=rounding)
+    assert written("run/moments") == block_needs.calibration_needs(sizes, 7, 24, 3).disk
+    assert written("run/compressed") - biases == pytest.approx(block_needs.compression_needs(sizes).disk, abs=rounding)
+    assert written("export") == pytest.approx(block_needs.export_needs(sizes, 1).disk, abs=rounding)
     run.compressed().save(tmp_path / "dense", dense=True)
-    assert written("dense") == preflight.export_needs(sizes, 1, dense=True).disk
+    assert written("dense") == block_needs.export_needs(sizes, 1, dense=True).disk
     arrays = sum(file.stat().st_size - 128 for file in (tmp_path / "run" / "reference").glob("*.npy"))
-    assert arrays == preflight.reference_needs(sizes, windows, 24, 2).disk
+    assert arrays == block_needs.reference_needs(sizes, windows, 24, 2).disk
 
 
 def test_sizes_are_those_of_the_model(model_folder):
@@ -107,13 +109,13 @@ def test_full_second_moments_are_counted(model_folder):
     assert (plain.full_moments, full.full_moments) == (0, sum(width**2 for width in widths))
     assert full.compressing > plain.compressing + 3 * 8 * max(widths) ** 2  # three matrices in float64
     assert full.restoring == plain.restoring
-    stream = preflight.calibration_needs(full, 7, 24, 3)
-    needs = preflight.compression_needs(full, stream)
+    stream = block_needs.calibration_needs(full, 7, 24, 3)
+    needs = block_needs.compression_needs(full, stream)
     assert needs.host == full.compressed_block + 4 * full.full_moments
     assert needs.shared_host == full.hidden_states(7, 24)
-    assert needs.device == full.skeleton + full.block + full.compressing + preflight.CHUNK_BYTES
-    little = replace(full, compressing=-preflight.CHUNK_BYTES)
-    assert preflight.compression_needs(little, stream).device == stream.device + 8 * full.full_moments
+    assert needs.device == full.skeleton + full.block + full.compressing + block_needs.CHUNK_BYTES
+    little = replace(full, compressing=-block_needs.CHUNK_BYTES)
+    assert block_needs.compression_needs(little, stream).device == stream.device + 8 * full.full_moments
 
 
 @pytest.mark.parametrize(
@@ -216,11 +218,11 @@ def test_fit_shows_every_stage_and_warns(command_line, model_folder, workplace, 
 def test_corrected_compression_needs_both_models_drifts_and_a_matrix_to_invert(model_folder):
     model = StreamedModel(Checkpoint(str(model_folder("llama", dtype=torch.bfloat16))))
     sizes = replace(ModelSizes.of(model, NoWagPruner(update="refit")), compressing=0)
-    stream = preflight.calibration_needs(sizes, 7, 24, 3)
-    needs = preflight.corrected_needs(sizes, stream)
+    stream = block_needs.calibration_needs(sizes, 7, 24, 3)
+    needs = block_needs.corrected_needs(sizes, stream)
     both = sizes.skeleton + sizes.block + sizes.compressed_block + 2 * sizes.activations(72)
     num_weights = sum(parameter.numel() for parameter in model.blocks[0].parameters())
-    assert needs.device - both - preflight.CHUNK_BYTES == 12 * num_weights + 44 * sizes.widest**2
+    assert needs.device - both - block_needs.CHUNK_BYTES == 12 * num_weights + 44 * sizes.widest**2
     assert (needs.shared_host, needs.disk) == (2 * sizes.hidden_states(7, 24), sizes.compressed)
     larger = replace(sizes, compressing=50 * sizes.widest**2)
-    assert preflight.corrected_needs(larger, stream).device - needs.device == 10 * sizes.widest**2
+    assert block_needs.corrected_needs(larger, stream).device - needs.device == 10 * sizes.widest**2
