@@ -31,6 +31,7 @@ from nowag_pl.pipeline import finetuning
 from nowag_pl.pipeline.arrays import ArrayFolder, SequenceArray
 from nowag_pl.pipeline.progress import block_progress
 from nowag_pl.pipeline.run import CompressionRun
+from nowag_pl.pipeline.wording import readable
 
 _log = logging.getLogger("nowag_pl")
 _LAST = "last"
@@ -155,9 +156,9 @@ class _Blockwise:
             len(self.model),
             self.num_train,
             len(self.windows) - self.num_train,
-            _gib(2 * size),
+            readable(2 * size),
             place,
-            _gib(sets * size),
+            readable(sets * size),
         )
 
     def _has_inputs(self, index: int) -> bool:
@@ -359,7 +360,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"

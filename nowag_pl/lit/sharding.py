@@ -1,4 +1,4 @@
-"""Sharding a model over ranks with FSDP2, compressed linears included."""
+"""A model over ranks: sharded with FSDP2, compressed linears included, or whole with DDP."""
 
 from typing import Any
 
@@ -59,6 +59,11 @@ def _unify_types(linear: CompressedLinear) -> None:
     if len({parameter.dtype for parameter in linear.parameters()}) > 1:
         for parameter in linear.parameters():
             parameter.data = parameter.data.float()
+
+
+def ignore_buffers_in_ddp(module: nn.Module) -> None:
+    """Keep DDP from sending buffers around: masks and codes are equal on every rank."""
+    module._ddp_params_and_buffers_to_ignore = [name for name, _ in module.named_buffers()]
 
 
 def gathered_state(model: nn.Module) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def test_end_to_end_goes_on_from_the_finetuned_blocks(method, fit, workplace, tm
     assert list(figures) == ["dense", "one_shot", "blockwise", "finetuned"]
     divergences = report["kl_divergence"]["held_out"]
     assert divergences["finetuned"] < divergences["blockwise"] < divergences["one_shot"]
-    assert "blockwise finetuned" in " ".join(outcome.output.split())
+    assert "│ blockwise │" in " ".join(outcome.output.split())
     model, before = load_compressed(tmp_path / "run" / "export_finetuned"), load_compressed(tmp_path / "run" / "export")
     windows = text_windows(workplace, tmp_path / "run" / "export")
     assert perplexity(model, windows) == pytest.approx(figures["finetuned"], rel=1e-5)

@@ -173,7 +173,7 @@ def test_nothing_temporary_is_left(finetuned, tmp_path):
 def test_size_of_the_hidden_states_is_told_before(finetuned, caplog):
     with caplog.at_level("INFO", "nowag_pl"):
         finetuned(max_epochs=1)
-    assert "Finetuning 3 blocks on 7 sequences, held out 3: hidden states take up to 0.00 GiB in host" in caplog.text
+    assert "Finetuning 3 blocks on 7 sequences, held out 3: hidden states take up to 0.04 MiB in host" in caplog.text
 
 
 def cut_at(monkeypatch, step, module=BlockModule, name="training_step"):
