@@ -43,7 +43,7 @@ def quiet():
 
 
 @pytest.fixture
-def finetuned(model_folder, tmp_path):
+def finetuned(model_folder, own_sigterm, tmp_path):
     """Compress and finetune in a run directory; go on where it stands."""
 
     def make(name="run", family="qwen2", compressor="pruner", train=TRAIN, folder=None, **settings) -> CompressionRun:
