@@ -16,7 +16,6 @@ from nowag_pl.lit.block_module import BlockModule
 from nowag_pl.lit.blockwise import BlockwiseSettings, finetune_blocks
 from nowag_pl.models.loading import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
-from nowag_pl.modules import CompressedLinear
 from nowag_pl.pipeline import finetuning
 from nowag_pl.pipeline.run import CompressionRun
 
@@ -280,34 +279,65 @@ def test_blocks_of_another_compression_are_refused(finetuned, tmp_path):
         finetuned(compressor="quantizer")
 
 
-@pytest.mark.parametrize("compressor", COMPRESSORS)
-@pytest.mark.parametrize("targets", ["block", "model"])
-def test_no_more_than_two_blocks_are_alive(targets, compressor, finetuned, model_folder, monkeypatch):
-    block = StreamedModel(Checkpoint(str(model_folder("qwen2")))).load_block(0)
-    one = sum(parameter.numel() for parameter in block.parameters())
-    del block
-    most, blocks, forward_block = 0, 0, StreamedModel.forward_block
+ONE_SET = 10 * 16 * 32 * 4  # bytes of the hidden states of all sequences in front of a block
 
-    def watching(self, *args):
-        nonlocal most, blocks
-        own = {id(parameter) for parameter in self.skeleton.parameters()}
-        alive = [each for each in gc.get_objects() if isinstance(each, (nn.Parameter, CompressedLinear))]
-        parameters = [each for each in alive if isinstance(each, nn.Parameter) and each.device.type != "meta"]
-        most = max(most, sum(each.numel() for each in parameters if id(each) not in own))
-        compressed = [each for each in alive if isinstance(each, CompressedLinear)]
-        blocks = max(blocks, sum(next(each.parameters()).device.type != "meta" for each in compressed) / 7)
-        return forward_block(self, *args)
 
-    monkeypatch.setattr(StreamedModel, "forward_block", watching)
-    gc.collect()
-    gc.freeze()  # only what is made from here on is looked at
-    try:
-        finetuned(compressor=compressor, targets=targets, max_epochs=1, batch_size=7)
-    finally:
-        gc.unfreeze()
-    assert most >= one
-    assert most <= 2 * one
-    assert blocks <= 1
+def sizes(tensors) -> tuple[int, float]:
+    """Return the bytes of tensors of at least 256, but for hidden states `[..., 16, 32]`, and the sets of these."""
+    weights, hidden = {}, {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        kind = hidden if tensor.shape[-2:] == (16, 32) else weights
+        kind[storage.data_ptr()] = storage.nbytes()
+    return sum(size for size in weights.values() if size >= 256), sum(hidden.values()) / ONE_SET
+
+
+@pytest.mark.parametrize(("targets", "compressor"), [("block", "pruner"), ("model", "quantizer")])
+def test_one_block_and_two_sets_of_hidden_states_are_alive(targets, compressor, finetuned, monkeypatch):
+    """On the host as well as on the device."""
+    seen, places, finetune = {}, ["making targets"], blockwise._Blockwise.finetune
+
+    def watch(patch, owner, name, place=None):
+        original = getattr(owner, name)
+
+        def watching(*args):
+            places.append(place or places[-1])
+            alive = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and not each.is_meta]
+            seen.setdefault(places[-1], []).append(sizes(alive))
+            try:
+                return original(*args)
+            finally:
+                places.pop()
+
+        patch.setattr(owner, name, watching)
+
+    def watched(self, missing):
+        gc.collect()
+        gc.freeze()  # only what is made from here on is looked at
+        try:
+            with monkeypatch.context() as patch:
+                watch(patch, StreamedModel, "forward_block")
+                watch(patch, blockwise._Blockwise, "_train", "training")
+                watch(patch, blockwise._Blockwise, "_mean_square", "measuring")
+                watch(patch, blockwise._Blockwise, "_advance", "advancing")
+                watch(patch, finetuning, "write_block", "writing")
+                finetune(self, missing)
+        finally:
+            gc.unfreeze()
+
+    monkeypatch.setattr(blockwise._Blockwise, "finetune", watched)
+    run = finetuned(compressor=compressor, targets=targets, max_epochs=2, batch_size=1)
+    dense, _ = sizes(run.model.load_block(0).state_dict().values())
+    compressed, _ = sizes(finetuning.load_compressed_block(run.model, run.store, 0).state_dict().values())
+    weights = {place: max(size for size, _ in each) for place, each in seen.items()}
+    hidden = {place: max(number for _, number in each) for place, each in seen.items()}
+    embeddings = 2 * 16 * 8 * 4  # of the positions
+    assert 3 * compressed < weights.pop("training") <= 4 * compressed + embeddings  # with gradients and moments
+    assert dense - compressed < weights.pop("making targets") <= dense + embeddings
+    assert weights.keys() == {"measuring", "advancing", "writing"}
+    assert all(compressed <= size <= compressed + embeddings for size in weights.values())
+    assert hidden.pop("making targets") < (2.5 if targets == "block" else 3.5)  # one is the file that is written
+    assert all(1 <= number < 2.5 for number in hidden.values())
 
 
 @pytest.mark.parametrize(
