@@ -63,7 +63,7 @@ def _unify_types(linear: CompressedLinear) -> None:
 
 def ignore_buffers_in_ddp(module: nn.Module) -> None:
     """Keep DDP from sending buffers around: masks and codes are equal on every rank."""
-    module._ddp_params_and_buffers_to_ignore = [name for name, _ in module.named_buffers()]
+    module._ddp_params_and_buffers_to_ignore = [name for name, _ in module.named_buffers()]  # type: ignore[assignment]
 
 
 def gathered_state(model: nn.Module) -> dict[str, Any]:
