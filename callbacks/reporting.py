@@ -1,6 +1,5 @@
 """When the dense model is recorded, and when the report is written and shown."""
 
-import math
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +17,8 @@ from nowag_pl.lit.trainer import is_compressing, validated_phase
 from nowag_pl.pipeline.block_needs import StageNeeds, reference_needs
 from nowag_pl.pipeline.report import PAGE_FILE, REPORT_FILE, build_report
 from nowag_pl.pipeline.sizes import ModelSizes
+from nowag_pl.pipeline.statistics import mean_over_weights
+from nowag_pl.pipeline.wording import PHASES, readable
 
 
 class ModelReport(Callback):
@@ -131,8 +132,7 @@ def _perplexity_table(metrics: dict[str, Any], data: TokenDataModule, compressed
     )
     for column in ("text", "windows", "model", "perplexity", "KL (nats)", "top-1"):
         table.add_column(column, justify="left" if column in ("text", "model") else "right", no_wrap=column != "text")
-    titles = {"dense": "dense", "one_shot": "one-shot" if compressed else "as loaded"}
-    titles |= {"blockwise": "blockwise finetuned", "finetuned": "finetuned"}
+    titles = PHASES if compressed else PHASES | {"one_shot": "as loaded"}
     for name, windows in data.eval_windows.items():
         for phase, title in titles.items():
             if phase in metrics:
@@ -149,15 +149,15 @@ def _summary_table(report: dict[str, Any]) -> Table:
     parameters, compressed = report["num_parameters"], report["num_compressed_parameters"]
     calibration, seconds = report["calibration"], report["seconds"]
     losses = [row["loss"] for row in report["linears"]]
-    mean_loss = sum(row["loss"] * math.prod(row["shape"]) for row in report["linears"]) / compressed
+    mean_loss = mean_over_weights(report["linears"], "loss")
     rows = {
         "parameters compressed": f"{compressed:,} of {parameters:,} ({compressed / parameters:.1%})",
-        "bits per weight": f"{report['bits_per_weight']:.3f} (they take {report['bytes_on_disk'] / 2**20:.2f} MiB)",
+        "bits per weight": f"{report['bits_per_weight']:.3f} (they take {readable(report['bytes_on_disk'])})",
         "sparsity": f"{report['sparsity']:.1%}",
         "normalised loss": f"{mean_loss:.4f} (from {min(losses):.4f} to {max(losses):.4f})",
         "calibration": f"{calibration['num_sequences']} sequences, {calibration['num_tokens']:,} tokens",
         "seconds": ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if value),
-        "peak memory": f"{report['peak_memory_bytes'] / 2**20:.0f} MiB",
+        "peak memory": readable(report["peak_memory_bytes"]),
     }
     if (budget := report["budget"]) is not None:
         rows["budget"] = (

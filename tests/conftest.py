@@ -1,5 +1,8 @@
 """What all tests share."""
 
+import signal
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import settings
@@ -7,6 +10,14 @@ from hypothesis import settings
 settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("default")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_test_keeps_signals() -> Iterator[None]:
+    """Check that SIGTERM and Ctrl-C end pytest, not the test that happens to run."""
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    yield
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
 @pytest.fixture

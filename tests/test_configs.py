@@ -4,7 +4,6 @@ import re
 import shlex
 import sys
 from math import ceil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -44,8 +43,20 @@ RECIPES = {  # hub id, hidden, intermediate, key and value size, blocks, vocabul
     "llama_3_8b": ("meta-llama/Meta-Llama-3-8B", 4096, 14336, 1024, 32, 128256, 8192),
     "llama_3_70b": ("meta-llama/Meta-Llama-3-70B", 8192, 28672, 1024, 80, 128256, 8192),
 }
+FOLDERS = {  # groups of the files in a folder
+    "budget": {"compression"},
+    "data": {"data"},
+    "finetuning": {"finetuning"},
+    "method": {"compression"},
+    "recipes": {"seed_everything", "model", "data", "calibration", "report"},
+    "trainer": {"trainer"},
+}
 DATA = ["local_text", "wikitext2_c4", "redpajama", "slimpajama"]
 SHIPPED = sorted(path.relative_to(ROOT).as_posix() for path in CONFIGS.rglob("*.yaml"))
+GROUPS = {path: FOLDERS[path.split("/")[1]] for path in SHIPPED}
+GROUPS |= {path: {"calibration", "compression"} for path in SHIPPED if path.endswith("_plus.yaml")}
+GROUPS |= {path: {"model", "trainer"} for path in SHIPPED if path.endswith("distillation.yaml")}
+GROUPS["configs/recipes/embedded_model.yaml"] = {"seed_everything", "model", "compression", "data", "trainer"}
 
 
 @pytest.fixture
@@ -328,12 +339,7 @@ def test_commands_of_the_header_parse(path, monkeypatch, parse, model_without_we
 def test_file_holds_no_absolute_path_and_no_foreign_group(path):
     text = (ROOT / path).read_text()
     assert not re.search(r"(?<![\w.<:/-])/(home|root|tmp|work|mnt|data)\b", text)
-    groups = set(yaml.safe_load(text))
-    folder = Path(path).parent.name
-    if path.endswith("_plus.yaml"):
-        assert groups == {"calibration", "compression"}
-    else:
-        assert groups == {"method": {"compression"}, "data": {"data"}}.get(folder, groups)
+    assert set(yaml.safe_load(text)) == GROUPS[path]
 
 
 def test_nothing_parses_with_a_misspelt_key(parse, tmp_path, capsys):

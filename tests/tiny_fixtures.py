@@ -1,6 +1,7 @@
 """Fixtures over tiny models, for the test files that name this module in `pytest_plugins`."""
 
 import logging
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,8 +34,21 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def own_signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Put back the handlers of SIGTERM and Ctrl-C, and what they know."""
+    from nowag_pl.lit.preemption import _Request
+
+    for name, value in {"received": 0, "trainers": [], "launcher": None}.items():
+        monkeypatch.setattr(_Request, name, value)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
 def command_line(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, own_signals: None, tmp_path: Path
 ) -> Iterator[Callable[..., Outcome]]:
     """Run `python main.py` in this process, in an empty folder, and put back what it changes globally."""
     from lightning.pytorch.utilities import rank_zero_only

@@ -11,6 +11,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils._pytree import tree_map
 from torchmetrics import MeanMetric
 
+from nowag_pl.lit.sharding import ignore_buffers_in_ddp
+
 ERROR = "held_out_error"
 _NEVER = 10**9
 
@@ -41,8 +43,7 @@ class BlockModule(LightningModule):
         for parameter in block.parameters():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-        # The masks and codes are equal on every rank: DDP need not send them around.
-        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
+        ignore_buffers_in_ddp(self)
         self._forward_block = forward_block
         self._arguments = arguments
         self._scale = scale

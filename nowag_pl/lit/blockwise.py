@@ -32,6 +32,7 @@ from nowag_pl.pipeline.arrays import ArrayFolder, SequenceArray
 from nowag_pl.pipeline.block_needs import num_streams
 from nowag_pl.pipeline.progress import block_progress
 from nowag_pl.pipeline.run import CompressionRun
+from nowag_pl.pipeline.wording import readable
 
 _log = logging.getLogger("nowag_pl")
 _LAST = "last"
@@ -136,16 +137,19 @@ class _Blockwise:
                 report("already there" if index not in missing else "skipped")
             for index in range(start, last + 1):
                 stop_if_asked()
-                note = "already there"
-                inputs = self._read(f"prefix_{index:03d}")
-                targets = self._targets(index, inputs) if index in missing else None
-                if targets is not None:
-                    note = self._finetune_block(index, inputs, targets, lambda text: report(text, 0))
-                if index < last:
-                    self._advance(index, inputs)
-                report(note)
+                report(self._visit(index, index in missing, index < last, lambda text: report(text, 0)))
         if self.ranks.is_zero:
             self.arrays.clear()
+
+    def _visit(self, index: int, is_missing: bool, goes_on: bool, report: Callable[[str], None]) -> str:
+        """Finetune a block that is missing, and write the inputs of the next one; return what to say of it."""
+        note = "already there"
+        inputs = self._read(f"prefix_{index:03d}")
+        if is_missing:
+            note = self._finetune_block(index, inputs, self._targets(index, inputs), report)
+        if goes_on:
+            self._advance(index, inputs)
+        return note
 
     def _announce(self) -> None:
         """Say how large the hidden states are."""
@@ -156,9 +160,9 @@ class _Blockwise:
             len(self.model),
             self.num_train,
             len(self.windows) - self.num_train,
-            _gib(2 * size),
+            readable(2 * size),
             place,
-            _gib(num_streams(self.settings.targets) * size),
+            readable(num_streams(self.settings.targets) * size),
         )
 
     def _has_inputs(self, index: int) -> bool:
@@ -183,19 +187,23 @@ class _Blockwise:
 
     def _targets(self, index: int, inputs: SequenceArray) -> SequenceArray:
         """Return what the dense block makes of its inputs."""
+        return self._read(self._write_targets(index, inputs))
+
+    def _write_targets(self, index: int, inputs: SequenceArray) -> str:
+        """Write what the dense block makes of its inputs, if it is not there; return its name."""
         following = f"dense_{index + 1:03d}" if self.settings.targets == "model" else f"targets_{index:03d}"
         if following not in self.arrays:
             source = self._read(f"dense_{index:03d}") if self.settings.targets == "model" else inputs
             dense = self.model.load_block(index)
             self._write(following, lambda rows: self._forward(dense, index, source.take(rows.tolist())))
-        return self._read(following)
+        return following
 
     def _advance(self, index: int, inputs: SequenceArray) -> None:
         """Write the inputs of the next block, and delete those of this one."""
         block = finetuning.load_finetuned_block(self.model, self.store, index).to(self.model.device)
         self._write(f"prefix_{index + 1:03d}", lambda rows: self._forward(block, index, inputs.take(rows.tolist())))
         if self.settings.targets == "model":
-            self._targets(index, inputs)  # also where this block was there already
+            self._write_targets(index, inputs)  # also where this block was there already
         if self.ranks.is_zero:
             for name in (*(f"{stream}_{index:03d}" for stream in self.streams), f"targets_{index:03d}"):
                 self.arrays.remove(name)
@@ -212,20 +220,25 @@ class _Blockwise:
         best, epochs = self._train(index, block, inputs, targets, scale, folder, report)
         del block
         gc.collect()  # Trainer and module refer to each other, and hold the block and its optimizer
-        result = finetuning.load_compressed_block(self.model, self.store, index)
-        untrained = {name: tensor.clone() for name, tensor in result.state_dict().items()}
-        result.load_state_dict(best)
-        result.load_state_dict(stored_state(result))  # rounded as it is stored
-        result.to(self.model.device)
+        result = self._load_trained(index, best)
         after = self._mean_square(index, inputs, targets, result) / scale
         if not after < before:
-            result.load_state_dict(untrained)
-            after = before
+            del result  # before the block is read once more
+            result, after = finetuning.load_compressed_block(self.model, self.store, index), before
         metadata = {"seconds": time.perf_counter() - started, "before": before, "after": after, "epochs": epochs}
         finetuning.write_block(self.store, index, result, metadata)
         if self.ranks.is_zero:
             shutil.rmtree(folder, ignore_errors=True)
         return f"held-out error {before:.4f} -> {after:.4f} in {epochs} epochs"
+
+    def _load_trained(self, index: int, path: str) -> nn.Module:
+        """Return the block of a Trainer's checkpoint, rounded as it is stored."""
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        trained = {name.removeprefix("block."): tensor for name, tensor in state.items() if name.startswith("block.")}
+        block = finetuning.load_compressed_block(self.model, self.store, index)
+        block.load_state_dict(trained)
+        block.load_state_dict(stored_state(block))
+        return block
 
     @torch.no_grad()
     def _mean_square(self, index: int, inputs: SequenceArray, targets: SequenceArray, block: nn.Module | None) -> float:
@@ -247,8 +260,8 @@ class _Blockwise:
         scale: float,
         folder: Path,
         report: Callable[[str], None],
-    ) -> tuple[dict[str, Tensor], int]:
-        """Run the Trainer of one block from its last epoch on; return the best state, and how many epochs it had."""
+    ) -> tuple[str, int]:
+        """Run the Trainer of one block from its last epoch on; return its best checkpoint and its number of epochs."""
         settings, ranks = self.settings, self.ranks
         module = BlockModule(
             block,
@@ -302,9 +315,7 @@ class _Blockwise:
                 ckpt_path=str(folder / f"{_LAST}.ckpt") if resumed else None,
                 weights_only=True,
             )
-        state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
-        trained = {name.removeprefix("block."): tensor for name, tensor in state.items() if name.startswith("block.")}
-        return trained, trainer.current_epoch
+        return best.best_model_path, trainer.current_epoch
 
 
 class _Pairs(Dataset[dict[str, Tensor]]):
@@ -360,7 +371,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"

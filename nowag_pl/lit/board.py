@@ -12,9 +12,10 @@ from nowag_pl.figures.curves import codeword_figure, line_figure
 from nowag_pl.lit.block_module import ERROR
 from nowag_pl.pipeline.drawings import linear_drawing, linears_drawing
 from nowag_pl.pipeline.inspection import BlockErrors, LinearView
+from nowag_pl.pipeline.statistics import mean_over_weights
 from nowag_pl.pipeline.summary import summary_markdown
+from nowag_pl.pipeline.wording import COMPRESSED_PHASES
 
-PHASES = ("one_shot", "blockwise", "finetuned")
 _TABLE = ("perplexity", "kl_divergence")  # figures by text and phase in the table of runs
 
 
@@ -90,22 +91,20 @@ class Board:
 
         No "experiment" is declared: TensorBoard then takes the settings and figures of all runs that it finds together.
         """
-        weights = [row["shape"][0] * row["shape"][1] for row in rows]
-        figures = {
-            f"linears/{key}": sum(row[key] * count for row, count in zip(rows, weights, strict=True)) / sum(weights)
-            for key in ("loss", "sparsity", "bits_per_weight")
-        }
+        keys = ("loss", "sparsity", "bits_per_weight")
+        figures = {f"linears/{key}": mean_over_weights(rows, key) for key in keys}
         for text, values in metrics.items():
             figures |= {f"{key}/{text}/{phase}": value for key, value in values.items() if key in _TABLE}
             if "dense_perplexity" in values:
                 figures[f"perplexity/{text}/dense"] = values["dense_perplexity"]
         with SummaryWriter(str(self._folder / "hparams")) as writer:
-            if phase == PHASES[0]:
+            step = list(COMPRESSED_PHASES).index(phase)
+            if step == 0:
                 _, start, end = hparams(_readable(settings), figures)
                 for summary in (start, end):
                     writer.file_writer.add_summary(summary)
             for key, value in figures.items():
-                writer.add_scalar(key, value, PHASES.index(phase))
+                writer.add_scalar(key, value, step)
 
     def _figure(self, tag: str, figure: Any, step: int) -> None:
         self._writer.add_image(tag, to_pixels(figure), step, dataformats="HWC")

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from nowag_pl.data.tokens import tokens_digest
 from nowag_pl.lit.metrics import Divergence, Perplexity
-from nowag_pl.lit.sharding import gathered_state, local_part, shard
+from nowag_pl.lit.sharding import gathered_state, ignore_buffers_in_ddp, local_part, shard
 from nowag_pl.models.checkpoint import is_compressed, load_compressed
 from nowag_pl.models.loading import EMBEDDED, Checkpoint
 from nowag_pl.models.streaming import StreamedModel
@@ -197,8 +197,7 @@ class LitCausalLM(LightningModule):
             parameter.requires_grad_(not linears or name in stored or parameter.ndim < 2)
             if parameter.requires_grad or self.trainer.precision == "32-true":
                 parameter.data = parameter.data.float()
-        # The masks and codes are equal on every rank: DDP need not send them around.
-        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
+        ignore_buffers_in_ddp(self)
 
     def _narrow(self) -> None:
         """Round what was trained to the types in which it is stored, so that what is measured is what is saved."""

@@ -14,9 +14,10 @@ from rich.table import Table
 
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.pipeline.block_needs import StageNeeds, teacher_needs, validation_needs
-from nowag_pl.pipeline.preflight import Available, host_bytes, readable, shortages
+from nowag_pl.pipeline.preflight import Available, host_bytes, shortages
 from nowag_pl.pipeline.sizes import ModelSizes
 from nowag_pl.pipeline.whole_needs import Holding, Training, training_needs, whole_validation_needs
+from nowag_pl.pipeline.wording import readable
 
 if TYPE_CHECKING:
     from nowag_pl.lit.module import LitCausalLM

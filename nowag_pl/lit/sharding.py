@@ -1,4 +1,4 @@
-"""Sharding a model over ranks with FSDP2, compressed linears included."""
+"""A model over ranks: sharded with FSDP2, compressed linears included, or whole with DDP."""
 
 from typing import Any
 
@@ -65,6 +65,11 @@ def _unify_types(linear: CompressedLinear) -> None:
 def local_part(tensor: Tensor) -> Tensor:
     """Return what this rank holds of a tensor, which may be sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def ignore_buffers_in_ddp(module: nn.Module) -> None:
+    """Keep DDP from sending buffers around: masks and codes are equal on every rank."""
+    module._ddp_params_and_buffers_to_ignore = [name for name, _ in module.named_buffers()]  # type: ignore[assignment]
 
 
 def gathered_state(model: nn.Module) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from rich.table import Table
 
 from nowag_pl.files import write_text
 from nowag_pl.pipeline.comparison import Protocol, Run, column_names, differences, protocols, read_runs
-
-_TITLES = {"one_shot": "one-shot", "blockwise": "blockwise", "finetuned": "finetuned"}
+from nowag_pl.pipeline.wording import COMPRESSED_PHASES
 
 
 def compare(run_dirs: list[str], output: str = "compare.html") -> None:
@@ -50,7 +49,7 @@ def comparison_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         dense = ["", model, "dense", "", "", *_cells(run, columns, "perplexity", "dense"), *[""] * len(columns)]
         if dense not in rows:
             rows.append(dense)
-        for phase, title in _TITLES.items():
+        for phase, title in COMPRESSED_PHASES.items():
             cells = _cells(run, columns, "perplexity", phase)
             if any(cells):
                 figures = [f"{report['bits_per_weight']:.3f}", f"{report['sparsity']:.1%}"]
@@ -91,7 +90,7 @@ def _points(runs: Sequence[Run], protocol: Protocol) -> list[tuple[str, str, flo
     points = []
     for run in runs:
         figures = run.figures("perplexity", protocol)
-        for phase, title in _TITLES.items():
+        for phase, title in COMPRESSED_PHASES.items():
             value = figures.get(phase)
             if value is not None:
                 points.append((run.name, title, float(run.report["bits_per_weight"]), value))

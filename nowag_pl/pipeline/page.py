@@ -1,6 +1,6 @@
 """A report as one HTML file, with its figures inside and nothing from a network."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -8,13 +8,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from nowag_pl.figures.canvas import to_svg
 from nowag_pl.figures.curves import line_figure
 from nowag_pl.pipeline.drawings import linears_drawing, split_name
-
-_TITLES = {
-    "dense": "dense",
-    "one_shot": "one-shot",
-    "blockwise": "blockwise finetuned",
-    "finetuned": "finetuned",
-}
+from nowag_pl.pipeline.statistics import mean_over_weights
+from nowag_pl.pipeline.wording import PHASES, readable
 
 
 def report_page(report: Mapping[str, Any]) -> str:
@@ -31,11 +26,11 @@ def report_page(report: Mapping[str, Any]) -> str:
         title=f"{report['model']}: {report['method']}",
         report=report,
         quality=quality_rows(report),
-        mean_loss=_mean(report["linears"], "loss"),
+        mean_loss=mean_over_weights(report["linears"], "loss"),
         loss_figure=to_svg(line_figure("Loss of each linear", _by_block(report), "block", "loss")),
         linears_figure=to_svg(linears_drawing(report["linears"])),
         finetuning_figure=figure and to_svg(figure),
-        mib=mebibytes,
+        readable=readable,
     )
 
 
@@ -43,12 +38,12 @@ def quality_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return perplexity and divergence by evaluation text and state of the model, where they were measured."""
     rows = []
     for text, figures in report["perplexity"].items():
-        for phase in (phase for phase in _TITLES if figures.get(phase) is not None):
+        for phase in (phase for phase in PHASES if figures.get(phase) is not None):
             rows.append(
                 {
                     "text": text,
                     "num_windows": report["protocol"][text]["num_windows"],
-                    "phase": _TITLES[phase],
+                    "phase": PHASES[phase],
                     "perplexity": figures[phase],
                     "ratio": figures[phase] / figures["dense"],
                     "divergence": report["kl_divergence"].get(text, {}).get(phase),
@@ -66,11 +61,6 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(values)
 
 
-def mebibytes(size: int) -> str:
-    """Return a size in words."""
-    return f"{size / 2**30:,.2f} GiB" if size >= 10 * 2**30 else f"{size / 2**20:,.2f} MiB"
-
-
 def _by_block(report: Mapping[str, Any]) -> dict[str, list[float]]:
     """Return the loss of each kind of linear over the blocks, and the mean over all weights of a block."""
     kinds: dict[str, list[float]] = {}
@@ -79,10 +69,4 @@ def _by_block(report: Mapping[str, Any]) -> dict[str, list[float]]:
         block, name = split_name(row["name"])
         kinds.setdefault(name, []).append(row["loss"])
         blocks.setdefault(block, []).append(row)
-    return kinds | {"whole block": [_mean(rows, "loss") for rows in blocks.values()]}
-
-
-def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
-    """Average over weights."""
-    weights = [row["shape"][0] * row["shape"][1] for row in rows]
-    return sum(row[key] * count for row, count in zip(rows, weights, strict=True)) / sum(weights)
+    return kinds | {"whole block": [mean_over_weights(rows, "loss") for rows in blocks.values()]}

@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from nowag_pl.pipeline.block_needs import StageNeeds
+from nowag_pl.pipeline.wording import readable
 
 LIBRARY_BYTES = 2**27  # that libraries hold in each process, and parts of files that are being read
 
@@ -68,11 +69,6 @@ def shortages(
         option = ", ".join(dict.fromkeys([*options, "run_dir on another disk"]))
         found.append(_shortage("the run", disk, "disk", available.disk, option))
     return found
-
-
-def readable(size: float) -> str:
-    """Return a size for people."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def _shortage(stage: str, needed: int, what: str, available: int, option: str) -> str:

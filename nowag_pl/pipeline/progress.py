@@ -18,6 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from nowag_pl.pipeline.wording import readable
+
 _log = logging.getLogger("nowag_pl")
 
 
@@ -60,7 +62,7 @@ def memory_in_use(device: torch.device) -> str:
     """Return the memory of the device that is in use now, or that of the process where the CPU computes."""
     on_device = device.type == "cuda"
     size = torch.cuda.memory_allocated(device) if on_device else psutil.Process().memory_info().rss
-    return f"{size / 2**30:.1f} GiB"
+    return readable(size)
 
 
 def _silent(note: str, advance: int = 1) -> None:

@@ -17,6 +17,7 @@ from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.pipeline.arrays import ArrayFolder, SequenceArray
 from nowag_pl.pipeline.store import ArtefactStore
 from nowag_pl.pipeline.stream import streamed
+from nowag_pl.pipeline.wording import readable
 
 _log = logging.getLogger("nowag_pl")
 
@@ -110,7 +111,7 @@ class Teacher:
         distillation.check(model.checkpoint.vocab_size)
         entry = 8 * top_k if top_k else model.hidden_size * model.checkpoint.dtype.itemsize
         if store.ranks.is_zero:
-            _log.info("Dense predictions for distillation take %.2f GiB on disk", windows.numel() * entry / 2**30)
+            _log.info("Dense predictions for distillation take %s on disk", readable(windows.numel() * entry))
         if top_k is None:
             self._reference = DenseReference(model, store, {"training text": windows}, distillation.batch_size)
             return

@@ -10,6 +10,7 @@ from nowag_pl.data.tokens import tokens_digest
 from nowag_pl.pipeline import provenance
 from nowag_pl.pipeline.memory import peak_memory_bytes
 from nowag_pl.pipeline.run import CompressionRun
+from nowag_pl.pipeline.statistics import mean_over_weights, num_weights
 
 REPORT_FILE = "report.json"
 PAGE_FILE = "report.html"
@@ -31,11 +32,7 @@ def build_report(
         seconds: time of the stages that leave no artefacts.
     """
     rows = run.statistics()
-    num_compressed = sum(row["shape"][0] * row["shape"][1] for row in rows)
-
-    def mean(key: str) -> float:
-        """Average over weights."""
-        return sum(row[key] * row["shape"][0] * row["shape"][1] for row in rows) / num_compressed
+    num_compressed = num_weights(rows)
 
     def phases(metric: str, names: tuple[str, ...]) -> dict[str, dict[str, float | None]]:
         texts = metrics["one_shot"].get(metric, {})
@@ -60,8 +57,8 @@ def build_report(
         "num_compressed_parameters": num_compressed,
         "seq_len": next(iter(windows.values())).shape[1],
         "calibration": run.calibration,
-        "bits_per_weight": mean("bits_per_weight"),
-        "sparsity": mean("sparsity"),
+        "bits_per_weight": mean_over_weights(rows, "bits_per_weight"),
+        "sparsity": mean_over_weights(rows, "sparsity"),
         "budget": run.budget,
         "bytes_on_disk": num_bytes,
         "perplexity": phases("perplexity", ("dense", "one_shot", *both, "finetuned")),

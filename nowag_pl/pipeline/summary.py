@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nowag_pl.pipeline.statistics import mean_over_weights, num_weights
+
 _WORST = 5
 
 
@@ -17,16 +19,12 @@ def summary_markdown(
         metrics: evaluation text to metric ("perplexity", "dense_perplexity", "kl_divergence") to value.
         seq_len: tokens per evaluation window.
     """
-    weights = [row["shape"][0] * row["shape"][1] for row in rows]
-
-    def mean(key: str) -> float:
-        return sum(row[key] * count for row, count in zip(rows, weights, strict=True)) / sum(weights)
-
+    bits, sparsity, loss = (mean_over_weights(rows, key) for key in ("bits_per_weight", "sparsity", "loss"))
     lines = [
         f"### {title}",
         "",
-        f"{len(rows)} linears with {sum(weights):,} weights: **{mean('bits_per_weight'):.3f} bits per weight**, "
-        f"sparsity {mean('sparsity'):.1%}, mean loss {mean('loss'):.4f} (0 is exact, 1 is nothing kept).",
+        f"{len(rows)} linears with {num_weights(rows):,} weights: **{bits:.3f} bits per weight**, "
+        f"sparsity {sparsity:.1%}, mean loss {loss:.4f} (0 is exact, 1 is nothing kept).",
         "",
         f"| text, windows of {seq_len} tokens | dense perplexity | perplexity | KL (nats) |",
         "|---|---|---|---|",

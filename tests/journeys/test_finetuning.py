@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import signal
 import time
 
@@ -12,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from safetensors.torch import load_file
 from test_fit_and_validate import perplexity, read_report, text_windows
 from tiny_models import ROOT, artefacts, finish, fit_arguments, load_whole, start, validate_arguments
+from torch.distributed.checkpoint import FileSystemReader
 
 from nowag_pl import load_compressed
 from nowag_pl.lit import blockwise
@@ -108,7 +110,7 @@ def test_end_to_end_goes_on_from_the_finetuned_blocks(method, fit, workplace, tm
     assert list(figures) == ["dense", "one_shot", "blockwise", "finetuned"]
     divergences = report["kl_divergence"]["held_out"]
     assert divergences["finetuned"] < divergences["blockwise"] < divergences["one_shot"]
-    assert "blockwise finetuned" in " ".join(outcome.output.split())
+    assert "│ blockwise │" in " ".join(outcome.output.split())
     model, before = load_compressed(tmp_path / "run" / "export_finetuned"), load_compressed(tmp_path / "run" / "export")
     windows = text_windows(workplace, tmp_path / "run" / "export")
     assert perplexity(model, windows) == pytest.approx(figures["finetuned"], rel=1e-5)
@@ -378,6 +380,13 @@ FSDP = (f"--config={ROOT / 'configs/trainer/fsdp2.yaml'}", "--trainer.accelerato
 UNEVEN = ("--calibration.num_sequences=7", "--finetuning.num_sequences=9")
 
 
+def saved_parts(checkpoint) -> dict[str, list[torch.Size]]:
+    """Return the sizes of the parts in which a model's tensors are saved: each whole, or where sharded one a rank."""
+    saved = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    own = {name: entry for name, entry in saved.items() if name.startswith("state_dict.")}
+    return {name: [chunk.sizes for chunk in entry.chunks] for name, entry in own.items()}
+
+
 @pytest.mark.parametrize(
     ("strategy", "method"),
     [
@@ -407,6 +416,12 @@ def test_two_ranks_are_one_rank(strategy, method, fit, model_folder, workplace, 
         else:
             torch.testing.assert_close(second[name], tensor, rtol=2e-2, atol=2e-3)
     assert json.loads((tmp_path / "two" / "report.json").read_text())["finetuned_blocks"]
+    if strategy == "fsdp2":
+        parts = saved_parts(tmp_path / "two" / "training" / "last.ckpt")
+        fixed = {name for name in parts if name.endswith(("codes", "mask"))}
+        assert len(fixed) == 21
+        assert all(len(sizes) == 1 for name, sizes in parts.items() if name in fixed)
+        assert all(sizes == 2 * sizes[:1] for name, sizes in parts.items() if name not in fixed)
 
 
 @pytest.mark.slow
@@ -453,9 +468,11 @@ def test_dead_rank_ends_the_other(point, rank, model_folder, workplace, tmp_path
         children = psutil.Process(process.pid).children(recursive=True)
         victim = process.pid if rank == 0 else next(c.pid for c in children if "main.py" in " ".join(c.cmdline()))
         os.kill(victim, signal.SIGKILL)
-        assert process.wait(60) != 0
+        code = process.wait(60)
         _, alive = psutil.wait_procs(children, timeout=60)
         assert not alive
+        assert code == -signal.SIGKILL if rank == 0 else code > 0
+        assert re.search(rf"\[rank{1 - rank}\]: [\w.]*Error: ", log.read_text())
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -4,19 +4,21 @@ import gc
 import json
 import warnings
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from tiny_models import artefacts, load_whole, random_tokens
 from torch import nn
 
+from callbacks.finetuning import ModelFinetuning
 from nowag_pl import ArmorCompressor, NoWagPruner, NoWagQuantizer
 from nowag_pl.lit import blockwise
 from nowag_pl.lit.block_module import BlockModule
 from nowag_pl.lit.blockwise import BlockwiseSettings, finetune_blocks
 from nowag_pl.models.loading import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
-from nowag_pl.modules import CompressedLinear
 from nowag_pl.pipeline import finetuning
 from nowag_pl.pipeline.run import CompressionRun
 
@@ -43,14 +45,15 @@ def quiet():
 
 
 @pytest.fixture
-def finetuned(model_folder, tmp_path):
+def finetuned(model_folder, own_signals, tmp_path):
     """Compress and finetune in a run directory; go on where it stands."""
 
-    def make(name="run", family="qwen2", compressor="pruner", train=TRAIN, folder=None, **settings) -> CompressionRun:
+    def make(name="run", family="qwen2", compressor="pruner", train=TRAIN, folder=None, trainer=None, **settings):
         run = CompressionRun(Checkpoint(str(folder or model_folder(family))), tmp_path / name)
         run.calibrate(TRAIN, "dense", 0, 4)
         run.compress(ALL_COMPRESSORS[compressor])
-        finetune_blocks(run, train, HELD_OUT, BlockwiseSettings(**SETTINGS | settings), {"accelerator": "cpu"})
+        trainer = {"accelerator": "cpu"} | (trainer or {})
+        finetune_blocks(run, train, HELD_OUT, BlockwiseSettings(**SETTINGS | settings), trainer)
         return run
 
     return make
@@ -121,6 +124,112 @@ def test_reported_error_is_the_oracles(finetuned, model_folder):
         assert row[key] == pytest.approx(error, rel=1e-3)
 
 
+@pytest.fixture
+def one_block(finetuned, model_folder):
+    """Finetune a model of one block."""
+    return lambda name="run", **settings: finetuned(name, folder=model_folder("qwen2", num_blocks=1), **settings)
+
+
+HELD_OUT_ERRORS = [1.0, 0.9, 0.95, 0.95, 0.95, 0.8, 0.8]  # the third to fifth epoch gain nothing
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Let held-out errors be those above; return learning rate and state of the block by epoch."""
+    rates, states, errors = {}, {}, BlockModule._errors
+
+    def scripted_errors(self, batch):
+        if self.trainer.validating:
+            states[self.current_epoch] = {key: value.clone() for key, value in self.block.state_dict().items()}
+            return torch.full((len(batch["weight"]),), HELD_OUT_ERRORS[self.current_epoch])
+        rates[self.current_epoch] = self.optimizers().param_groups[0]["lr"]
+        return errors(self, batch)
+
+    monkeypatch.setattr(BlockModule, "_errors", scripted_errors)
+    return rates, states
+
+
+@pytest.mark.parametrize(
+    ("patience", "halvings"), [(0, [0, 0, 0, 1, 2, 3, 3]), (1, [0, 0, 0, 0, 1, 1, 1]), (2, [0, 0, 0, 0, 0, 1, 1])]
+)
+def test_learning_rate_is_halved_after_epochs_without_gain(patience, halvings, one_block, scripted):
+    one_block(plateau_patience=patience, stop_patience=9, max_epochs=7, learning_rate=0.008)
+    assert list(scripted[0].values()) == pytest.approx([0.008 / 2**number for number in halvings])
+
+
+@pytest.mark.parametrize(("patience", "epochs", "best"), [(1, 3, 1), (2, 4, 1), (4, 7, 5)])
+def test_training_stops_after_epochs_without_gain_and_keeps_the_best(patience, epochs, best, one_block, scripted):
+    run = one_block(stop_patience=patience, max_epochs=7)
+    (row,), states = run.finetuning_statistics(), scripted[1]
+    assert row["epochs"] == len(states) == epochs
+    kept = finetuning.load_finetuned_block(run.model, run.store, 0).state_dict()
+    assert all(torch.equal(kept[name], states[best][name]) for name in kept)
+    assert not all(torch.equal(kept[name], states[best - 1][name]) for name in kept)
+
+
+def test_two_accumulated_batches_are_one_of_twice_the_size(one_block):
+    settings = {"train": random_tokens(8, 16, seed=1), "max_epochs": 2}
+
+    def trained(name, **more):
+        run = one_block(name, **settings, **more)
+        return finetuning.load_finetuned_block(run.model, run.store, 0).state_dict()
+
+    large, single = trained("large", batch_size=4), trained("single", batch_size=2)
+    accumulated = trained("accumulated", batch_size=2, accumulate_grad_batches=2)
+    name = "mlp.down_proj.values"
+    torch.testing.assert_close(accumulated[name], large[name], atol=2e-4, rtol=0)
+    assert (single[name] - large[name]).abs().max() > 2e-3
+
+
+@pytest.mark.parametrize("largest", [1e-3, 1e9])
+def test_gradients_are_clipped(largest, one_block, monkeypatch):
+    norms = []
+
+    def on_train_batch_end(self, *args):
+        gradients = [parameter.grad for parameter in self.parameters()]
+        norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+    monkeypatch.setattr(BlockModule, "on_train_batch_end", on_train_batch_end)
+    one_block(gradient_clip_val=largest, max_epochs=1)
+    assert len(norms) == 3
+    if largest < 1:
+        assert norms == pytest.approx([largest] * 3, rel=1e-2)
+    else:
+        assert all(1e-2 < norm < 1e3 for norm in norms)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_block_computes_in_the_asked_precision(precision, one_block, monkeypatch):
+    used, training_step = set(), BlockModule.training_step
+
+    def spying(self, *args):
+        used.add((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        assert {parameter.dtype for parameter in self.parameters()} == {torch.float32}
+        return training_step(self, *args)
+
+    monkeypatch.setattr(BlockModule, "training_step", spying)
+    one_block(trainer={"precision": precision}, max_epochs=1)
+    assert used == {(precision == "bf16-mixed", torch.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "accelerator", "supported", "taken"),
+    [
+        ("auto", CUDAAccelerator, True, "bf16-mixed"),
+        ("auto", CUDAAccelerator, False, "32-true"),
+        ("auto", CPUAccelerator, True, "32-true"),
+        ("32-true", CUDAAccelerator, True, "32-true"),
+        ("bf16-mixed", CPUAccelerator, False, "bf16-mixed"),
+    ],
+)
+def test_bfloat16_is_taken_where_the_device_has_it(asked, accelerator, supported, taken, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: supported)
+    outer = SimpleNamespace(accelerator=accelerator(), device_ids=[1], num_devices=1, num_nodes=1)
+    settings = ModelFinetuning(precision=asked)._trainer_settings(outer)
+    assert settings["precision"] == taken
+    assert settings["devices"] == ([1] if accelerator is CUDAAccelerator else 1)
+
+
 def test_block_that_only_gets_worse_is_left_as_it_was(finetuned):
     run = finetuned(learning_rate=1e3, gradient_clip_val=1e9)
     for index, row in enumerate(run.finetuning_statistics()):
@@ -173,7 +282,7 @@ def test_nothing_temporary_is_left(finetuned, tmp_path):
 def test_size_of_the_hidden_states_is_told_before(finetuned, caplog):
     with caplog.at_level("INFO", "nowag_pl"):
         finetuned(max_epochs=1)
-    assert "Finetuning 3 blocks on 7 sequences, held out 3: hidden states take up to 0.00 GiB in host" in caplog.text
+    assert "Finetuning 3 blocks on 7 sequences, held out 3: hidden states take up to 0.04 MiB in host" in caplog.text
 
 
 def cut_at(monkeypatch, step, module=BlockModule, name="training_step"):
@@ -280,34 +389,65 @@ def test_blocks_of_another_compression_are_refused(finetuned, tmp_path):
         finetuned(compressor="quantizer")
 
 
-@pytest.mark.parametrize("compressor", COMPRESSORS)
-@pytest.mark.parametrize("targets", ["block", "model"])
-def test_no_more_than_two_blocks_are_alive(targets, compressor, finetuned, model_folder, monkeypatch):
-    block = StreamedModel(Checkpoint(str(model_folder("qwen2")))).load_block(0)
-    one = sum(parameter.numel() for parameter in block.parameters())
-    del block
-    most, blocks, forward_block = 0, 0, StreamedModel.forward_block
+ONE_SET = 10 * 16 * 32 * 4  # bytes of the hidden states of all sequences in front of a block
 
-    def watching(self, *args):
-        nonlocal most, blocks
-        own = {id(parameter) for parameter in self.skeleton.parameters()}
-        alive = [each for each in gc.get_objects() if isinstance(each, (nn.Parameter, CompressedLinear))]
-        parameters = [each for each in alive if isinstance(each, nn.Parameter) and each.device.type != "meta"]
-        most = max(most, sum(each.numel() for each in parameters if id(each) not in own))
-        compressed = [each for each in alive if isinstance(each, CompressedLinear)]
-        blocks = max(blocks, sum(next(each.parameters()).device.type != "meta" for each in compressed) / 7)
-        return forward_block(self, *args)
 
-    monkeypatch.setattr(StreamedModel, "forward_block", watching)
-    gc.collect()
-    gc.freeze()  # only what is made from here on is looked at
-    try:
-        finetuned(compressor=compressor, targets=targets, max_epochs=1, batch_size=7)
-    finally:
-        gc.unfreeze()
-    assert most >= one
-    assert most <= 2 * one
-    assert blocks <= 1
+def sizes(tensors) -> tuple[int, float]:
+    """Return the bytes of tensors of at least 256, but for hidden states `[..., 16, 32]`, and the sets of these."""
+    weights, hidden = {}, {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        kind = hidden if tensor.shape[-2:] == (16, 32) else weights
+        kind[storage.data_ptr()] = storage.nbytes()
+    return sum(size for size in weights.values() if size >= 256), sum(hidden.values()) / ONE_SET
+
+
+@pytest.mark.parametrize(("targets", "compressor"), [("block", "pruner"), ("model", "quantizer")])
+def test_one_block_and_two_sets_of_hidden_states_are_alive(targets, compressor, finetuned, monkeypatch):
+    """On the host as well as on the device."""
+    seen, places, finetune = {}, ["making targets"], blockwise._Blockwise.finetune
+
+    def watch(patch, owner, name, place=None):
+        original = getattr(owner, name)
+
+        def watching(*args):
+            places.append(place or places[-1])
+            alive = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and not each.is_meta]
+            seen.setdefault(places[-1], []).append(sizes(alive))
+            try:
+                return original(*args)
+            finally:
+                places.pop()
+
+        patch.setattr(owner, name, watching)
+
+    def watched(self, missing):
+        gc.collect()
+        gc.freeze()  # only what is made from here on is looked at
+        try:
+            with monkeypatch.context() as patch:
+                watch(patch, StreamedModel, "forward_block")
+                watch(patch, blockwise._Blockwise, "_train", "training")
+                watch(patch, blockwise._Blockwise, "_mean_square", "measuring")
+                watch(patch, blockwise._Blockwise, "_advance", "advancing")
+                watch(patch, finetuning, "write_block", "writing")
+                finetune(self, missing)
+        finally:
+            gc.unfreeze()
+
+    monkeypatch.setattr(blockwise._Blockwise, "finetune", watched)
+    run = finetuned(compressor=compressor, targets=targets, max_epochs=2, batch_size=1)
+    dense, _ = sizes(run.model.load_block(0).state_dict().values())
+    compressed, _ = sizes(finetuning.load_compressed_block(run.model, run.store, 0).state_dict().values())
+    weights = {place: max(size for size, _ in each) for place, each in seen.items()}
+    hidden = {place: max(number for _, number in each) for place, each in seen.items()}
+    embeddings = 2 * 16 * 8 * 4  # of the positions
+    assert 3 * compressed < weights.pop("training") <= 4 * compressed + embeddings  # with gradients and moments
+    assert dense - compressed < weights.pop("making targets") <= dense + embeddings
+    assert weights.keys() == {"measuring", "advancing", "writing"}
+    assert all(compressed <= size <= compressed + embeddings for size in weights.values())
+    assert hidden.pop("making targets") < (2.5 if targets == "block" else 3.5)  # one is the file that is written
+    assert all(1 <= number < 2.5 for number in hidden.values())
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from nowag_pl.models.loading import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.pipeline import block_needs, preflight
 from nowag_pl.pipeline.block_needs import StageNeeds
-from nowag_pl.pipeline.preflight import Available, host_bytes, readable, shortages
+from nowag_pl.pipeline.preflight import Available, host_bytes, shortages
 from nowag_pl.pipeline.sizes import ModelSizes
 
 pytest_plugins = ["tiny_fixtures"]
@@ -176,11 +176,6 @@ def test_folder_need_not_exist(tmp_path):
     assert available.device is None
     assert available.host > 0
     assert available.disk > 0
-
-
-def test_sizes_are_readable():
-    assert readable(3 * 2**19) == "1.5 MiB"
-    assert readable(5 * 2**29) == "2.5 GiB"
 
 
 @pytest.mark.parametrize(
