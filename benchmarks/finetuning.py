@@ -10,6 +10,7 @@ processes as well, and compared with the one on one.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,15 @@ from nowag_pl.files import read_tensors
 from nowag_pl.pipeline import calibration, compression
 
 ROOT = Path(__file__).resolve().parent.parent
-METHODS = {"2:4": "nowag_p_2_4", "2-bit VQ": "nowag_vq_2bit_small"}
+METHODS = {
+    "2:4": ["--config=configs/method/nowag_p_2_4.yaml"],
+    "2-bit VQ": ["--config=configs/method/nowag_vq_2bit_small.yaml"],
+    "2-bit VQ, weighting: output": [
+        "--config=configs/method/nowag_vq_2bit_small.yaml",
+        "--compression.compressor.init_args.weighting=output",
+    ],
+}
+FINETUNING = ["--config=configs/finetuning/embedded.yaml", "--config=configs/finetuning/embedded_distillation.yaml"]
 PHASES = ("dense", "one_shot", "blockwise", "finetuned")
 STEP_SEQUENCES = 8  # of a training step, over all ranks
 
@@ -44,14 +53,12 @@ def models(shared: Path) -> dict[str, list[str]]:
 
 def fit(run_dir: Path, method: str, arguments: list[str], ranks: int) -> dict[str, Any]:
     """Run the command line; return the report."""
-    configs = [f"method/{METHODS[method]}", "finetuning/embedded", "finetuning/embedded_distillation"]
-    command = [sys.executable, str(ROOT / "main.py"), "fit", f"--run_dir={run_dir}"]
-    command += [f"--config={ROOT / 'configs' / name}.yaml" for name in configs]
+    command = [sys.executable, "main.py", "fit", f"--run_dir={run_dir.resolve()}", *METHODS[method], *FINETUNING]
     command += [*arguments, "--trainer.accelerator=cpu", f"--trainer.devices={ranks}", "--export.enabled=false"]
     command += [f"--data.train_batch_size={STEP_SEQUENCES // ranks}"]
     if ranks > 1:
         command += ["--trainer.strategy=ddp"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return json.loads((run_dir / "report.json").read_text())
 
 
@@ -99,7 +106,7 @@ def main() -> None:
         if args.model not in (None, model):
             continue
         for method in args.method or METHODS:
-            run_dir = args.run_dir / f"{model}-{METHODS[method]}"
+            run_dir = args.run_dir / re.sub(r"[^A-Za-z0-9.-]+", "_", f"{model}-{method}")
             report = fit(run_dir, method, arguments, 1)
             (figures,), (divergences,) = report["perplexity"].values(), report["kl_divergence"].values()
             dense, one_shot, *rest = (figures[phase] for phase in PHASES)

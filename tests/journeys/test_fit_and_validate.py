@@ -299,7 +299,7 @@ def test_as_its_own_process_it_says_little_and_fails_in_one_line(model_folder, w
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (EMBEDDED / "model.safetensors").is_file(), reason="the embedded model is not there yet")
+@pytest.mark.skipif(not (EMBEDDED / "model.safetensors").is_file(), reason="there is no embedded model")
 def test_default_run_on_the_embedded_model(tmp_path):
     """`python main.py fit` with nothing else, as in the README."""
     log = tmp_path / "log"
