@@ -174,7 +174,7 @@ def test_report_page_says_everything(tmp_path):
     for part in (
         "20.000", "25.000", "1.25 x", "22.000", "0.1250", "windows of 128 tokens", "127 predictions",
         "56.2 %", "65.0 %",
-        "1.5 512.00 MiB", "python main.py fit --model.path &#39;some model&#39;", "torch 2.13.0", "c" * 16,
+        "1.5 512 MiB", "python main.py fit --model.path &#39;some model&#39;", "torch 2.13.0", "c" * 16,
         "model.layers.1.q_proj 20 x 20 0.3750", "blockwise 22.000 1.10 x", "calibration.mode dense", "0.2500 loss",
     ):  # fmt: skip
         assert part in text, part

@@ -20,8 +20,8 @@ def test_lines_say_block_note_time_left_and_memory(caplog, monkeypatch):
         report("mean loss 0.1")
         report("")
     first, last = (record.getMessage() for record in caplog.records)
-    assert re.fullmatch(r"Compressing: block 1 of 2: mean loss 0\.1, 0:00:30 left, \d+\.\d\d [MG]iB", first)
-    assert re.fullmatch(r"Compressing: block 2 of 2: \d+\.\d\d [MG]iB", last)
+    assert re.fullmatch(r"Compressing: block 1 of 2: mean loss 0\.1, 0:00:30 left, [\d.,]+ [MG]iB", first)
+    assert re.fullmatch(r"Compressing: block 2 of 2: [\d.,]+ [MG]iB", last)
 
 
 def test_other_ranks_are_silent(caplog, capfd):
@@ -39,7 +39,7 @@ def test_terminal_shows_one_bar_and_no_lines(caplog, monkeypatch):
         report("mean loss 0.1")
         report("linear 2 of 7: k_proj [0]", 0)
     last = screen.getvalue().rpartition("Compressing")[2]
-    assert re.search(r"block 1/3 .* left .* \d+\.\d\d [MG]iB +linear 2 of 7: k_proj \[0\]", last)
+    assert re.search(r"block 1/3 .* left .* [\d.,]+ [MG]iB +linear 2 of 7: k_proj \[0\]", last)
     assert not caplog.records
 
 
@@ -54,5 +54,5 @@ def test_memory_is_that_of_this_process():
     import psutil
 
     number, unit = memory_in_use(CPU).split()
-    shown = float(number) * {"MiB": 2**20, "GiB": 2**30}[unit]
+    shown = float(number.replace(",", "")) * {"MiB": 2**20, "GiB": 2**30}[unit]
     assert shown == pytest.approx(psutil.Process().memory_info().rss, abs=0.11 * 2**30)
