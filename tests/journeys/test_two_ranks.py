@@ -4,6 +4,8 @@ import json
 import time
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_models import HARD_TIMEOUT, artefacts, copy_model, finish, fit_arguments, start, validate_arguments
 
 pytest_plugins = ["tiny_fixtures"]
@@ -48,6 +50,8 @@ def test_fit_on_two_ranks_is_the_fit_on_one(report, model_folder, tmp_path):
     for index in range(3):
         name = f"compressed/block_{index:03d}.safetensors"
         assert first[name][0] == second[name][0]  # the same masks and values
+        moments = [load_file(tmp_path / each / "moments" / f"block_{index:03d}.safetensors") for each in ("one", "two")]
+        torch.testing.assert_close(moments[1], moments[0], rtol=1e-5, atol=0)
     assert len(list((tmp_path / "two" / "reference").glob("*"))) == 2
 
 
@@ -107,7 +111,6 @@ def test_validate_on_two_ranks_is_the_validate_on_one(command_line, model_folder
 @pytest.mark.slow
 @pytest.mark.parametrize("linear", ["down_proj", "up_proj"])  # the first is rank 0's, the second rank 1's
 def test_error_on_one_rank_ends_both_with_its_message(linear, model_folder, workplace, tmp_path):
-    from safetensors.torch import load_file
     from tiny_models import edit_tensors
 
     folder, name = copy_model(model_folder(), tmp_path / "model"), f"model.layers.1.mlp.{linear}.weight"
