@@ -7,7 +7,8 @@ from typing import Any, Literal, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nowag_pl.lit.module import LitCausalLM
-from nowag_pl.lit.trainer import validated_phase
+from nowag_pl.lit.preflight import trains_end_to_end
+from nowag_pl.lit.trainer import finetunes_blocks, validated_phase
 from nowag_pl.models.checkpoint import save_compressed, save_dense
 from nowag_pl.pipeline.block_needs import StageNeeds, export_needs
 from nowag_pl.pipeline.sizes import ModelSizes
@@ -51,12 +52,11 @@ class ModelExport(Callback):
             module.compressed.save(folder, self.dense)
         if trainer.is_global_zero:
             _log.info("Model written to %s", folder)
-        finetuned = folder.with_name(f"{EXPORT}_finetuned")
-        if trainer.is_global_zero and phase == "one_shot" and not _finetunes(trainer) and finetuned.exists():
-            _log.warning("%s is of an earlier command; this report is without its figures", finetuned)
+            earlier = folder.with_name(f"{EXPORT}_finetuned")
+            if not _finetunes(trainer) and earlier.exists():
+                _log.warning("%s is of an earlier command; this report is without its figures", earlier)
 
 
 def _finetunes(trainer: Trainer) -> bool:
     """Tell whether this command finetunes in any way."""
-    by_blocks = any(getattr(each, "finetunes_blocks", False) for each in trainer.callbacks)  # type: ignore[attr-defined]
-    return by_blocks or trainer.max_epochs != 0
+    return finetunes_blocks(trainer) or trains_end_to_end(trainer)

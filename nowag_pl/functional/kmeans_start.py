@@ -43,9 +43,8 @@ def kmeans_plus_plus(
     distances = torch.ones_like(offset)  # equal chances for the first
     chosen = _draw(points, features, offset, distances, 1, generator)
     distances.fill_(torch.inf)
-    newest, codes = chosen, torch.empty(len(points), dtype=torch.int32, device=points.device)
+    newest, nearest, codes = chosen, torch.empty_like(offset), torch.empty_like(offset, dtype=torch.int32)
     while len(chosen) < num_codewords:
-        nearest = torch.empty_like(offset)
         search(points[newest], len(points))(features, codes, nearest)
         torch.minimum(distances, nearest.add_(offset).clamp_(min=0), out=distances)
         count = min(len(chosen), MAX_CANDIDATES)  # while as many are added, most of each distance is left

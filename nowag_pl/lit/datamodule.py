@@ -125,7 +125,7 @@ class TokenDataModule(LightningDataModule):
         """
         longest = self.checkpoint.max_seq_len
         if self._seq_len is None:
-            return min(longest or DEFAULT_SEQ_LEN_LIMIT, DEFAULT_SEQ_LEN_LIMIT)
+            return default_seq_len(self.checkpoint)
         if longest is not None and self._seq_len > longest:
             raise ValueError(
                 f"Expected data.seq_len of at most {longest}, the context of {self.checkpoint.path}, "
@@ -269,3 +269,8 @@ def _naming(option: str) -> Iterator[None]:
 
 def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nowag_pl" / "tokens"
+
+
+def default_seq_len(checkpoint: Checkpoint) -> int:
+    """Return how many tokens a window or question has where nothing is said: the model's context, 2048 at most."""
+    return min(checkpoint.max_seq_len or DEFAULT_SEQ_LEN_LIMIT, DEFAULT_SEQ_LEN_LIMIT)

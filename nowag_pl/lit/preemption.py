@@ -10,7 +10,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 _log = logging.getLogger("nowag_pl")
-EXIT_CODE = 128 + signal.SIGTERM
 
 
 class _Request:
@@ -21,9 +20,9 @@ class _Request:
     launcher: Any = None  # of the processes that this one has started
 
 
-def handle_sigterm(signum: int = 0, frame: Any = None) -> None:
+def handle_signal(signum: int, frame: Any) -> None:
     """Ask a running training to save and stop; stop at once where there is none, as artefacts are always whole."""
-    _Request.received = signum or signal.SIGTERM
+    _Request.received = signum
     if signum == signal.SIGINT:  # a terminal sends it to all processes; the second ends the program as it is
         signal.signal(signal.SIGINT, signal.default_int_handler)
     elif _Request.launcher is not None:
@@ -36,14 +35,14 @@ def handle_sigterm(signum: int = 0, frame: Any = None) -> None:
 def install() -> None:
     """Handle SIGTERM from now on, also where Lightning has put a handler of its own."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handle_sigterm)
+        signal.signal(signal.SIGTERM, handle_signal)
 
 
 def begin() -> None:
     """Handle SIGTERM and Ctrl-C in a program that has just begun."""
     _Request.received = 0
     install()
-    signal.signal(signal.SIGINT, handle_sigterm)
+    signal.signal(signal.SIGINT, handle_signal)
 
 
 def received_signal() -> signal.Signals:

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 _log = logging.getLogger("nowag_pl")
 
 
+def trains_end_to_end(trainer: Trainer) -> bool:
+    """Tell whether a fit trains the whole model after its other stages."""
+    return trainer.max_epochs != 0 and trainer.max_steps != 0
+
+
 def stage_of_validation(sizes: ModelSizes, trainer: Trainer) -> StageNeeds:
     """Return the needs of measuring perplexity before any end-to-end training."""
     module, data = _parts(trainer)
@@ -38,7 +43,7 @@ def stage_of_validation(sizes: ModelSizes, trainer: Trainer) -> StageNeeds:
 
 def stages_of_training(sizes: ModelSizes, trainer: Trainer) -> list[StageNeeds]:
     """Return the needs of end-to-end training and of what teaches in it; none where there is no such training."""
-    if trainer.max_epochs == 0 or trainer.max_steps == 0:
+    if not trains_end_to_end(trainer):
         return []
     module, data = _parts(trainer)
     stages, distillation = [], module.distillation

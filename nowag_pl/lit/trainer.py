@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from nowag_pl.files import write_json
-from nowag_pl.lit.datamodule import DEFAULT_SEQ_LEN_LIMIT
+from nowag_pl.lit.datamodule import default_seq_len
 from nowag_pl.lit.evaluation import (
     EVALUATION_FILE,
     PAPER_TASKS,
@@ -21,7 +21,7 @@ from nowag_pl.lit.evaluation import (
     task_manager,
 )
 from nowag_pl.lit.module import LitCausalLM
-from nowag_pl.lit.preflight import show
+from nowag_pl.lit.preflight import show, trains_end_to_end
 from nowag_pl.pipeline.ranks import Ranks
 from nowag_pl.pipeline.sizes import ModelSizes
 from nowag_pl.pipeline.store import ArtefactStore
@@ -63,11 +63,11 @@ class CompressionTrainer(Trainer):
         self._check_training(model, ckpt_path)
         self.compressing = True
         self.validate(model, val_dataloaders, datamodule=datamodule)
-        if any(getattr(callback, "finetunes_blocks", False) for callback in self.callbacks):  # type: ignore[attr-defined]
+        if finetunes_blocks(self):
             self.phase = "blockwise"
             cast(Any, model).release()
             self.validate(model, val_dataloaders, datamodule=datamodule)
-        if self.max_epochs == 0 or self.max_steps == 0:
+        if not trains_end_to_end(self):
             return
         self.phase = "finetuned"
         self._claim_training(model)
@@ -156,7 +156,7 @@ class CompressionTrainer(Trainer):
         if not self.is_global_zero:
             return {}
         module = cast(LitCausalLM, model)
-        seq_len = min(module.checkpoint.max_seq_len or DEFAULT_SEQ_LEN_LIMIT, DEFAULT_SEQ_LEN_LIMIT)
+        seq_len = default_seq_len(module.checkpoint)
         needs = questions_needs(ModelSizes.as_it_is(module.checkpoint), seq_len, batch_size)
         show([needs], Path(module.run_dir or self.default_root_dir), self.strategy.root_device)
         module.configure_model()
@@ -182,6 +182,11 @@ def check_checkpoint(ckpt_path: str | None) -> None:
     if not path.exists() or (path.is_file() and not is_zipfile(path)):
         state = "is another file, or damaged" if path.exists() else "is not there"
         raise ValueError(f"Expected ckpt_path to be a checkpoint of Lightning, but {path} {state}.")
+
+
+def finetunes_blocks(trainer: Trainer) -> bool:
+    """Tell whether a fit finetunes one block after the other."""
+    return any(getattr(callback, "finetunes_blocks", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def is_compressing(trainer: Trainer, stage: str) -> bool:

@@ -19,9 +19,11 @@ from nowag_pl import load_compressed
 from nowag_pl.lit import blockwise
 from nowag_pl.lit.block_module import BlockModule
 from nowag_pl.lit.module import LitCausalLM
-from nowag_pl.lit.preemption import EXIT_CODE, Preemption
+from nowag_pl.lit.preemption import Preemption
 
 pytest_plugins = ["tiny_fixtures"]
+
+EXIT_CODE = 128 + signal.SIGTERM
 
 METHODS = {
     "nowag_p_2_4": ("--compression.compressor=nowag_pl.NoWagPruner", "--compression.compressor.pattern=[2,4]"),
