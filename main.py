@@ -37,8 +37,8 @@ from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.preemption import Preemption, begin, received_signal
 from nowag_pl.lit.trainer import CHECKPOINT, CompressionTrainer, check_checkpoint
-from nowag_pl.pipeline.comparing import compare
-from nowag_pl.pipeline.compression import describe
+from nowag_pl.reports.compare import compare
+from nowag_pl.stages.compression import describe
 
 CALLBACKS = {
     "preflight": ModelPreflight,

@@ -32,11 +32,11 @@ from benchmarks.prose_llama import (
 from nowag_pl import ArmorCompressor, NoWagPruner
 from nowag_pl.data.python_docs import python_docs
 from nowag_pl.data.tokens import random_windows, tokenize, whole_windows
-from nowag_pl.functional.armor import fit_armor
-from nowag_pl.functional.armor_objective import ArmorTarget, identity_factors, reconstruct
+from nowag_pl.functional.armor.fit import fit_armor
+from nowag_pl.functional.armor.objective import ArmorTarget, identity_factors, reconstruct
 from nowag_pl.functional.normalization import normalize
 from nowag_pl.functional.pruning import keep_n_of_m, nowag_scores
-from nowag_pl.models.loading import Checkpoint
+from nowag_pl.models.checkpoint import Checkpoint
 
 ROUNDS, ITERATIONS = 7, 20
 CHOICES: dict[str, dict[str, Any]] = {

@@ -20,9 +20,9 @@ from torch import nn
 from benchmarks.kmeans import problem
 from benchmarks.naive import lloyd, prune
 from nowag_pl import NoWagPruner, NoWagQuantizer
-from nowag_pl.functional.kmeans import weighted_kmeans
-from nowag_pl.functional.kmeans_start import kmeans_plus_plus
 from nowag_pl.functional.pruning import keep_largest, keep_n_of_m, normalized_scores
+from nowag_pl.functional.vq.kmeans import weighted_kmeans
+from nowag_pl.functional.vq.kmeans_start import kmeans_plus_plus
 from nowag_pl.modules import MaskedLinear
 
 ROUNDS = 3

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nowag_pl.files import read_tensors
-from nowag_pl.pipeline import calibration, compression
+from nowag_pl.stages import calibration, compression
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = {

@@ -24,10 +24,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from nowag_pl import accelerate
-from nowag_pl.functional.armor_objective import identity_factors
-from nowag_pl.functional.vq_matmul import is_for_few_tokens, vq_matmul
+from nowag_pl.functional.armor.objective import identity_factors
+from nowag_pl.functional.vq.matmul import is_for_few_tokens, vq_matmul
 from nowag_pl.modules import ArmorLinear, MaskedLinear, VQLinear
-from nowag_pl.modules.semi_structured_linear import SemiStructuredForm
+from nowag_pl.modules.running.semi_structured import SemiStructuredForm
 
 SHAPES = ["4096x4096", "11008x4096", "4096x11008"]  # out x in
 TOKENS = [1, 4, 16, 2048]

@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.naive import lloyd
-from nowag_pl.functional.kmeans import weighted_kmeans
-from nowag_pl.functional.kmeans_start import kmeans_plus_plus
-from nowag_pl.functional.nearest import CPU_CHUNK_ELEMENTS
 from nowag_pl.functional.normalization import normalize, norms
-from nowag_pl.functional.quantized import SubvectorWeights, normalized_subvectors, subvectors
+from nowag_pl.functional.vq.kmeans import weighted_kmeans
+from nowag_pl.functional.vq.kmeans_start import kmeans_plus_plus
+from nowag_pl.functional.vq.nearest import CPU_CHUNK_ELEMENTS
+from nowag_pl.functional.vq.quantized import SubvectorWeights, normalized_subvectors, subvectors
 
 ROUNDS = 7
 COMPILE_POINTS = 2**14

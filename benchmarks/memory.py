@@ -25,12 +25,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from nowag_pl import NoWagPruner, NoWagQuantizer
 from nowag_pl.files import write_json, write_tensors
-from nowag_pl.models.loading import Checkpoint
+from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.pipeline import block_needs, preflight
-from nowag_pl.pipeline.run import CompressionRun
 from nowag_pl.pipeline.sizes import ModelSizes
-from nowag_pl.pipeline.stream import streamed
+from nowag_pl.stages.compression_run import CompressionRun
+from nowag_pl.stages.hidden import streamed
 
 BATCH = 1
 METHODS = {

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from nowag_pl.compressors import Compressor, MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner
 from nowag_pl.data.tokens import random_windows, tokenize, whole_windows
-from nowag_pl.functional.divergence import kl_divergence, negative_log_likelihood
-from nowag_pl.models.loading import Checkpoint, set_module
+from nowag_pl.functional.predictions.divergence import kl_divergence, negative_log_likelihood
+from nowag_pl.models.checkpoint import Checkpoint, set_module
 from nowag_pl.models.streaming import StreamedModel, find_linears
-from nowag_pl.pipeline.compression import measure
-from nowag_pl.pipeline.stream import HiddenStream, observed_inputs
+from nowag_pl.stages.compression import measure
+from nowag_pl.stages.hidden import HiddenStream, observed_inputs
 
 SEQ_LEN, NUM_SEQUENCES, KL_WINDOWS, BATCH = 256, 128, 48, 8
 METHODS: dict[str, Compressor] = {

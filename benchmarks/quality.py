@@ -24,13 +24,13 @@ from nowag_pl.compressors import Compressor, NoWagPruner, NoWagQuantizer, needs_
 from nowag_pl.compressors.budget import Budget
 from nowag_pl.data.python_docs import python_docs
 from nowag_pl.data.tokens import random_windows, tokenize, whole_windows
-from nowag_pl.functional.output_error import mean_squares
-from nowag_pl.models.loading import Checkpoint
+from nowag_pl.functional.moments import mean_squares
+from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
-from nowag_pl.pipeline.calibration import CalibrationMode, gather
-from nowag_pl.pipeline.ranks import Ranks
-from nowag_pl.pipeline.run import CompressionRun
-from nowag_pl.pipeline.stream import HiddenStream
+from nowag_pl.run.ranks import Ranks
+from nowag_pl.stages.calibration import CalibrationMode, gather
+from nowag_pl.stages.compression_run import CompressionRun
+from nowag_pl.stages.hidden import HiddenStream
 
 HELD_OUT_WINDOWS = 64
 Moments = list[dict[str, Tensor]]

@@ -8,8 +8,8 @@ from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.trainer import is_compressing
 from nowag_pl.pipeline.block_needs import StageNeeds, calibration_needs
-from nowag_pl.pipeline.calibration import CalibrationMode
 from nowag_pl.pipeline.sizes import ModelSizes
+from nowag_pl.stages.calibration import CalibrationMode
 
 
 class ModelCalibration(Callback):

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.preflight import trains_end_to_end
 from nowag_pl.lit.trainer import finetunes_blocks, validated_phase
-from nowag_pl.models.checkpoint import save_compressed, save_dense
+from nowag_pl.models.format.saving import save_compressed, save_dense
 from nowag_pl.pipeline.block_needs import StageNeeds, export_needs
 from nowag_pl.pipeline.sizes import ModelSizes
 

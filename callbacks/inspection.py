@@ -9,10 +9,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.trainer import Phase, validated_phase
-from nowag_pl.pipeline.inspection import Limits, block_errors, inspect_linears
+from nowag_pl.reports.views import Limits, block_errors, inspect_linears
 
 if TYPE_CHECKING:
-    from nowag_pl.lit.board import Board
+    from nowag_pl.reports.board import Board
 
 
 class ModelInspection(Callback):
@@ -59,7 +59,7 @@ class ModelInspection(Callback):
             return
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                from nowag_pl.lit.board import Board  # which imports matplotlib
+                from nowag_pl.reports.board import Board  # which imports matplotlib
 
                 board = Board(logger.experiment, Path(logger.log_dir))
                 self._draw(board, module, cast(TokenDataModule, trainer.datamodule), phase)  # type: ignore[attr-defined]

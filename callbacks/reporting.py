@@ -15,10 +15,10 @@ from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.preflight import stage_of_validation
 from nowag_pl.lit.trainer import is_compressing, validated_phase
 from nowag_pl.pipeline.block_needs import StageNeeds, reference_needs
-from nowag_pl.pipeline.report import PAGE_FILE, REPORT_FILE, build_report
 from nowag_pl.pipeline.sizes import ModelSizes
-from nowag_pl.pipeline.statistics import mean_over_weights
-from nowag_pl.pipeline.wording import PHASES, readable
+from nowag_pl.reports.build import PAGE_FILE, REPORT_FILE, build_report
+from nowag_pl.reports.statistics import mean_over_weights
+from nowag_pl.run.wording import PHASES, readable
 
 
 class ModelReport(Callback):
@@ -87,7 +87,7 @@ class ModelReport(Callback):
             path = module.run.store.folder / REPORT_FILE
             write_json(path, report)
             if self.html:
-                from nowag_pl.pipeline.page import report_page  # which imports matplotlib
+                from nowag_pl.reports.page import report_page  # which imports matplotlib
 
                 write_text(path.with_name(PAGE_FILE), report_page(report))
             self._tables.append(_summary_table(report))

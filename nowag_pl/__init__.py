@@ -3,12 +3,12 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from nowag_pl.models.registration import install as _install
+from nowag_pl.models.format.registration import install as _install
 
 if TYPE_CHECKING:
     from nowag_pl.compressors import ArmorCompressor, MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner
-    from nowag_pl.models.checkpoint import load_compressed, save_compressed, save_dense
-    from nowag_pl.models.lora import lora_for_compressed
+    from nowag_pl.models.format.saving import load_compressed, save_compressed, save_dense
+    from nowag_pl.models.peft import lora_for_compressed
     from nowag_pl.modules import SecondMoment, accelerate
 
 __version__ = "0.1.0"
@@ -21,10 +21,10 @@ _HOMES = {
     "SecondMoment": "nowag_pl.modules",
     "WandaPruner": "nowag_pl.compressors",
     "accelerate": "nowag_pl.modules",
-    "load_compressed": "nowag_pl.models.checkpoint",
-    "lora_for_compressed": "nowag_pl.models.lora",
-    "save_compressed": "nowag_pl.models.checkpoint",
-    "save_dense": "nowag_pl.models.checkpoint",
+    "load_compressed": "nowag_pl.models.format.saving",
+    "lora_for_compressed": "nowag_pl.models.peft",
+    "save_compressed": "nowag_pl.models.format.saving",
+    "save_dense": "nowag_pl.models.format.saving",
 }
 __all__ = [
     "ArmorCompressor",

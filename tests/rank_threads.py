@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import Any, TypeVar
 
-from nowag_pl.pipeline.ranks import Ranks
+from nowag_pl.run.ranks import Ranks
 
 T = TypeVar("T")
 

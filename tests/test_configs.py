@@ -12,8 +12,8 @@ from tiny_models import ROOT
 
 import main as command_line
 from nowag_pl import ArmorCompressor, MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner
+from nowag_pl.compressors.base import working_bytes
 from nowag_pl.compressors.budget import Budget
-from nowag_pl.compressors.protocol import working_bytes
 from nowag_pl.data.sources import HubDataset
 from nowag_pl.pipeline import block_needs
 from nowag_pl.pipeline.block_needs import StageNeeds

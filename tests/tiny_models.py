@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nowag_pl.files import read_tensors
-from nowag_pl.models.loading import Checkpoint
+from nowag_pl.models.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = ROOT / "nowag_pl" / "assets" / "embedded"

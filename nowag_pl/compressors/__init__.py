@@ -1,9 +1,9 @@
 """Compression methods: one linear in, one compressed module out."""
 
 from nowag_pl.compressors.armor import ArmorCompressor
+from nowag_pl.compressors.base import Compressor, needs_full_second_moment
 from nowag_pl.compressors.baselines import MagnitudePruner, WandaPruner
 from nowag_pl.compressors.nowag import NoWagPruner, NoWagQuantizer
-from nowag_pl.compressors.protocol import Compressor, needs_full_second_moment
 
 __all__ = [
     "ArmorCompressor",

@@ -6,14 +6,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from nowag_pl.compressors.protocol import check_inputs
-from nowag_pl.functional.armor import Selection, fit_armor
-from nowag_pl.functional.armor_groups import supports_of
-from nowag_pl.functional.armor_objective import ArmorTarget, identity_factors
-from nowag_pl.functional.bits import armor_bits_per_weight
-from nowag_pl.functional.block_diagonal import largest_block
+from nowag_pl.compressors.base import check_inputs
+from nowag_pl.functional.armor.block_diagonal import largest_block
+from nowag_pl.functional.armor.fit import Selection, fit_armor
+from nowag_pl.functional.armor.groups import supports_of
+from nowag_pl.functional.armor.objective import ArmorTarget, identity_factors
 from nowag_pl.functional.normalization import Normalized, normalize
 from nowag_pl.functional.pruning import check_pattern, check_row, keep_n_of_m, nowag_scores
+from nowag_pl.functional.storage.bits import armor_bits_per_weight
 from nowag_pl.modules import ArmorLinear
 
 
@@ -76,12 +76,12 @@ class ArmorCompressor:
         )
 
     def expected_bits_per_weight(self, shape: tuple[int, int], value_bits: int) -> float:
-        """Return the storage of a fitted linear; see :class:`~nowag_pl.compressors.protocol.Foreseeing`."""
+        """Return the storage of a fitted linear; see :class:`~nowag_pl.compressors.base.Foreseeing`."""
         return armor_bits_per_weight(shape, *self.block_sizes(shape), self.pattern)
 
     @torch.no_grad()
     def compress(self, linear: nn.Linear, second_moment: Tensor) -> nn.Module:
-        """Fit one linear; see :class:`~nowag_pl.compressors.protocol.Compressor`."""
+        """Fit one linear; see :class:`~nowag_pl.compressors.base.Compressor`."""
         check_inputs(linear, second_moment)
         sizes = self.block_sizes((linear.out_features, linear.in_features))
         normalized = normalize(linear.weight)

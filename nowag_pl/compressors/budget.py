@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nowag_pl.compressors.protocol import Compressor, Varying, needs_full_second_moment
+from nowag_pl.compressors.base import Compressor, Varying, needs_full_second_moment
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nowag_pl.compressors.protocol import check_inputs
+from nowag_pl.compressors.base import check_inputs
 from nowag_pl.compressors.pruner import Pruner
 from nowag_pl.functional.alternating import alternating_keep
-from nowag_pl.functional.bits import vector_quantized_bits_per_weight
-from nowag_pl.functional.feedback import refine
-from nowag_pl.functional.kmeans import check_num_codewords, weighted_kmeans
+from nowag_pl.functional.moments import damped_inverse_factor, mean_squares
 from nowag_pl.functional.normalization import norms
-from nowag_pl.functional.output_error import damped_inverse_factor, mean_squares
 from nowag_pl.functional.pruning import keep_structured, normalized_scores
-from nowag_pl.functional.quantized import Quantized, SubvectorWeights, normalized_subvectors, subvectors
-from nowag_pl.functional.refit import refit_kept
+from nowag_pl.functional.storage.bits import vector_quantized_bits_per_weight
+from nowag_pl.functional.vq.feedback import refine
+from nowag_pl.functional.vq.kmeans import check_num_codewords, weighted_kmeans
+from nowag_pl.functional.vq.quantized import Quantized, SubvectorWeights, normalized_subvectors, subvectors
+from nowag_pl.functional.vq.refit import refit_kept
 from nowag_pl.modules import MaskedLinear, VQLinear
 
 DAMPING = 0.01
@@ -64,7 +64,7 @@ class NoWagPruner(Pruner):
 
     @torch.no_grad()
     def compress(self, linear: nn.Linear, second_moment: Tensor) -> nn.Module:
-        """Prune one linear; see :class:`~nowag_pl.compressors.protocol.Compressor`."""
+        """Prune one linear; see :class:`~nowag_pl.compressors.base.Compressor`."""
         if self.update is None:
             return super().compress(linear, second_moment)
         check_inputs(linear, second_moment, full=True)
@@ -163,7 +163,7 @@ class NoWagQuantizer:
         return 12 + 4 / self.subvector_dim
 
     def expected_bits_per_weight(self, shape: tuple[int, int], value_bits: int) -> float:
-        """Return the storage of a quantized linear; see :class:`~nowag_pl.compressors.protocol.Foreseeing`."""
+        """Return the storage of a quantized linear; see :class:`~nowag_pl.compressors.base.Foreseeing`."""
         check_num_codewords(self.codebook_size, shape[0] * ceil(shape[1] / self.subvector_dim))
         return vector_quantized_bits_per_weight(shape, self.subvector_dim, self.codebook_size)
 
@@ -172,7 +172,7 @@ class NoWagQuantizer:
         return self.codebook_size * self.subvector_dim + sum(shape)
 
     def alternatives(self) -> list[dict[str, Any]]:
-        """Return other codebooks, none larger; see :class:`~nowag_pl.compressors.protocol.Varying`.
+        """Return other codebooks, none larger; see :class:`~nowag_pl.compressors.base.Varying`.
 
         For this and the next two smaller lengths of a codeword, three sizes, each half of the one before, that cost at
         most one bit per weight more.
@@ -186,7 +186,7 @@ class NoWagQuantizer:
 
     @torch.no_grad()
     def compress(self, linear: nn.Linear, second_moment: Tensor) -> nn.Module:
-        """Quantize one linear; see :class:`~nowag_pl.compressors.protocol.Compressor`."""
+        """Quantize one linear; see :class:`~nowag_pl.compressors.base.Compressor`."""
         check_inputs(linear, second_moment, self.full_second_moment)
         quantized = self._quantize(linear, mean_squares(second_moment))
         if self.full_second_moment:

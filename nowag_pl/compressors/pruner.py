@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nowag_pl.compressors.protocol import check_inputs
-from nowag_pl.functional.bits import masked_bits_per_weight
-from nowag_pl.functional.output_error import mean_squares
+from nowag_pl.compressors.base import check_inputs
+from nowag_pl.functional.moments import mean_squares
 from nowag_pl.functional.pruning import (
     check_pattern,
     check_row,
@@ -17,6 +16,7 @@ from nowag_pl.functional.pruning import (
     keep_largest,
     keep_n_of_m,
 )
+from nowag_pl.functional.storage.bits import masked_bits_per_weight
 from nowag_pl.modules import MaskedLinear
 
 DEFAULT_SPARSITY = 0.5
@@ -57,13 +57,13 @@ class Pruner(ABC):
 
     @torch.no_grad()
     def compress(self, linear: nn.Linear, second_moment: Tensor) -> nn.Module:
-        """Prune one linear; see :class:`~nowag_pl.compressors.protocol.Compressor`."""
+        """Prune one linear; see :class:`~nowag_pl.compressors.base.Compressor`."""
         check_inputs(linear, second_moment)
         keep = self.keep(self.scores(linear.weight, mean_squares(second_moment).to(linear.weight.device)))
         return MaskedLinear(linear.weight, keep, linear.bias, self.pattern)
 
     def expected_bits_per_weight(self, shape: tuple[int, int], value_bits: int) -> float:
-        """Return the storage of a pruned linear; see :class:`~nowag_pl.compressors.protocol.Foreseeing`."""
+        """Return the storage of a pruned linear; see :class:`~nowag_pl.compressors.base.Foreseeing`."""
         if self.pattern is not None:
             check_row(shape[1], self.pattern)
         return masked_bits_per_weight(shape, self.num_kept(shape), value_bits, self.pattern)
@@ -81,7 +81,7 @@ class Pruner(ABC):
         return self.num_kept(shape)
 
     def alternatives(self) -> list[dict[str, Any]]:
-        """Return other sparsities, up to 0.3 away; see :class:`~nowag_pl.compressors.protocol.Varying`."""
+        """Return other sparsities, up to 0.3 away; see :class:`~nowag_pl.compressors.base.Varying`."""
         if self.sparsity is None:
             return []  # a pattern
         others = (round(self.sparsity + step / 10, 6) for step in (-3, -2, -1, 1, 2, 3))

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nowag_pl.functional.kmeans import weighted_kmeans
-from nowag_pl.functional.quantized import Quantized, subvectors
+from nowag_pl.functional.vq.kmeans import weighted_kmeans
+from nowag_pl.functional.vq.quantized import Quantized, subvectors
 
 PENALTY = 0.1  # at the start, with a unit diagonal of H
 KEEP_STEPS, KEEP_GROWTH = 30, 1.1  # growth of the penalty, each step
@@ -36,7 +36,7 @@ def alternating_keep(
         num_steps: alternations.
 
     Returns:
-        The mask, True where a weight is kept; :func:`~nowag_pl.functional.refit.refit_kept` gives the values.
+        The mask, True where a weight is kept; :func:`~nowag_pl.functional.vq.refit.refit_kept` gives the values.
     """
     scale = second_moment.diagonal().sqrt()
 

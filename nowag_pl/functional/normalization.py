@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nowag_pl.functional.chunks import empty_like, fill_rows, row_chunks
-from nowag_pl.functional.optional import is_for_numba
+from nowag_pl.kernels.dispatch import is_for_numba
 
 
 class Normalized(NamedTuple):
@@ -55,7 +55,7 @@ def norms(weight: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "in"], Float[T
     compiled = is_for_numba(weight)
     for rows in row_chunks(*weight.shape):
         if compiled:
-            from nowag_pl.functional.normalization_numba import write_row_norms
+            from nowag_pl.kernels.cpu.normalization import write_row_norms
 
             write_row_norms(weight[rows].detach().float(), in_scale, out_scale[rows])
         else:
@@ -74,7 +74,7 @@ def column_norms(weight: Float[Tensor, "out in"]) -> Float[Tensor, "in"]:
     compiled = is_for_numba(weight)
     for rows in row_chunks(*weight.shape):  # in float64, so that squares cannot overflow
         if compiled:
-            from nowag_pl.functional.normalization_numba import add_squares
+            from nowag_pl.kernels.cpu.normalization import add_squares
 
             add_squares(weight[rows].detach().float(), squares)
         else:

@@ -12,8 +12,8 @@ from torch import Tensor
 from nowag_pl.functional import chunks
 from nowag_pl.functional.chunks import empty_like, fill_rows, row_chunks
 from nowag_pl.functional.normalization import column_norms, normalize_rows, norms
-from nowag_pl.functional.optional import is_for_numba
 from nowag_pl.functional.thresholds import kth_smallest, mark_largest
+from nowag_pl.kernels.dispatch import is_for_numba
 
 
 def nowag_scores(weight: Float[Tensor, "out in"], second_moment: Float[Tensor, "in"]) -> Float[Tensor, "out in"]:
@@ -35,7 +35,7 @@ def normalized_scores(weight: Float[Tensor, "out in"], second_moment: Float[Tens
     """
     scores = empty_like(weight, torch.float32)
     if is_for_numba(weight):
-        from nowag_pl.functional.normalization_numba import write_scores
+        from nowag_pl.kernels.cpu.normalization import write_scores
 
         in_scale = column_norms(weight)
         for rows in row_chunks(*weight.shape):
@@ -112,7 +112,7 @@ def keep_n_of_m(scores: Float[Tensor, "out in"], pattern: tuple[int, int]) -> Bo
     check_row(scores.shape[1], pattern)
     num_kept, group_size = pattern
     if is_for_numba(scores):
-        from nowag_pl.functional.pruning_numba import GROUP_SIZES, mark_groups
+        from nowag_pl.kernels.cpu.pruning import GROUP_SIZES, mark_groups
 
         if group_size in GROUP_SIZES:
             return mark_groups(scores.float(), num_kept, group_size)
@@ -183,7 +183,7 @@ def kept_values(weight: Shaped[Tensor, "out in"], keep: Bool[Tensor, "out in"]) 
         keep: mask, True where a weight is kept.
     """
     if is_for_numba(weight):
-        from nowag_pl.functional.pruning_numba import pick
+        from nowag_pl.kernels.cpu.pruning import pick
 
         return pick(weight.flatten(), keep.flatten())
     values = weight.new_empty(int(keep.count_nonzero()))

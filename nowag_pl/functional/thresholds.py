@@ -6,7 +6,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nowag_pl.functional import chunks
-from nowag_pl.functional.threads import in_threads
+from nowag_pl.kernels.cpu.threads import in_threads
 
 MIN_SAMPLED = 2**19  # values of which a sample is drawn
 SAMPLE_SIZE = 2**16

@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_map
 from torchmetrics import MeanMetric
 
 from nowag_pl.lit.sharding import ignore_buffers_in_ddp
+from nowag_pl.run.wording import HELD_OUT_ERROR as ERROR
 
-ERROR = "held_out_error"
 _NEVER = 10**9
 
 

@@ -26,13 +26,13 @@ from torch.utils.data import Dataset
 from nowag_pl.lit.batches import ResumableLoader, Share, SharedBatches
 from nowag_pl.lit.block_module import ERROR, BlockModule
 from nowag_pl.lit.preemption import Preemption, stop_if_asked
-from nowag_pl.models.checkpoint import stored_state
-from nowag_pl.pipeline import finetuning
-from nowag_pl.pipeline.arrays import ArrayFolder, SequenceArray
+from nowag_pl.models.format.saving import stored_state
 from nowag_pl.pipeline.block_needs import num_streams
-from nowag_pl.pipeline.progress import block_progress
-from nowag_pl.pipeline.run import CompressionRun
-from nowag_pl.pipeline.wording import readable
+from nowag_pl.run.arrays import ArrayFolder, SequenceArray
+from nowag_pl.run.progress import block_progress
+from nowag_pl.run.wording import readable
+from nowag_pl.stages import finetuned as finetuning
+from nowag_pl.stages.compression_run import CompressionRun
 
 _log = logging.getLogger("nowag_pl")
 _LAST = "last"

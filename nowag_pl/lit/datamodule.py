@@ -16,7 +16,7 @@ from nowag_pl.data.python_docs import STANDARD_LIBRARY
 from nowag_pl.data.sources import HubDataset, LocalFiles, PythonDocs, TextSource
 from nowag_pl.data.tokens import random_windows, whole_windows
 from nowag_pl.lit.batches import ResumableLoader, Share, SharedBatches
-from nowag_pl.models.loading import Checkpoint
+from nowag_pl.models.checkpoint import Checkpoint
 
 _log = logging.getLogger(__name__)
 DEFAULT_SEQ_LEN_LIMIT = 2048

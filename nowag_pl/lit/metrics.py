@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from nowag_pl.functional.divergence import kl_divergence, negative_log_likelihood
+from nowag_pl.functional.predictions.divergence import kl_divergence, negative_log_likelihood
 
 
 class Perplexity(Metric):

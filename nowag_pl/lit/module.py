@@ -20,15 +20,15 @@ from torch.optim.lr_scheduler import OneCycleLR
 from nowag_pl.data.tokens import tokens_digest
 from nowag_pl.lit.metrics import Divergence, Perplexity
 from nowag_pl.lit.sharding import gathered_state, ignore_buffers_in_ddp, local_part, shard
-from nowag_pl.models.checkpoint import is_compressed, load_compressed
-from nowag_pl.models.loading import EMBEDDED, Checkpoint
+from nowag_pl.models.checkpoint import EMBEDDED, Checkpoint
+from nowag_pl.models.format.saving import is_compressed, load_compressed
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear
 from nowag_pl.pipeline.block_needs import MEASURED_TOKENS
-from nowag_pl.pipeline.ranks import Ranks
-from nowag_pl.pipeline.reference import Distillation, Teacher
-from nowag_pl.pipeline.run import CompressedModel, CompressionRun
-from nowag_pl.pipeline.stream import HiddenStream, streamed
+from nowag_pl.run.ranks import Ranks
+from nowag_pl.stages.compression_run import CompressedModel, CompressionRun
+from nowag_pl.stages.hidden import HiddenStream, streamed
+from nowag_pl.stages.teacher import Distillation, Teacher
 
 
 class DenseReference(Protocol):

@@ -17,7 +17,7 @@ from nowag_pl.pipeline.block_needs import StageNeeds, teacher_needs, validation_
 from nowag_pl.pipeline.preflight import Available, host_bytes, shortages
 from nowag_pl.pipeline.sizes import ModelSizes
 from nowag_pl.pipeline.whole_needs import Holding, Training, training_needs, whole_validation_needs
-from nowag_pl.pipeline.wording import readable
+from nowag_pl.run.wording import readable
 
 if TYPE_CHECKING:
     from nowag_pl.lit.module import LitCausalLM

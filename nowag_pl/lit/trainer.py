@@ -22,10 +22,10 @@ from nowag_pl.lit.evaluation import (
 )
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.preflight import show, trains_end_to_end
-from nowag_pl.pipeline.ranks import Ranks
 from nowag_pl.pipeline.sizes import ModelSizes
-from nowag_pl.pipeline.store import ArtefactStore
 from nowag_pl.pipeline.whole_needs import questions_needs
+from nowag_pl.run.ranks import Ranks
+from nowag_pl.run.store import ArtefactStore
 
 Phase = Literal["one_shot", "blockwise", "finetuned"]
 _KEYWORDS = ("best", "last", "hpc")  # what Lightning finds itself

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from nowag_pl.models.loading import Checkpoint, set_module
+from nowag_pl.models.checkpoint import Checkpoint, set_module
 from nowag_pl.modules import CompressedLinear
 
 if TYPE_CHECKING:

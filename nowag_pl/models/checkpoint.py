@@ -1,199 +1,316 @@
-"""Save and load compressed models: a Hugging Face folder whose linears are stored compressed, or dense again.
+"""Open a model folder or hub id: configuration, tokenizer, weights. Only safetensors are read, never a pickle."""
 
-docs/format.md describes the folder. Everything that it says of a linear comes from the linear's own class.
-"""
-
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from functools import cached_property
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from nowag_pl.files import read_json
-from nowag_pl.models.assembly import empty_like_described, fill, parameter_dtype
-from nowag_pl.models.folder import sharded, write_folder
-from nowag_pl.models.loading import CONFIG_FILE, DESCRIPTION_FILE, FORMAT, METHOD, Checkpoint
-from nowag_pl.models.streaming import StreamedModel
-from nowag_pl.modules import CompressedLinear
+from nowag_pl.models.format.checksums import INDEX_FILE, Checksums
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-MAX_SHARD_BYTES = 5 * 10**9
-
-
-def is_compressed(folder: Path) -> bool:
-    """Tell whether a folder was written by :func:`save_compressed`.
-
-    Raises:
-        ValueError: its config.json is damaged.
-    """
-    config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
-    quantization = (config.get("quantization_config") if isinstance(config, dict) else None) or {}
-    return quantization.get("quant_method") == METHOD or (folder / DESCRIPTION_FILE).is_file()
+EMBEDDED = "embedded"
+FORMAT = 2  # of compressed models, see docs/format.md
+METHOD = "nowag_pl"  # quant_method of the quantization_config
+CONFIG_FILE = "config.json"
+DESCRIPTION_FILE = "nowag_pl.json"  # of format 1, beside the weights
+_SAFE_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def compressed_linears(module: nn.Module) -> dict[str, CompressedLinear]:
-    """Return the compressed linears of a module by name."""
-    return {name: linear for name, linear in module.named_modules() if isinstance(linear, CompressedLinear)}
-
-
-def stored_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return the state of a module, that of compressed linears in the types in which it is stored."""
-    state = dict(module.state_dict())
-    for name, linear in compressed_linears(module).items():
-        state |= {f"{name}.{key}": tensor for key, tensor in linear.storage().items()}
-    return state
-
-
-def quantization(descriptions: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the `quantization_config` of a model with the described linears."""
-    return {"quant_method": METHOD, "format": FORMAT, "linears": descriptions}
-
-
-def packed_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield what :func:`stored_state` returns, a tensor at a time, and tied ones once."""
-    yield from _plain_tensors(module)
-    for name, linear in compressed_linears(module).items():
-        yield from ((f"{name}.{key}", tensor) for key, tensor in linear.storage().items())
-
-
-@torch.no_grad()
-def dense_tensors(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Yield the state of a module as if its compressed linears were ordinary ones, reconstructed one at a time.
+def resolve_folder(path: str) -> Path:
+    """Return the local folder of a model.
 
     Args:
-        module: a block or a model.
-        dtype: type of the reconstructed weights.
-    """
-    yield from _plain_tensors(module)
-    for name, linear in compressed_linears(module).items():
-        yield f"{name}.weight", linear.weight.to(dtype)
-        if linear.bias is not None:
-            yield f"{name}.bias", linear.bias.to(dtype)
-
-
-def _plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the state outside of compressed linears; of tensors that share their memory only the first."""
-    inside = tuple(f"{name}." for name in compressed_linears(module))
-    seen = set()
-    for name, tensor in module.state_dict().items():
-        place = (tensor.data_ptr() or id(tensor), tensor.shape)
-        if not name.startswith(inside) and place not in seen:
-            seen.add(place)
-            yield name, tensor
-
-
-def save_compressed(
-    model: "PreTrainedModel", folder: str | Path, source: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> None:
-    """Write a compressed model.
-
-    Args:
-        model: a transformers model, any of whose linears are compressed.
-        folder: folder to create, or whose model is replaced.
-        source: model whose tokenizer goes along: "embedded", a folder or a hub id.
-        max_shard_bytes: tensors in one file take no more, unless a single one is larger.
+        path: "embedded" for the model shipped with this package, a local folder, or a Hugging Face id, which is
+            downloaded (or taken from the hub's cache) without any pickle files.
 
     Raises:
-        ValueError: `max_shard_bytes` is below 1.
-        OSError: the folder cannot be written. What it held before is then as it was.
+        ValueError: there is no such folder or model.
     """
-    descriptions = {name: linear.description() for name, linear in compressed_linears(model).items()}
-    described = quantization(descriptions) if descriptions else {}
-    shards = sharded(packed_tensors(model), max_shard_bytes)
-    write_folder(Path(folder), model, shards, source, described, _dtype(model))
-
-
-def save_dense(
-    model: "PreTrainedModel", folder: str | Path, source: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> None:
-    """Write a compressed model as an ordinary one, which every program that reads Hugging Face folders takes.
-
-    Removed weights are exact zeros, quantized ones are reconstructed; it is as large as the dense model was.
-
-    Args:
-        model: as for :func:`save_compressed`; it stays as it is.
-        folder: as for :func:`save_compressed`.
-        source: as for :func:`save_compressed`.
-        max_shard_bytes: as for :func:`save_compressed`; so much memory is needed beside the model.
-
-    Raises:
-        ValueError: `max_shard_bytes` is below 1.
-        OSError: the folder cannot be written. What it held before is then as it was.
-    """
-    shards = sharded(dense_tensors(model, _dtype(model)), max_shard_bytes)
-    write_folder(Path(folder), model, shards, source, {}, _dtype(model))
-
-
-def save_streamed(
-    model: StreamedModel, load_block: Callable[[int], nn.Module], folder: str | Path, dense: bool = False
-) -> None:
-    """Write a compressed model that is never in memory as a whole, one file for each block.
-
-    Args:
-        model: where everything but the blocks comes from, with tokenizer and generation settings.
-        load_block: gives a compressed block.
-        folder: folder to create, or whose model is replaced.
-        dense: write an ordinary model, as :func:`save_dense` does.
-
-    Raises:
-        OSError: the folder cannot be written. What it held before is then as it was.
-    """
-    described: dict[str, Any] = {} if dense else quantization({})
-    dtype = model.checkpoint.dtype
-
-    def tensors_of(index: int) -> dict[str, Tensor]:
-        block, name = load_block(index), model.block_name(index)
-        if not dense:
-            linears = compressed_linears(block).items()
-            described["linears"] |= {f"{name}.{key}": linear.description() for key, linear in linears}
-        tensors = dense_tensors(block, dtype) if dense else packed_tensors(block)
-        return {f"{name}.{key}": tensor for key, tensor in tensors}
-
-    def shards() -> Iterator[dict[str, Tensor]]:
-        yield dict(_plain_tensors(model.skeleton))
-        for index in range(len(model)):
-            yield tensors_of(index)
-
-    write_folder(Path(folder), model.skeleton, shards(), model.checkpoint.path, described, dtype)
-
-
-def load_compressed(folder: str | Path, dtype: torch.dtype | None = None, verify: bool = True) -> "PreTrainedModel":
-    """Load what :func:`save_compressed` wrote.
-
-    Args:
-        folder: folder with a compressed model.
-        dtype: type of everything that is not compressed. None: as stored.
-        verify: compare every file with its checksum.
-
-    Returns:
-        A transformers model with compressed linears, in evaluation mode.
-
-    Raises:
-        ValueError: the folder holds no compressed model, one of a newer format, or a damaged one.
-    """
-    checkpoint = Checkpoint(str(folder), verify=verify)
-    if not is_compressed(checkpoint.folder):
+    if path == EMBEDDED:
+        return Path(str(files("nowag_pl"))) / "assets" / "embedded"
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / CONFIG_FILE).is_file():
+            raise ValueError(f"Expected {folder} to hold a Hugging Face model, but got a folder without config.json.")
+        return folder
+    looks_local = folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1
+    if looks_local:
         raise ValueError(
-            f"Expected {folder} to hold a model that {METHOD} compressed, but it does not. Load dense models with "
-            "transformers."
+            f"Expected model.path to be {EMBEDDED!r}, a local folder or a Hugging Face id, but there is no folder "
+            f"{path!r}."
         )
-    model = checkpoint.build(empty=True)
-    empty_like_described(model, checkpoint.compressed_linears)
-    compressed = tuple(f"{name}." for name in checkpoint.compressed_linears)
-    tensors = checkpoint.read(list(checkpoint.weight_map))
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point():
-            own = parameter_dtype(model, name) if name.startswith(compressed) else dtype
-            tensors[name] = tensor.to(own or tensor.dtype)
-    fill(model, tensors, required=compressed)
-    from nowag_pl.models.quantizer import attach  # which needs transformers
+    from huggingface_hub import snapshot_download
 
-    attach(model, checkpoint.compressed_linears)
-    return model.eval()
+    try:
+        return Path(snapshot_download(path, allow_patterns=_SAFE_FILES))
+    except Exception as error:  # the hub raises many types; each means that the model is not to be had
+        raise ValueError(
+            f"Expected model.path to be {EMBEDDED!r}, a local folder or a Hugging Face id, but {path!r} is no local "
+            f"folder and could not be fetched from the hub: {_first_sentence(error)}"
+        ) from error
 
 
-def _dtype(model: "PreTrainedModel") -> torch.dtype:
-    return cast(Tensor, model.get_input_embeddings().weight).dtype
+class Checkpoint:
+    """A model on disk, dense or with compressed linears, read lazily.
+
+    Args:
+        path: "embedded", a local folder or a Hugging Face id.
+        dtype: "auto" for the checkpoint's own type, or "float32", "bfloat16", "float16".
+        verify: compare each file that is read with its checksum, where the folder has one.
+
+    Raises:
+        ValueError: there is no such model, it holds no safetensors, or a file is damaged.
+    """
+
+    def __init__(self, path: str, dtype: str = "auto", verify: bool = True) -> None:
+        if dtype != "auto" and dtype not in _DTYPES:
+            raise ValueError(f"Expected dtype to be 'auto' or one of {sorted(_DTYPES)}, but got {dtype!r}.")
+        self.path = path
+        self.folder = resolve_folder(path)
+        self._dtype = dtype
+        self._checksums = Checksums(self.folder, verify)
+
+    @cached_property
+    def config(self) -> "PretrainedConfig":
+        """The model's configuration. Code shipped with a model is never run.
+
+        Raises:
+            ValueError: it cannot be read, or is that of a multimodal model.
+        """
+        from transformers import AutoConfig
+
+        self._checksums.check_small_files()
+        try:
+            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+            text_config = config.get_text_config()
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"Could not read the configuration in {self.folder}: {_first_sentence(error)}") from error
+        if text_config is not config:
+            raise ValueError(
+                f"Expected a language model for text alone in {self.folder}, but got one of type {config.model_type!r} "
+                f"around a text model of type {text_config.model_type!r}: save that part as a model of its own."
+            )
+        return config
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The model's tokenizer."""
+        from transformers import AutoTokenizer
+
+        self._checksums.check_small_files()
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"Expected {self.folder} to hold the model's tokenizer (tokenizer.json), but it could not be read: "
+                f"{_first_sentence(error)}"
+            ) from error
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating type of the loaded weights."""
+        if self._dtype != "auto":
+            return _DTYPES[self._dtype]
+        return getattr(self.config, "dtype", None) or torch.float32
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids that the model knows.
+
+        Raises:
+            ValueError: it is no language model.
+        """
+        size = getattr(self.config, "vocab_size", None)
+        if size is None:
+            raise ValueError(
+                f"Expected a causal language model in {self.folder}, but got one of type {self.config.model_type!r}."
+            )
+        return size
+
+    @property
+    def max_seq_len(self) -> int | None:
+        """Longest context of the model in tokens, where its configuration tells."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @cached_property
+    def compressed_linears(self) -> dict[str, dict[str, Any]]:
+        """Descriptions of the compressed linears by their name in the model; none in a dense model.
+
+        Raises:
+            ValueError: the model is of a newer format, or compressed by another program.
+        """
+        return described_linears(self._quantization)
+
+    @property
+    def _quantization(self) -> dict[str, Any]:
+        """What the configuration says of compressed linears; format 1 said it in a file of its own."""
+        quantization = getattr(self.config, "quantization_config", None)
+        if quantization is None and (self.folder / DESCRIPTION_FILE).is_file():
+            return {"quant_method": METHOD, **read_json(self.folder / DESCRIPTION_FILE)}
+        return quantization or {}
+
+    @cached_property
+    def weight_map(self) -> dict[str, Path]:
+        """Name of every tensor to the file that holds it."""
+        single, index = self.folder / "model.safetensors", self.folder / INDEX_FILE
+        if single.is_file():
+            files = [single]
+        elif index.is_file():
+            files = _indexed_files(index)
+        else:
+            files = sorted(self.folder.glob("*.safetensors"))
+        if not files:
+            pickles = sorted(path.name for path in self.folder.glob("*.bin"))
+            found = f"only pickle files ({', '.join(pickles[:3])})" if pickles else "none"
+            raise ValueError(
+                f"Expected safetensors weights in {self.folder}, but got {found}. Convert them once with "
+                "transformers' save_pretrained; pickles are never opened here."
+            )
+        return {name: file for file in files for name in _tensor_names(file)}
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raise ValueError if the checkpoint lacks one of these tensors."""
+        missing = [name for name in names if name not in self.weight_map]
+        if missing:
+            raise ValueError(
+                f"Expected {self.folder} to hold {missing[0]!r}, but it is not there ({len(missing)} tensors are "
+                "missing). The weights do not belong to this config.json, or the family is not supported."
+            )
+
+    def read(self, names: list[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Read tensors by name, in the checkpoint's own type.
+
+        Raises:
+            ValueError: the checkpoint lacks one of them, or a file is damaged.
+        """
+        self.require(names)
+        tensors: dict[str, Tensor] = {}
+        for file in sorted({self.weight_map[name] for name in names}):
+            self._checksums.check(file)
+            with safe_open(file, framework="pt", device=str(device)) as opened:
+                tensors |= {name: opened.get_tensor(name) for name in names if self.weight_map[name] == file}
+        return tensors
+
+    def build(self, empty: bool = False) -> "PreTrainedModel":
+        """Build the model from its configuration alone.
+
+        Args:
+            empty: with parameters on the meta device, which take no memory, and real buffers; else random weights.
+        """
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+
+        try:
+            with init_empty_weights(include_buffers=False) if empty else nullcontext():
+                return AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=False)
+        except ValueError as error:
+            raise ValueError(
+                f"Expected a causal language model in {self.folder}, but a model of type "
+                f"{self.config.model_type!r} could not be built as one: {_first_sentence(error)}"
+            ) from error
+
+    def load(self) -> "PreTrainedModel":
+        """Load the whole dense model.
+
+        Raises:
+            ValueError: a file is damaged, or the weights do not fit the configuration.
+        """
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        self._checksums.check(*set(self.weight_map.values()))
+        model: PreTrainedModel
+        info: dict[str, Any]
+        model, info = AutoModelForCausalLM.from_pretrained(
+            self.folder,
+            dtype=self.dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are reported below, by name
+            output_loading_info=True,
+        )
+        if info["missing_keys"] or info["mismatched_keys"]:
+            wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+            raise ValueError(
+                f"Expected {self.folder} to hold every weight of its config.json, but {wrong[0]} and "
+                f"{len(wrong) - 1} others are missing or of another shape."
+            )
+        return model.eval()
+
+
+def _first_sentence(error: Exception) -> str:
+    """Return the beginning of an error text of another library, which may go on for pages."""
+    return re.split(r"(?<=\w[.:!])\s|\n", str(error).strip())[0][:200].rstrip(".: ") + "."
+
+
+def described_linears(quantization: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the descriptions of the compressed linears by their name in the model.
+
+    Args:
+        quantization: `quantization_config` of a model; empty for a dense one.
+
+    Raises:
+        ValueError: it is of a newer format, of another program, or damaged.
+    """
+    if not quantization:
+        return {}
+    if quantization.get("quant_method") != METHOD:
+        raise ValueError(
+            f"Expected a dense model, or one that {METHOD} compressed, but got quant_method "
+            f"{quantization.get('quant_method')!r}."
+        )
+    number, linears = quantization.get("format"), quantization.get("linears")
+    if not isinstance(number, int) or not isinstance(linears, dict):
+        raise ValueError(
+            "Expected format and linears in quantization_config, but it is damaged: copy config.json again."
+        )
+    if number > FORMAT:
+        raise ValueError(f"Expected a compressed model of format {FORMAT} or older, but got {number}: update {METHOD}.")
+    return linears
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    """Return the weight files that an index names.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"Expected a weight_map in {index}, but there is none: it is damaged, copy it again.")
+    return sorted({index.with_name(str(name)) for name in weight_map.values()})
+
+
+def _tensor_names(file: Path) -> list[str]:
+    """Return the names in a safetensors file.
+
+    Raises:
+        ValueError: the file is missing, cut short or damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"Expected {file} to be a whole safetensors file, but got: {error}. It is missing, damaged or cut "
+            "short: download or copy it again."
+        ) from error
+
+
+def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` at the dotted `name` below `root`."""
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, module)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from nowag_pl.models.assembly import empty_like_described
+from nowag_pl.models.checkpoint import Checkpoint, set_module
 from nowag_pl.models.family_checks import check_arguments, check_no_experts
-from nowag_pl.models.loading import Checkpoint, set_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,14 +1,14 @@
 """Modules: running statistics and compressed linears."""
 
-from nowag_pl.modules.acceleration import accelerate
-from nowag_pl.modules.armor_linear import ArmorLinear
-from nowag_pl.modules.compressed_linear import CompressedLinear
+from nowag_pl.modules.compressed.armor import ArmorLinear
+from nowag_pl.modules.compressed.base import CompressedLinear
+from nowag_pl.modules.compressed.masked import MaskedLinear
+from nowag_pl.modules.compressed.vq import VQLinear
 from nowag_pl.modules.cross_moment import CrossMoment
-from nowag_pl.modules.lookup_linear import LookupLinear
-from nowag_pl.modules.masked_linear import MaskedLinear
+from nowag_pl.modules.running.acceleration import accelerate
+from nowag_pl.modules.running.lookup import LookupLinear
+from nowag_pl.modules.running.semi_structured import SemiStructuredArmorLinear, SemiStructuredLinear
 from nowag_pl.modules.second_moment import SecondMoment
-from nowag_pl.modules.semi_structured_linear import SemiStructuredArmorLinear, SemiStructuredLinear
-from nowag_pl.modules.vq_linear import VQLinear
 
 __all__ = [
     "ArmorLinear",

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nowag_pl.functional.output_error import mean_squares
+from nowag_pl.functional.moments import mean_squares
 from nowag_pl.modules.running_mean import RunningMean
 
 

@@ -11,7 +11,7 @@ from itertools import product
 from typing import Literal
 
 from nowag_pl.compressors import Compressor
-from nowag_pl.compressors.protocol import expected_bits_per_weight
+from nowag_pl.compressors.base import expected_bits_per_weight
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.pipeline.sizes import ModelSizes
 

@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from nowag_pl.pipeline.block_needs import StageNeeds
-from nowag_pl.pipeline.wording import readable
+from nowag_pl.run.wording import readable
 
 LIBRARY_BYTES = 2**27  # that libraries hold in each process, and parts of files that are being read
 

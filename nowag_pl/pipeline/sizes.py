@@ -6,7 +6,7 @@ from typing import cast
 from torch import nn
 
 from nowag_pl.compressors import Compressor
-from nowag_pl.compressors.protocol import (
+from nowag_pl.compressors.base import (
     UNKNOWN_GRADIENT_BYTES,
     UNKNOWN_WORKING_BYTES,
     expected_bits_per_weight,
@@ -17,7 +17,7 @@ from nowag_pl.compressors.protocol import (
     working_bytes_per_weight,
 )
 from nowag_pl.models.assembly import empty_like_described
-from nowag_pl.models.loading import Checkpoint
+from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel, find_blocks
 from nowag_pl.modules import CompressedLinear
 

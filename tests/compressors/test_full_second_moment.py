@@ -6,7 +6,7 @@ from torch import nn
 
 from nowag_pl import NoWagPruner, NoWagQuantizer, SecondMoment
 from nowag_pl.compressors import Compressor, WandaPruner, needs_full_second_moment
-from nowag_pl.functional.output_error import output_error
+from nowag_pl.functional.moments import output_error
 
 QUANTIZER = {"subvector_dim": 3, "codebook_size": 8}
 PLAIN = {

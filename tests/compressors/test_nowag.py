@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nowag_pl.compressors import NoWagPruner, NoWagQuantizer
-from nowag_pl.functional.kmeans import weighted_kmeans
 from nowag_pl.functional.normalization import normalize
 from nowag_pl.functional.objective import normalized_loss
-from nowag_pl.functional.quantized import subvectors
+from nowag_pl.functional.vq.kmeans import weighted_kmeans
+from nowag_pl.functional.vq.quantized import subvectors
 
 
 def make_linear(out_features, in_features, seed=0, bias=False):

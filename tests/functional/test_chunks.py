@@ -9,7 +9,6 @@ from nowag_pl.functional import chunks
 from nowag_pl.functional.chunks import row_chunks
 from nowag_pl.functional.normalization import normalize, norms
 from nowag_pl.functional.objective import normalized_loss, reconstruction_loss
-from nowag_pl.functional.packing import pack, pack_keep, unpack, unpack_keep
 from nowag_pl.functional.pruning import (
     keep_largest,
     keep_n_of_m,
@@ -18,6 +17,7 @@ from nowag_pl.functional.pruning import (
     kth_smallest,
     wanda_scores,
 )
+from nowag_pl.functional.storage.packing import pack, pack_keep, unpack, unpack_keep
 
 SIZES = [3, 16, 40]
 

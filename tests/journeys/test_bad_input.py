@@ -457,8 +457,8 @@ def finished_run(model_folder, workplace, tmp_path, tmp_path_factory):
     from nowag_pl import NoWagPruner
     from nowag_pl.data.sources import read_text_file
     from nowag_pl.data.tokens import random_windows, tokenize
-    from nowag_pl.models.loading import Checkpoint
-    from nowag_pl.pipeline.run import CompressionRun
+    from nowag_pl.models.checkpoint import Checkpoint
+    from nowag_pl.stages.compression_run import CompressionRun
 
     checkpoint = Checkpoint(str(model_folder()))
     tokens = tokenize([read_text_file(workplace / "calibration.txt")], checkpoint.tokenizer)

@@ -13,7 +13,7 @@ from tiny_models import fit_arguments, load_whole
 from nowag_pl import load_compressed
 from nowag_pl.lit import evaluation
 from nowag_pl.lit.evaluation import PAPER_TASKS, TaskSettings, task_manager
-from nowag_pl.models.loading import Checkpoint
+from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.pipeline.preflight import Available
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")

@@ -10,7 +10,7 @@ from test_fit_and_validate import perplexity, perplexity_shown, read_report, tex
 from tiny_models import ROOT, fit_arguments, load_whole, validate_arguments
 from transformers import AutoModelForCausalLM
 
-from nowag_pl.models.checkpoint import is_compressed
+from nowag_pl.models.format.saving import is_compressed
 
 pytest_plugins = ["tiny_fixtures"]
 

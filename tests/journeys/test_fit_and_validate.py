@@ -23,7 +23,7 @@ from tiny_models import (
 from nowag_pl import load_compressed
 from nowag_pl.data.sources import read_text_file
 from nowag_pl.data.tokens import whole_windows
-from nowag_pl.models.loading import Checkpoint
+from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.modules import CompressedLinear
 
 pytest_plugins = ["tiny_fixtures"]

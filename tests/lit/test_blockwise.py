@@ -17,10 +17,10 @@ from nowag_pl import ArmorCompressor, NoWagPruner, NoWagQuantizer
 from nowag_pl.lit import blockwise
 from nowag_pl.lit.block_module import BlockModule
 from nowag_pl.lit.blockwise import BlockwiseSettings, finetune_blocks
-from nowag_pl.models.loading import Checkpoint
+from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
-from nowag_pl.pipeline import finetuning
-from nowag_pl.pipeline.run import CompressionRun
+from nowag_pl.stages import finetuned as finetuning
+from nowag_pl.stages.compression_run import CompressionRun
 
 pytest_plugins = ["tiny_fixtures"]
 

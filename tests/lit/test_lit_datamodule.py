@@ -10,7 +10,7 @@ from tiny_models import SEQ_LEN, save_tiny_model
 from nowag_pl.data.sources import HubDataset, read_text_file
 from nowag_pl.data.tokens import whole_windows
 from nowag_pl.lit.datamodule import TokenDataModule
-from nowag_pl.models.loading import Checkpoint
+from nowag_pl.models.checkpoint import Checkpoint
 
 pytest_plugins = ["tiny_fixtures"]
 

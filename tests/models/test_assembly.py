@@ -8,7 +8,7 @@ from tiny_models import FAMILIES, copy_model, edit_tensors, load_whole, random_t
 
 from nowag_pl import ArmorCompressor, NoWagPruner, NoWagQuantizer
 from nowag_pl.models.assembly import assemble
-from nowag_pl.models.loading import Checkpoint, set_module
+from nowag_pl.models.checkpoint import Checkpoint, set_module
 from nowag_pl.models.streaming import StreamedModel, find_linears
 from nowag_pl.modules import CompressedLinear
 

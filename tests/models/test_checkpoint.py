@@ -16,8 +16,8 @@ from tiny_models import copy_model, edit_json, load_whole
 
 from nowag_pl import NoWagPruner, NoWagQuantizer, load_compressed, save_compressed, save_dense
 from nowag_pl.models.assembly import assemble
-from nowag_pl.models.checkpoint import is_compressed
-from nowag_pl.models.loading import Checkpoint
+from nowag_pl.models.checkpoint import Checkpoint
+from nowag_pl.models.format.saving import is_compressed
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear
 

@@ -12,11 +12,11 @@ from tiny_models import copy_model
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from nowag_pl import load_compressed, save_compressed, save_dense
-from nowag_pl.models import checksums
 from nowag_pl.models.assembly import assemble
-from nowag_pl.models.checkpoint import is_compressed
-from nowag_pl.models.checksums import Checksums
-from nowag_pl.models.loading import Checkpoint
+from nowag_pl.models.checkpoint import Checkpoint
+from nowag_pl.models.format import checksums
+from nowag_pl.models.format.checksums import Checksums
+from nowag_pl.models.format.saving import is_compressed
 from nowag_pl.models.streaming import StreamedModel
 
 pytest_plugins = ["tiny_fixtures"]

@@ -17,8 +17,8 @@ from torch import nn
 from nowag_pl import ArmorCompressor, NoWagPruner, NoWagQuantizer, save_compressed
 from nowag_pl.files import write_tensors
 from nowag_pl.models.assembly import assemble
-from nowag_pl.models.checkpoint import compressed_linears as linears_of
-from nowag_pl.models.loading import Checkpoint
+from nowag_pl.models.checkpoint import Checkpoint
+from nowag_pl.models.format.saving import compressed_linears as linears_of
 from nowag_pl.modules import ArmorLinear, MaskedLinear, VQLinear
 
 pytest_plugins = ["tiny_fixtures"]

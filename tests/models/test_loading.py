@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import copy_model, edit_tensors, load_whole, random_tokens, save_tiny_model
 
-from nowag_pl.models.loading import EMBEDDED, Checkpoint, resolve_folder, set_module
+from nowag_pl.models.checkpoint import EMBEDDED, Checkpoint, resolve_folder, set_module
 
 pytest_plugins = ["tiny_fixtures"]
 

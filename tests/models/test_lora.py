@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from nowag_pl import save_compressed
 from nowag_pl.models.assembly import assemble
-from nowag_pl.models.loading import Checkpoint
+from nowag_pl.models.checkpoint import Checkpoint
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -12,12 +12,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nowag_pl import accelerate, load_compressed, save_compressed
-from nowag_pl.functional.vq_matmul import has_module
-from nowag_pl.models import registration
+from nowag_pl.functional.vq.matmul import has_module
 from nowag_pl.models.assembly import assemble
-from nowag_pl.models.checkpoint import compressed_linears as linears_of
-from nowag_pl.models.checkpoint import stored_state
-from nowag_pl.models.loading import Checkpoint
+from nowag_pl.models.checkpoint import Checkpoint
+from nowag_pl.models.format import registration
+from nowag_pl.models.format.saving import compressed_linears as linears_of
+from nowag_pl.models.format.saving import stored_state
 
 pytest_plugins = ["tiny_fixtures"]
 

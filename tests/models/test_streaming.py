@@ -6,7 +6,7 @@ from tiny_models import EXPERT_FAMILIES, FAMILIES, edit_json, load_whole, num_li
 from torch import nn
 
 from nowag_pl.models import streaming
-from nowag_pl.models.loading import Checkpoint
+from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel, find_blocks, find_linears
 
 pytest_plugins = ["tiny_fixtures"]

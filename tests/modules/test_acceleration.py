@@ -10,7 +10,7 @@ from torch import nn
 from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorCUTLASS
 
 from nowag_pl import accelerate
-from nowag_pl.functional import vq_matmul
+from nowag_pl.functional.vq import matmul as vq_matmul
 from nowag_pl.modules import (
     ArmorLinear,
     CompressedLinear,
@@ -19,8 +19,8 @@ from nowag_pl.modules import (
     SemiStructuredArmorLinear,
     SemiStructuredLinear,
     VQLinear,
-    acceleration,
 )
+from nowag_pl.modules.running import acceleration
 
 needs_numba = pytest.mark.skipif(not vq_matmul.has_module("numba"), reason="Numba is an extra")
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nowag_pl.functional.armor_objective import ArmorFactors
+from nowag_pl.functional.armor.objective import ArmorFactors
 from nowag_pl.functional.pruning import keep_n_of_m
 from nowag_pl.modules import ArmorLinear, CompressedLinear
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from nowag_pl.modules import CompressedLinear, MaskedLinear, VQLinear
-from nowag_pl.modules.compressed_linear import dtype_name
+from nowag_pl.modules.compressed.base import dtype_name
 
 
 def test_class_name_finds_the_class():

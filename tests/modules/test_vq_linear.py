@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from largest_tensor import LargestTensor
 
-from nowag_pl.functional import chunks, vq_matmul
-from nowag_pl.functional.vq_matmul import CPU_MAX_TOKENS
+from nowag_pl.functional import chunks
+from nowag_pl.functional.vq import matmul as vq_matmul
+from nowag_pl.functional.vq.matmul import CPU_MAX_TOKENS
 from nowag_pl.modules import CompressedLinear, VQLinear
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -1,0 +1,1 @@
+"""How compressed weights are stored, and what that costs."""

@@ -1,0 +1,1 @@
+"""Vector quantization: k-means, codes, fits, products."""

@@ -1,0 +1,187 @@
+"""Multiply by a vector-quantized weight without holding it as a whole.
+
+With codewords c, `y_i = r2_i sum_g c[code_ig] . (r1 x)_g` over the groups g of `d` consecutive inputs. The input scale
+goes to the activations, the output scale to the result, so that what is left of the weight are codewords alone:
+
+- one token on a CPU: `c[k] . (r1 x)_g` is computed for every codeword and group, block by block, and looked up
+  (:mod:`nowag_pl.kernels.cpu.vq`);
+- some tokens: rows are decoded a few hundred at a time, while they fit into the cache;
+- a few tokens on a CPU, from codes that lie column by column: as for one token (:func:`columns_matmul`);
+- CUDA: :mod:`nowag_pl.kernels.cuda.vq`.
+
+Many tokens take the reconstructed weight: :func:`is_for_few_tokens`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from math import ceil
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Integer, UInt8
+from torch import Tensor
+
+from nowag_pl.functional.storage.packing import code_bits, unpack
+from nowag_pl.kernels.dispatch import has_module
+
+CPU_MAX_TOKENS = 64  # faster beyond, too (benchmarks/README.md), but what is measured there stays exact
+CPU_MAX_LOOKUP_TOKENS = 4  # from columns; measured, benchmarks/README.md
+CUDA_MAX_TOKENS = 256  # an estimate, never measured; the same command measures it
+TILE_BYTES = 4 * 2**20  # decoded rows at a time
+MAX_LOOKUP_RATIO = 4  # codewords per row of the weight, above which computing all products costs more than it saves
+
+_Decode = Callable[[Tensor, int, Tensor], None]  # codebook, first row, where the rows go
+
+
+def is_for_few_tokens(num_tokens: int, device: torch.device) -> bool:
+    """Tell whether :func:`vq_matmul` is to be used instead of the reconstructed weight.
+
+    Args:
+        num_tokens: rows of the activations.
+        device: where they are.
+    """
+    if device.type == "cuda":
+        return num_tokens <= CUDA_MAX_TOKENS and has_module("triton")
+    return num_tokens <= CPU_MAX_TOKENS
+
+
+def vq_matmul(
+    activations: Float[Tensor, "*batch in"],
+    codes: UInt8[Tensor, "bytes"],
+    codebook: Float[Tensor, "k d"],
+    in_scale: Float[Tensor, "in"],
+    out_scale: Float[Tensor, "out"],
+) -> Float[Tensor, "*batch out"]:
+    """Multiply activations by the transposed weight that codes, codebook and scales stand for. Gives no gradients.
+
+    Args:
+        activations: any number of tokens, float32, bfloat16 or float16.
+        codes: codes of `ceil(in / d)` codewords for each of `out` rows, packed to `ceil(log2(k))` bits.
+        codebook: codewords.
+        in_scale: r1.
+        out_scale: r2.
+
+    Returns:
+        The product in the type of the activations.
+    """
+    tokens = activations.reshape(-1, activations.shape[-1])  # [tokens, in]
+    if tokens.is_cuda and has_module("triton"):
+        from nowag_pl.kernels.cuda.vq import fused_matmul
+
+        output = fused_matmul(tokens, codes, codebook, in_scale, out_scale)
+    elif len(tokens) == 1 and _is_looked_up(tokens, codebook, out_scale):
+        output = _by_lookup(tokens, codes, codebook, in_scale, out_scale)
+    else:
+        output = _by_tiles(tokens, codebook, in_scale, out_scale, partial(_decode, codes))
+    return output.view(*activations.shape[:-1], len(out_scale))
+
+
+def code_columns(codes: Int[Tensor, "out groups"], num_codewords: int) -> Integer[Tensor, "groups out"]:
+    """Return codes column by column, in one byte each for up to 256 codewords, in two for up to 65,536, else in four.
+
+    Args:
+        codes: codeword of each subvector.
+        num_codewords: size of the codebook.
+
+    Example:
+        >>> import torch
+        >>> code_columns(torch.tensor([[1, 2, 3]]), 256).shape
+        torch.Size([3, 1])
+    """
+    bits = code_bits(num_codewords)
+    dtype = torch.uint8 if bits <= 8 else torch.uint16 if bits <= 16 else torch.int32
+    return codes.to(dtype).T.contiguous()
+
+
+def columns_matmul(
+    activations: Float[Tensor, "*batch in"],
+    columns: Integer[Tensor, "groups out"],
+    codebook: Float[Tensor, "k d"],
+    in_scale: Float[Tensor, "in"],
+    out_scale: Float[Tensor, "out"],
+) -> Float[Tensor, "*batch out"]:
+    """Return what :func:`vq_matmul` does, on a CPU with Numba.
+
+    Args:
+        activations: any number of tokens, float32, bfloat16 or float16.
+        columns: what :func:`code_columns` gave.
+        codebook: codewords.
+        in_scale: r1.
+        out_scale: r2.
+
+    Returns:
+        The product in the type of the activations.
+    """
+    from nowag_pl.kernels.cpu.vq_columns import decode_columns, sum_column_lookups
+
+    tokens = activations.reshape(-1, activations.shape[-1])  # [tokens, in]
+    if len(tokens) <= CPU_MAX_LOOKUP_TOKENS:
+        groups = _grouped(tokens * in_scale, codebook.shape[1]).float()
+        output = (sum_column_lookups(columns, codebook.float(), groups) * out_scale).to(tokens.dtype)
+    else:
+        output = _by_tiles(tokens, codebook, in_scale, out_scale, partial(decode_columns, columns))
+    return output.view(*activations.shape[:-1], len(out_scale))
+
+
+def lookup_obstacle(num_codewords: int, num_rows: int) -> str | None:
+    """Return why products of a weight are not to be looked up on a CPU, or None if they are.
+
+    Args:
+        num_codewords: size of the codebook.
+        num_rows: rows of the weight.
+
+    Example:
+        >>> lookup_obstacle(4096, 64)
+        'more than 4 codewords a row'
+    """
+    if not 1 < num_codewords <= MAX_LOOKUP_RATIO * num_rows:
+        return f"more than {MAX_LOOKUP_RATIO} codewords a row" if num_codewords > 1 else "a single codeword"
+    return None if has_module("numba") else "Numba is not installed"
+
+
+def _is_looked_up(tokens: Tensor, codebook: Tensor, out_scale: Tensor) -> bool:
+    return tokens.device.type == "cpu" and lookup_obstacle(len(codebook), len(out_scale)) is None
+
+
+def _by_lookup(token: Tensor, codes: Tensor, codebook: Tensor, in_scale: Tensor, out_scale: Tensor) -> Tensor:
+    """Multiply one token `[1, in]`, in float32."""
+    from nowag_pl.kernels.cpu.vq import sum_lookups
+
+    groups = _grouped(token[0] * in_scale, codebook.shape[1])
+    sums = sum_lookups(codes, codebook.float(), groups.float(), len(out_scale))
+    return (sums * out_scale)[None].to(token.dtype)
+
+
+def _by_tiles(tokens: Tensor, codebook: Tensor, in_scale: Tensor, out_scale: Tensor, decoded: _Decode) -> Tensor:
+    """Decode and multiply some rows at a time; in bfloat16 if the tokens are, or else in float32."""
+    dtype = torch.bfloat16 if tokens.dtype == torch.bfloat16 else torch.float32
+    groups = _grouped(tokens * in_scale, codebook.shape[1]).to(dtype)  # [tokens, groups, d]
+    inputs, codewords = groups.flatten(1), codebook.to(dtype).contiguous()
+    num_rows, num_groups = len(out_scale), groups.shape[1]
+    num_tile_rows = max(TILE_BYTES // (num_groups * codewords[0].nbytes) // 8, 1) * 8  # a tile starts with a whole byte
+    buffer = inputs.new_empty(min(num_tile_rows, num_rows), inputs.shape[1])
+    products = []
+    for start in range(0, num_rows, num_tile_rows):
+        tile = buffer[: min(num_tile_rows, num_rows - start)]
+        decoded(codewords, start, tile)
+        products.append(inputs @ tile.T)
+    return (torch.cat(products, dim=1) * out_scale).to(tokens.dtype)
+
+
+def _grouped(values: Tensor, dim: int) -> Tensor:
+    """Cut `[..., in]` into `[..., groups, d]`, padded with zeros."""
+    return F.pad(values, (0, -values.shape[-1] % dim)).unflatten(-1, (-1, dim))
+
+
+def _decode(codes: Tensor, codebook: Tensor, start: int, tile: Tensor) -> None:
+    """Write rows from `start` on, a multiple of 8, of the normalised weight; the last columns may be padding."""
+    subvectors = tile.view(-1, codebook.shape[1])
+    num_groups, bits = len(subvectors) // len(tile), code_bits(len(codebook))
+    first, stop = start * num_groups, start * num_groups + len(subvectors)
+    if codes.device.type == "cpu" and bits and has_module("numba"):
+        from nowag_pl.kernels.cpu.vq import decode
+
+        decode(codes, codebook, first, subvectors)
+    else:
+        part = unpack(codes[first * bits // 8 : ceil(stop * bits / 8)], bits, len(subvectors))
+        torch.index_select(codebook, 0, part, out=subvectors)

@@ -1,0 +1,127 @@
+"""Write a model as a Hugging Face folder that is whole or is no model: config.json comes last."""
+
+import copy
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nowag_pl.files import flush, write_json, write_tensors
+from nowag_pl.models.checkpoint import CONFIG_FILE, DESCRIPTION_FILE, Checkpoint
+from nowag_pl.models.format.checksums import INDEX_FILE, file_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_STAGE = ".incomplete"
+
+
+def write_folder(
+    folder: Path,
+    model: "PreTrainedModel",
+    shards: Iterable[Mapping[str, Tensor]],
+    source: str | None,
+    quantization: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> None:
+    """Write weights, index with checksums, tokenizer, generation settings and configuration.
+
+    What `folder` held stays until everything is written beside it.
+
+    Args:
+        folder: folder to create, or whose model is replaced.
+        model: a model with the right configuration; its weights are not looked at.
+        shards: tensors by name for each file, made when it is written.
+        source: model whose tokenizer goes along.
+        quantization: `quantization_config`, looked at when all shards are written; empty for a dense model.
+        dtype: type that the configuration names.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    with _replacing_model(folder) as stage:
+        weight_map = _write_shards(stage, shards)
+        config = copy.deepcopy(model.config)
+        config.dtype = dtype
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        if quantization:
+            config.quantization_config = dict(quantization)
+        config.save_pretrained(stage)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(stage)
+        if source is not None:
+            Checkpoint(source).tokenizer.save_pretrained(stage)
+        files = sorted(path for path in stage.rglob("*") if path.is_file())
+        metadata = {
+            "total_size": sum(size for _, size in weight_map.values()),
+            "sha256": {path.relative_to(stage).as_posix(): file_digest(path) for path in files},
+        }
+        index = {"metadata": metadata, "weight_map": {name: file for name, (file, _) in weight_map.items()}}
+        write_json(stage / INDEX_FILE, index)
+
+
+def _write_shards(stage: Path, shards: Iterable[Mapping[str, Tensor]]) -> dict[str, tuple[str, int]]:
+    """Write one file for each shard, and return file and bytes of every tensor."""
+    contents: list[dict[str, int]] = []
+    for tensors in shards:
+        write_tensors(stage / f"{len(contents)}.safetensors", tensors)
+        contents.append({name: tensor.nbytes for name, tensor in tensors.items()})
+        del tensors  # before the next ones are made
+    weight_map: dict[str, tuple[str, int]] = {}
+    for number, sizes in enumerate(contents):
+        file = f"model-{number + 1:05d}-of-{len(contents):05d}.safetensors"
+        (stage / f"{number}.safetensors").rename(stage / file)
+        weight_map |= {name: (file, size) for name, size in sizes.items()}
+    return weight_map
+
+
+@contextmanager
+def _replacing_model(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder inside `folder`; on success its files replace the model there.
+
+    A folder without config.json is no model to anyone: that file goes first and comes last.
+    """
+    stage = folder / _STAGE
+    shutil.rmtree(stage, ignore_errors=True)  # of a process that was killed
+    try:
+        stage.mkdir(parents=True)
+        yield stage
+        for path in stage.rglob("*"):
+            flush(path)
+        for old in (folder / CONFIG_FILE, folder / DESCRIPTION_FILE, *folder.glob("*.safetensors*")):
+            old.unlink(missing_ok=True)
+        flush(folder)
+        for new in sorted(stage.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+            target = folder / new.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            if new.name == CONFIG_FILE:
+                flush(folder)
+            new.replace(target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    flush(folder)
+
+
+def sharded(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """Gather tensors into dicts of at most `max_bytes`, but for single tensors that are larger; at least one dict.
+
+    Raises:
+        ValueError: `max_bytes` is below 1.
+    """
+    if max_bytes < 1:
+        raise ValueError(f"Expected max_shard_bytes of at least 1, but got {max_bytes}.")
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > max_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard

@@ -1,0 +1,133 @@
+"""What makes `AutoModelForCausalLM.from_pretrained` give a compressed model: a quantizer registered with transformers.
+
+Imported by :mod:`nowag_pl.models.format.registration` when transformers has defined what is extended here.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from nowag_pl.models.assembly import empty_like_described
+from nowag_pl.models.checkpoint import FORMAT, METHOD, described_linears, set_module
+from nowag_pl.models.format.checksums import Checksums
+from nowag_pl.models.format.saving import compressed_linears, packed_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@register_quantization_config(METHOD)
+class CompressionConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a compressed model.
+
+    Args:
+        linears: description of each compressed linear by its name in the model.
+        format: version of the format.
+        quant_method: what tells the format from others.
+        verify: compare every file with its checksum when the model is loaded; not stored.
+
+    Raises:
+        ValueError: the format is newer than this version.
+    """
+
+    def __init__(
+        self,
+        linears: dict[str, dict[str, Any]],
+        format: int = FORMAT,
+        quant_method: str = METHOD,
+        verify: bool = True,
+    ) -> None:
+        self.quant_method: Any = quant_method  # transformers' own type lists its own methods
+        self.format = format
+        self.verify = verify
+        self.linears = linears
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Read what :meth:`to_dict` gave; a newer format is refused before its keys are looked at."""
+        described_linears(config_dict)
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what stands in config.json."""
+        return {key: value for key, value in super().to_dict().items() if key != "verify"}
+
+
+@register_quantizer(METHOD)
+class CompressionQuantizer(HfQuantizer):
+    """Puts compressed linears into the places of the dense ones before transformers reads the weights."""
+
+    requires_calibration = True
+    is_trainable = True  # by LoRA, see nowag_pl.lora_for_compressed
+    quantization_config: CompressionConfig
+    _checksums: Checksums | None = None  # of the folder that is being loaded
+
+    def is_serializable(self) -> bool:
+        """Tell that `save_pretrained` writes the same format again."""
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        """Check the files and replace the linears, on the meta device.
+
+        Raises:
+            ValueError: a file is damaged, or the format is newer than this version.
+        """
+        files = [Path(file) for file in checkpoint_files or []]
+        if files and self.quantization_config.verify:
+            checksums = Checksums(files[0].parent)
+            if checksums.covers(files):
+                checksums.check_small_files(may_lack=True)
+                checksums.check(*files)
+                self._checksums = checksums
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)  # transformers has set the model's; the linears know their own types
+        try:
+            with torch.device("cpu"):
+                empty_like_described(model, self.quantization_config.linears)
+        finally:
+            torch.set_default_dtype(default)
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+        """Check the files that transformers fetched from a hub meanwhile: the generation settings.
+
+        Raises:
+            ValueError: a file is damaged.
+        """
+        if self._checksums is not None:
+            self._checksums.check_small_files(may_lack=True)
+            self._checksums = None
+        return model
+
+    def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return what `save_pretrained` writes, and describe it in the configuration, which is written next."""
+        self.quantization_config.linears = {
+            name: linear.description() for name, linear in compressed_linears(model).items()
+        }
+        return dict(packed_tensors(model)), {}
+
+    def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | None = None) -> "PreTrainedModel":
+        """Replace the compressed linears by ordinary ones."""
+        for name, linear in compressed_linears(model).items():
+            dense = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+            dense.weight = nn.Parameter(linear.weight.detach().to(dtype))
+            if linear.bias is not None:
+                dense.bias = nn.Parameter(linear.bias.detach().to(dtype))
+            set_module(model, name, dense)
+        return model
+
+
+def attach(model: "PreTrainedModel", linears: dict[str, dict[str, Any]]) -> None:
+    """Give a model that was loaded in another way what `from_pretrained` would have given it."""
+    quantizer = CompressionQuantizer(CompressionConfig(linears))
+    attributes: Any = model
+    attributes.hf_quantizer = quantizer
+    attributes.is_quantized = True
+    attributes.quantization_method = METHOD
+    quantizer.postprocess_model(model)

@@ -1,0 +1,199 @@
+"""Save and load compressed models: a Hugging Face folder whose linears are stored compressed, or dense again.
+
+docs/format.md describes the folder. Everything that it says of a linear comes from the linear's own class.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from nowag_pl.files import read_json
+from nowag_pl.models.assembly import empty_like_described, fill, parameter_dtype
+from nowag_pl.models.checkpoint import CONFIG_FILE, DESCRIPTION_FILE, FORMAT, METHOD, Checkpoint
+from nowag_pl.models.format.folder import sharded, write_folder
+from nowag_pl.models.streaming import StreamedModel
+from nowag_pl.modules import CompressedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+def is_compressed(folder: Path) -> bool:
+    """Tell whether a folder was written by :func:`save_compressed`.
+
+    Raises:
+        ValueError: its config.json is damaged.
+    """
+    config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    quantization = (config.get("quantization_config") if isinstance(config, dict) else None) or {}
+    return quantization.get("quant_method") == METHOD or (folder / DESCRIPTION_FILE).is_file()
+
+
+def compressed_linears(module: nn.Module) -> dict[str, CompressedLinear]:
+    """Return the compressed linears of a module by name."""
+    return {name: linear for name, linear in module.named_modules() if isinstance(linear, CompressedLinear)}
+
+
+def stored_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return the state of a module, that of compressed linears in the types in which it is stored."""
+    state = dict(module.state_dict())
+    for name, linear in compressed_linears(module).items():
+        state |= {f"{name}.{key}": tensor for key, tensor in linear.storage().items()}
+    return state
+
+
+def quantization(descriptions: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the `quantization_config` of a model with the described linears."""
+    return {"quant_method": METHOD, "format": FORMAT, "linears": descriptions}
+
+
+def packed_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what :func:`stored_state` returns, a tensor at a time, and tied ones once."""
+    yield from _plain_tensors(module)
+    for name, linear in compressed_linears(module).items():
+        yield from ((f"{name}.{key}", tensor) for key, tensor in linear.storage().items())
+
+
+@torch.no_grad()
+def dense_tensors(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Yield the state of a module as if its compressed linears were ordinary ones, reconstructed one at a time.
+
+    Args:
+        module: a block or a model.
+        dtype: type of the reconstructed weights.
+    """
+    yield from _plain_tensors(module)
+    for name, linear in compressed_linears(module).items():
+        yield f"{name}.weight", linear.weight.to(dtype)
+        if linear.bias is not None:
+            yield f"{name}.bias", linear.bias.to(dtype)
+
+
+def _plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the state outside of compressed linears; of tensors that share their memory only the first."""
+    inside = tuple(f"{name}." for name in compressed_linears(module))
+    seen = set()
+    for name, tensor in module.state_dict().items():
+        place = (tensor.data_ptr() or id(tensor), tensor.shape)
+        if not name.startswith(inside) and place not in seen:
+            seen.add(place)
+            yield name, tensor
+
+
+def save_compressed(
+    model: "PreTrainedModel", folder: str | Path, source: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write a compressed model.
+
+    Args:
+        model: a transformers model, any of whose linears are compressed.
+        folder: folder to create, or whose model is replaced.
+        source: model whose tokenizer goes along: "embedded", a folder or a hub id.
+        max_shard_bytes: tensors in one file take no more, unless a single one is larger.
+
+    Raises:
+        ValueError: `max_shard_bytes` is below 1.
+        OSError: the folder cannot be written. What it held before is then as it was.
+    """
+    descriptions = {name: linear.description() for name, linear in compressed_linears(model).items()}
+    described = quantization(descriptions) if descriptions else {}
+    shards = sharded(packed_tensors(model), max_shard_bytes)
+    write_folder(Path(folder), model, shards, source, described, _dtype(model))
+
+
+def save_dense(
+    model: "PreTrainedModel", folder: str | Path, source: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write a compressed model as an ordinary one, which every program that reads Hugging Face folders takes.
+
+    Removed weights are exact zeros, quantized ones are reconstructed; it is as large as the dense model was.
+
+    Args:
+        model: as for :func:`save_compressed`; it stays as it is.
+        folder: as for :func:`save_compressed`.
+        source: as for :func:`save_compressed`.
+        max_shard_bytes: as for :func:`save_compressed`; so much memory is needed beside the model.
+
+    Raises:
+        ValueError: `max_shard_bytes` is below 1.
+        OSError: the folder cannot be written. What it held before is then as it was.
+    """
+    shards = sharded(dense_tensors(model, _dtype(model)), max_shard_bytes)
+    write_folder(Path(folder), model, shards, source, {}, _dtype(model))
+
+
+def save_streamed(
+    model: StreamedModel, load_block: Callable[[int], nn.Module], folder: str | Path, dense: bool = False
+) -> None:
+    """Write a compressed model that is never in memory as a whole, one file for each block.
+
+    Args:
+        model: where everything but the blocks comes from, with tokenizer and generation settings.
+        load_block: gives a compressed block.
+        folder: folder to create, or whose model is replaced.
+        dense: write an ordinary model, as :func:`save_dense` does.
+
+    Raises:
+        OSError: the folder cannot be written. What it held before is then as it was.
+    """
+    described: dict[str, Any] = {} if dense else quantization({})
+    dtype = model.checkpoint.dtype
+
+    def tensors_of(index: int) -> dict[str, Tensor]:
+        block, name = load_block(index), model.block_name(index)
+        if not dense:
+            linears = compressed_linears(block).items()
+            described["linears"] |= {f"{name}.{key}": linear.description() for key, linear in linears}
+        tensors = dense_tensors(block, dtype) if dense else packed_tensors(block)
+        return {f"{name}.{key}": tensor for key, tensor in tensors}
+
+    def shards() -> Iterator[dict[str, Tensor]]:
+        yield dict(_plain_tensors(model.skeleton))
+        for index in range(len(model)):
+            yield tensors_of(index)
+
+    write_folder(Path(folder), model.skeleton, shards(), model.checkpoint.path, described, dtype)
+
+
+def load_compressed(folder: str | Path, dtype: torch.dtype | None = None, verify: bool = True) -> "PreTrainedModel":
+    """Load what :func:`save_compressed` wrote.
+
+    Args:
+        folder: folder with a compressed model.
+        dtype: type of everything that is not compressed. None: as stored.
+        verify: compare every file with its checksum.
+
+    Returns:
+        A transformers model with compressed linears, in evaluation mode.
+
+    Raises:
+        ValueError: the folder holds no compressed model, one of a newer format, or a damaged one.
+    """
+    checkpoint = Checkpoint(str(folder), verify=verify)
+    if not is_compressed(checkpoint.folder):
+        raise ValueError(
+            f"Expected {folder} to hold a model that {METHOD} compressed, but it does not. Load dense models with "
+            "transformers."
+        )
+    model = checkpoint.build(empty=True)
+    empty_like_described(model, checkpoint.compressed_linears)
+    compressed = tuple(f"{name}." for name in checkpoint.compressed_linears)
+    tensors = checkpoint.read(list(checkpoint.weight_map))
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            own = parameter_dtype(model, name) if name.startswith(compressed) else dtype
+            tensors[name] = tensor.to(own or tensor.dtype)
+    fill(model, tensors, required=compressed)
+    from nowag_pl.models.format.quantizer import attach  # which needs transformers
+
+    attach(model, checkpoint.compressed_linears)
+    return model.eval()
+
+
+def _dtype(model: "PreTrainedModel") -> torch.dtype:
+    return cast(Tensor, model.get_input_embeddings().weight).dtype

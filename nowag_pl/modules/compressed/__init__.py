@@ -1,0 +1,1 @@
+"""Linears whose weight is kept in a compressed form."""

@@ -1,0 +1,42 @@
+"""Linears that are multiplied from their codes while tokens are few."""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from nowag_pl.functional.vq.matmul import is_for_few_tokens
+from nowag_pl.modules.compressed.base import CompressedLinear
+
+
+class CodedLinear(CompressedLinear):
+    """A vector-quantized linear; for few tokens and without gradients its weight is never reconstructed."""
+
+    @abstractmethod
+    def from_codes(self, activations: Tensor) -> Tensor:
+        """Multiply activations `[..., in]` by the transposed weight, without reconstructing it and without the bias."""
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """Apply the linear.
+
+        Args:
+            activations: `[..., in]`.
+
+        Returns:
+            `[..., out]`, in the type of the activations.
+        """
+        num_tokens = activations.numel() // self.in_features
+        if (
+            self.gives_gradients(activations)
+            or torch.compiler.is_compiling()
+            or not is_for_few_tokens(num_tokens, activations.device)
+        ):
+            return super().forward(activations)
+        if torch.is_autocast_enabled(activations.device.type):
+            activations = activations.to(torch.get_autocast_dtype(activations.device.type))
+        output = self.from_codes(activations)
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def gives_gradients(self, *inputs: Tensor) -> bool:
+        """Tell whether a result of these inputs and the parameters is differentiated."""
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *self.parameters()))

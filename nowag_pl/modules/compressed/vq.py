@@ -1,0 +1,146 @@
+"""A vector-quantized linear: codebook, codes and the two scales of the normalisation."""
+
+from collections.abc import Mapping
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nowag_pl.functional.chunks import CHUNK_ELEMENTS, fill_rows
+from nowag_pl.functional.normalization import denormalize
+from nowag_pl.functional.storage.bits import vector_quantized_bits_per_weight
+from nowag_pl.functional.storage.packing import code_bits, pack, unpack
+from nowag_pl.functional.vq.matmul import vq_matmul
+from nowag_pl.functional.vq.quantized import Quantized
+from nowag_pl.modules.compressed.base import dtype_name, rounded_to
+from nowag_pl.modules.compressed.coded import CodedLinear
+
+_STORED_DTYPE = torch.float16  # more of its 16 bits are mantissa; norms and unit vectors need little range
+
+
+class VQLinear(CodedLinear):
+    """A linear of which every `subvector_dim` consecutive weights of a row are a codeword, times both scales.
+
+    Codes are held in packed bytes of `ceil(log2(k))` bits each. Codebook and scales are float32 parameters, so that
+    they can be trained; they are rounded to 16 bits at the start and whenever they are stored.
+
+    For few tokens and without gradients the weight is never reconstructed: :mod:`nowag_pl.functional.vq.matmul`.
+
+    Args:
+        codebook: codewords `[k, d]` of the normalised weight.
+        codes: codeword of each subvector, `[out, ceil(in / d)]`; the last of a row may reach over its end.
+        in_scale: `[in]`, r1 of the normalisation.
+        out_scale: `[out]`, r2 of the normalisation.
+        bias: bias `[out]`, or None.
+        dtype: type of the reconstructed weight.
+
+    Raises:
+        ValueError: the codes do not fit the scales and the codebook.
+    """
+
+    codes: Tensor
+
+    def __init__(
+        self,
+        codebook: Tensor,
+        codes: Tensor,
+        in_scale: Tensor,
+        out_scale: Tensor,
+        bias: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(len(in_scale), len(out_scale), bias)
+        self.codebook_size, self.subvector_dim = codebook.shape
+        self._codes_shape = (self.out_features, ceil(self.in_features / self.subvector_dim))
+        if codes.shape != self._codes_shape:
+            raise ValueError(f"Expected codes of shape {self._codes_shape}, but got {tuple(codes.shape)}.")
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook_size:
+            raise ValueError(
+                f"Expected codes in [0, {self.codebook_size}), but got {int(codes.min())} to {int(codes.max())}."
+            )
+        self.dtype = dtype
+        self.codebook = nn.Parameter(_round(codebook))
+        self.in_scale = nn.Parameter(_round(in_scale))
+        self.out_scale = nn.Parameter(_round(out_scale))
+        self.register_buffer("codes", pack(codes.flatten(), code_bits(self.codebook_size)))
+
+    @property
+    def unpacked_codes(self) -> Tensor:
+        """Codeword of each subvector, int32 `[out, ceil(in / d)]`."""
+        count = self._codes_shape[0] * self._codes_shape[1]
+        return unpack(self.codes, code_bits(self.codebook_size), count).view(self._codes_shape)
+
+    @property
+    def normalized_weight(self) -> Tensor:
+        """The quantized normalised weight `[out, in]`."""
+        return self.codebook[self.unpacked_codes].flatten(1)[:, : self.in_features]
+
+    @property
+    def weight(self) -> Tensor:
+        """The reconstructed weight `[out, in]`; where it needs no gradients, some rows at a time."""
+        if self.gives_gradients() or torch.compiler.is_compiling():
+            return denormalize(self.normalized_weight, self.in_scale, self.out_scale).to(self.dtype)
+        codes = self.unpacked_codes
+        weight = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=codes.device)
+        return fill_rows(
+            weight, lambda rows: Quantized(self.codebook, codes[rows], self.in_scale, self.out_scale[rows]).weight
+        )
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Codes, and codebook and scales in 16 bits."""
+        shape = (self.out_features, self.in_features)
+        return vector_quantized_bits_per_weight(shape, self.subvector_dim, self.codebook_size)
+
+    @property
+    def sparsity(self) -> float:
+        """Nothing is removed."""
+        return 0.0
+
+    @property
+    def codebook_use(self) -> float:
+        """Fraction of the codewords that at least one subvector uses."""
+        used = torch.zeros(self.codebook_size, dtype=torch.bool, device=self.codes.device)
+        for codes in self.unpacked_codes.flatten().split(CHUNK_ELEMENTS):
+            used[codes] = True
+        return int(used.sum()) / self.codebook_size
+
+    def settings(self) -> dict[str, Any]:
+        """Return shapes and types."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "subvector_dim": self.subvector_dim,
+            "codebook_size": self.codebook_size,
+            "bias": self.bias_dtype,
+            "dtype": dtype_name(self.dtype),
+        }
+
+    @classmethod
+    def empty(cls, settings: Mapping[str, Any]) -> "VQLinear":
+        """Return a module with the right shapes and zeros."""
+        in_features, out_features = settings["in_features"], settings["out_features"]
+        dim = settings["subvector_dim"]
+        return cls(
+            torch.zeros(settings["codebook_size"], dim),
+            torch.zeros(out_features, ceil(in_features / dim), dtype=torch.int32),
+            torch.zeros(in_features),
+            torch.zeros(out_features),
+            cls.empty_bias(settings),
+            getattr(torch, settings["dtype"]),
+        )
+
+    @property
+    def stored_dtypes(self) -> dict[str, torch.dtype]:
+        """Codebook and scales in 16 bits."""
+        return {**super().stored_dtypes, **dict.fromkeys(("codebook", "in_scale", "out_scale"), _STORED_DTYPE)}
+
+    def from_codes(self, activations: Tensor) -> Tensor:
+        """Multiply few tokens; see :class:`~nowag_pl.modules.compressed.coded.CodedLinear`."""
+        return vq_matmul(activations, self.codes, self.codebook, self.in_scale, self.out_scale)
+
+
+def _round(values: Tensor) -> Tensor:
+    """Return float32 values that 16 bits hold exactly."""
+    return rounded_to(values, _STORED_DTYPE, torch.float32, "codebook and scales")

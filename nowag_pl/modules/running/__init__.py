@@ -1,0 +1,1 @@
+"""Forms of compressed linears that run faster and cannot be trained."""

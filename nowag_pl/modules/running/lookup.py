@@ -1,0 +1,59 @@
+"""A vector-quantized linear that decodes few tokens fast on a CPU."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nowag_pl.functional.chunks import fill_rows
+from nowag_pl.functional.storage.packing import code_bits, pack
+from nowag_pl.functional.vq.matmul import code_columns, columns_matmul
+from nowag_pl.functional.vq.quantized import Quantized
+from nowag_pl.modules.compressed.coded import CodedLinear
+from nowag_pl.modules.compressed.vq import VQLinear
+from nowag_pl.modules.running.base import RunningForm
+
+
+class LookupLinear(RunningForm, CodedLinear):
+    """A :class:`VQLinear` for running on a CPU only: a code takes one byte or two, and codes lie column by column.
+
+    That is `8 / d` or `16 / d` bits a weight in memory; in storage codes are packed as before.
+
+    Args:
+        linear: the linear, for which :func:`~nowag_pl.functional.vq.matmul.lookup_obstacle` finds no obstacle.
+    """
+
+    columns: Tensor
+
+    def __init__(self, linear: VQLinear) -> None:
+        super().__init__(linear)
+        self.dtype = linear.dtype
+        self.codebook = nn.Parameter(linear.codebook.detach(), requires_grad=False)
+        self.in_scale = nn.Parameter(linear.in_scale.detach(), requires_grad=False)
+        self.out_scale = nn.Parameter(linear.out_scale.detach(), requires_grad=False)
+        columns = code_columns(linear.unpacked_codes, linear.codebook_size)
+        self.register_buffer("columns", columns, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The reconstructed weight `[out, in]`."""
+        weight = torch.empty(self.out_features, self.in_features, dtype=self.dtype)
+        return fill_rows(weight, self._rows)
+
+    def _rows(self, rows: slice) -> Tensor:
+        codes = self.columns[:, rows].T.int()
+        return Quantized(self.codebook, codes, self.in_scale, self.out_scale[rows]).weight
+
+    def stored_state(self) -> dict[str, Tensor]:
+        """Return the packed codes."""
+        return {"codes": pack(self.columns.T.flatten().int(), code_bits(len(self.codebook)))}
+
+    @classmethod
+    def empty(cls, settings: Mapping[str, Any]) -> "LookupLinear":
+        """Return a module with the right shapes and zeros."""
+        return cls(VQLinear.empty(settings))
+
+    def from_codes(self, activations: Tensor) -> Tensor:
+        """Multiply few tokens; see :class:`~nowag_pl.modules.compressed.coded.CodedLinear`."""
+        return columns_matmul(activations, self.columns, self.codebook, self.in_scale, self.out_scale)

@@ -1,0 +1,61 @@
+"""Figures of a run: one linear before and after normalisation, and all linears by block."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from nowag_pl.reports.figures.matrices import Panel, color_limits, heat_map_figure, panel_figure
+from nowag_pl.reports.views import LinearView
+
+_ERROR_DECADES = 3
+_MAPS = {"loss": ".3f", "sparsity": ".2f", "bits_per_weight": ".2f"}
+
+
+def linear_drawing(view: LinearView) -> Figure:
+    """Draw the matrices of one linear: above as they are, below normalised, and to the right what became of them."""
+    images = view.images
+    low, high = color_limits(images["error"])
+    scale = (max(low, high - _ERROR_DECADES), high)  # what is exact would take most of the colours
+    above: list[Panel | None] = [
+        Panel("log10 of weight |W|", images["weight"]),
+        Panel("log10 of importance h W²", images["importance"]),
+    ]
+    below: list[Panel | None] = [
+        Panel("log10 of normalised |W̄|", images["normalized"]),
+        Panel("log10 of importance h W̄²", images["normalized_importance"]),
+        Panel("log10 of error h (W̄ - Ŵ)²", images["error"], limits=scale),
+    ]
+    if view.kept is not None and view.mask is not None:
+        above.append(Panel("share of weights kept", view.kept, ".2f"))
+        above.append(Panel(f"mask, first {view.mask.shape[0]} x {view.mask.shape[1]} (dark: kept)", view.mask))
+    return panel_figure(f"block {view.block}, {view.name}", [above, below])
+
+
+def linears_drawing(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw heat maps of loss, sparsity and bits, blocks from top to bottom and linears from left to right.
+
+    Args:
+        rows: "name" in the model, "loss", "sparsity" and "bits_per_weight" of every linear.
+    """
+    places = {split_name(row["name"]): row for row in rows}
+    blocks = sorted({block for block, _ in places})
+    names = list(dict.fromkeys(name for _, name in places))
+    maps = []
+    for key, spec in _MAPS.items():
+        values = [[places.get((block, name), {}).get(key) for name in names] for block in blocks]
+        maps.append((key.replace("_", " "), values, spec))
+    return heat_map_figure(maps, names)
+
+
+def split_name(name: str) -> tuple[int, str]:
+    """Return the number of the block, and the name in it, of a linear of the model.
+
+    Example:
+        >>> split_name("model.layers.3.mlp.up_proj")
+        (3, 'mlp.up_proj')
+    """
+    match = re.fullmatch(r".*?\.(\d+)\.(.+)", name)
+    assert match is not None, name
+    return int(match[1]), match[2]

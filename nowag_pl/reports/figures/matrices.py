@@ -1,0 +1,126 @@
+"""Matrices as images: weights, importance, masks; and values over blocks and linears."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from nowag_pl.reports.figures.canvas import DPI, new_figure
+
+_MARGIN = 0.002  # share of the values on either side that the colours do not tell apart
+_SIDE = 160  # pixels of a panel
+_GAP = 66  # pixels between two panels, for the scale
+_HEAD = 34  # pixels above a row, for its titles
+_BAR = 8  # pixels: width of the scale
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One image of a grid.
+
+    Attributes:
+        title: above it.
+        values: `[rows, columns]`, floating, or bool for a mask (True is dark).
+        spec: format of a value at the scale.
+        limits: values at the ends of the scale. None: nearly the smallest and the largest.
+    """
+
+    title: str
+    values: Tensor
+    spec: str = ".1f"
+    limits: tuple[float, float] | None = None
+
+
+def panel_figure(title: str, rows: Sequence[Sequence[Panel | None]]) -> Figure:
+    """Lay out square panels in a grid, each with its scale.
+
+    Pixels are set directly: axes would take ten times as long, and these figures come by the hundred.
+
+    Args:
+        title: of the whole figure.
+        rows: panels from top to bottom, and from left to right; None leaves a gap.
+    """
+    width = max(len(row) for row in rows) * (_SIDE + _GAP) + 16
+    height = len(rows) * (_SIDE + _HEAD) + 36
+    figure = new_figure(width / DPI, height / DPI)
+    figure.text(12 / width, 1 - 6 / height, title, va="top", fontsize=11, weight="bold")
+    for row_number, row in enumerate(rows):
+        bottom = height - 24 - (row_number + 1) * (_SIDE + _HEAD)
+        for column, panel in enumerate(row):
+            if panel is not None:
+                _draw(figure, panel, 12 + column * (_SIDE + _GAP), bottom)
+    return figure
+
+
+def _draw(figure: Figure, panel: Panel, left: int, bottom: int) -> None:
+    """Draw one panel, with its lower left corner at these pixels."""
+    width, height = figure.bbox.size
+    values = panel.values.cpu().numpy()
+    pixels = values[np.ix_(*(np.arange(_SIDE) * size // _SIDE for size in values.shape))]
+    figure.text(left / width, (bottom + _SIDE + 5) / height, panel.title, fontsize=9)
+    if values.dtype == bool:
+        figure.figimage(~pixels, left, bottom, cmap="gray", vmin=0, vmax=1)
+        return
+    low, high = panel.limits or color_limits(panel.values)
+    figure.figimage(pixels, left, bottom, vmin=low, vmax=high)
+    right = left + _SIDE + 5
+    figure.figimage(np.linspace(1, 0, _SIDE)[:, None].repeat(_BAR, axis=1), right, bottom, vmin=0, vmax=1)
+    for value, place, alignment in ((low, bottom, "bottom"), (high, bottom + _SIDE, "top")):
+        text = format(value, panel.spec)
+        figure.text((right + _BAR + 3) / width, place / height, text, fontsize=8, va=alignment)
+
+
+def color_limits(values: Tensor) -> tuple[float, float]:
+    """Return what the ends of a scale stand for: all values but the most extreme."""
+    low, high = np.quantile(values.cpu().numpy(), [_MARGIN, 1 - _MARGIN])
+    return float(low), float(high)
+
+
+def heat_map_figure(
+    maps: Sequence[tuple[str, Sequence[Sequence[float | None]], str]], columns: Sequence[str], row_label: str = "block"
+) -> Figure:
+    """Show values by block and linear, one map beside the other, each with its own colours.
+
+    Args:
+        maps: title, values by row and column (None where there is none), and the format of a value, such as ".3f".
+        columns: their names.
+        row_label: what a row is.
+    """
+    num_rows = len(maps[0][1])
+    height = max(2.6, min(0.26 * num_rows, 14.0)) + 1.4
+    figure = new_figure(min(1.3 + 0.38 * len(columns), 6) * len(maps), height)
+    grid = figure.subplots(1, len(maps), squeeze=False)[0]
+    figure.subplots_adjust(left=0.05, right=0.97, top=1 - 0.4 / height, bottom=1.1 / height, wspace=0.28)
+    for axes, (title, values, spec) in zip(grid, maps, strict=True):
+        array = np.array([[np.nan if value is None else value for value in row] for row in values], dtype=float)
+        image = axes.imshow(array, aspect="auto", interpolation="nearest")
+        axes.set_title(title, fontsize=10)
+        axes.set_ylabel(row_label, fontsize=8)
+        axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=7)
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.tick_params(axis="y", labelsize=7)
+        if np.nanmax(array) > np.nanmin(array):
+            figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02).ax.tick_params(labelsize=7)
+        if num_rows <= 16:
+            _write_values(axes, array, spec)
+    return figure
+
+
+def _write_values(axes: Axes, array: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]", spec: str) -> None:
+    """Write each value into its cell, light on dark and dark on light."""
+    low, high = np.nanmin(array), np.nanmax(array)
+    for (row, column), value in np.ndenumerate(array):
+        if np.isfinite(value):
+            light = high > low and (value - low) / (high - low) > 0.6
+            axes.text(
+                column,
+                row,
+                format(value, spec),
+                ha="center",
+                va="center",
+                fontsize=6,
+                color="black" if light else "white",
+            )

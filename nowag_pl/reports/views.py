@@ -1,0 +1,204 @@
+"""What compression did, in a size that can be looked at: a few linears of a few blocks, one block at a time."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nowag_pl.functional.normalization import normalize
+from nowag_pl.functional.pruning import nowag_scores
+from nowag_pl.functional.thumbnails import downsample, even_indices, log_scale, principal_axes, sample
+from nowag_pl.models.streaming import StreamedModel, find_linears
+from nowag_pl.modules import CompressedLinear, MaskedLinear, VQLinear
+from nowag_pl.stages import calibration, compression
+from nowag_pl.stages.compression_run import CompressionRun
+
+_log = logging.getLogger(__name__)
+_MASK_CROP = 32  # rows and columns of a mask whose single weights are shown
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is looked at.
+
+    Attributes:
+        max_blocks: blocks, at even distances, the first and the last among them.
+        linears: linears whose name ends so. None: all.
+        max_image_size: pixels on a side of a matrix.
+        num_samples: weights in a histogram, and subvectors in a plane.
+    """
+
+    max_blocks: int = 3
+    linears: tuple[str, ...] | None = None
+    max_image_size: int = 96
+    num_samples: int = 4000
+
+
+@dataclass(frozen=True)
+class Codewords:
+    """Subvectors and codewords of one linear in the plane of the subvectors' largest variance.
+
+    Attributes:
+        points: some of the subvectors `[n, 2]`.
+        codewords: `[k, 2]`.
+        counts: how many of all subvectors each codeword stands for, `[k]`.
+    """
+
+    points: Tensor
+    codewords: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class LinearView:
+    """One linear, made small.
+
+    Attributes:
+        block: number of its block.
+        name: its name in the block.
+        images: `log10` of means over cells `[rows, columns]`: "weight" |W|, "normalized" |W_bar|, "importance" h W^2,
+            "normalized_importance" h W_bar^2, and "error" h (W_bar - W_bar_hat)^2.
+        histograms: samples of W, W_bar, `log10` of h W_bar^2.
+        kept: share of kept weights of each cell, if the linear was pruned.
+        mask: corner of the mask, if it was pruned.
+        codewords: if it was quantized.
+    """
+
+    block: int
+    name: str
+    images: dict[str, Tensor]
+    histograms: dict[str, Tensor]
+    kept: Tensor | None = None
+    mask: Tensor | None = None
+    codewords: Codewords | None = None
+
+
+def inspected_blocks(num_blocks: int, max_blocks: int) -> list[int]:
+    """Return at most `max_blocks` blocks at even distances, the first and the last among them."""
+    if max_blocks == 1 or num_blocks == 1:
+        return [0][:num_blocks]
+    return [
+        round(index * (num_blocks - 1) / (few - 1)) for few in [min(num_blocks, max_blocks)] for index in range(few)
+    ]
+
+
+def inspect_linears(run: CompressionRun, limits: Limits) -> Iterator[LinearView]:
+    """Look at compressed linears, in the order of the blocks, on the CPU: a device has its memory for the stages.
+
+    Args:
+        run: a run whose linears are compressed. Its artefacts are read; no other process need take part.
+        limits: how much to look at.
+    """
+    if limits.linears is not None and not any(name.endswith(limits.linears) for name in run.model.linears(0)):
+        _log.warning(
+            "inspection.linears: no linear ends with any of %s; there are %s",
+            list(limits.linears),
+            ", ".join(run.model.linears(0)),
+        )
+    for index in inspected_blocks(len(run.model), limits.max_blocks):
+        dense = find_linears(run.model.load_block(index))
+        moments, _ = run.store.read(calibration.STAGE, index)
+        for name, compressed in compression.read_block(run.store, index).items():
+            if limits.linears is None or name.endswith(limits.linears):
+                yield inspect_linear(index, name, dense.pop(name).cpu(), compressed, moments[name], limits)
+
+
+@torch.no_grad()
+def inspect_linear(
+    block: int, name: str, linear: nn.Linear, compressed: CompressedLinear, second_moment: Tensor, limits: Limits
+) -> LinearView:
+    """Look at one linear.
+
+    Args:
+        block: number of its block.
+        name: its name in the block.
+        linear: the dense linear `[out, in]`.
+        compressed: what became of it.
+        second_moment: `[in]`.
+        limits: how much to look at.
+    """
+    weight = linear.weight.float()
+    normalized = normalize(weight)
+    scores = nowag_scores(normalized.weight, second_moment)
+    reconstruction = compressed.weight.float() / normalized.in_scale / normalized.out_scale[:, None]
+    size, count = limits.max_image_size, limits.num_samples
+    images = {
+        "weight": downsample(weight.abs(), size),  # each matrix is let go before the next
+        "normalized": downsample(normalized.weight.abs(), size),
+        "importance": downsample(nowag_scores(weight, second_moment), size),
+        "normalized_importance": downsample(scores, size),
+        "error": downsample(nowag_scores(normalized.weight - reconstruction, second_moment), size),
+    }
+    histograms = {
+        "weight": sample(weight, count),
+        "normalized_weight": sample(normalized.weight, count),
+        "log10_importance": log_scale(sample(scores, count)),
+    }
+    kept = mask = codewords = None
+    if isinstance(compressed, MaskedLinear):
+        keep = compressed.keep
+        kept, mask = downsample(keep.float(), size), keep[:_MASK_CROP, :_MASK_CROP]
+    elif isinstance(compressed, VQLinear) and compressed.subvector_dim > 1:
+        codewords = _codewords(normalized.weight, compressed, count)
+    shown = {key: log_scale(image) for key, image in images.items()}
+    return LinearView(block, name, shown, histograms, kept, mask, codewords)
+
+
+def _codewords(weight: Tensor, compressed: VQLinear, num_samples: int) -> Codewords:
+    """Project some subvectors of the normalised weight `[out, in]`, and the codewords."""
+    dim = compressed.subvector_dim
+    padding = -weight.shape[1] % dim
+    subvectors = F.pad(weight, (0, padding)).view(-1, dim)
+    points = subvectors[even_indices(len(subvectors), num_samples).to(weight.device)]
+    mean, axes = principal_axes(points)
+    counts = torch.bincount(compressed.unpacked_codes.flatten().long(), minlength=compressed.codebook_size)
+    return Codewords((points - mean) @ axes, (compressed.codebook - mean) @ axes, counts)
+
+
+@dataclass(frozen=True)
+class BlockErrors:
+    """Error of each block's output, relative to what the dense block adds to its input; 1 is as if it added nothing.
+
+    Attributes:
+        alone: of the compressed block on the inputs of the dense one.
+        accumulated: of the compressed block on the outputs of the compressed blocks before it.
+    """
+
+    alone: list[float]
+    accumulated: list[float]
+
+
+@torch.no_grad()
+def block_errors(model: StreamedModel, load_compressed: Callable[[int], nn.Module], windows: Tensor) -> BlockErrors:
+    """Run a few windows, one at a time, through the dense and the compressed blocks.
+
+    Args:
+        model: dense model.
+        load_compressed: gives a compressed block.
+        windows: token ids `[num_windows, seq_len]`.
+    """
+    dense = [model.embed(window).hidden.cpu() for window in windows.split(1)]
+    accumulated = list(dense)
+    errors = BlockErrors([], [])
+    for index in range(len(model)):
+        arguments = model.arguments(index, 1, windows.shape[1])
+        block, compressed = model.load_block(index), load_compressed(index).to(model.device)
+        added = alone = behind = 0.0
+        for number, hidden in enumerate(dense):
+            inputs = hidden.to(model.device)
+            target = model.forward_block(block, inputs, arguments)
+            added += _sum_of_squares(target - inputs)
+            alone += _sum_of_squares(model.forward_block(compressed, inputs, arguments) - target)
+            output = model.forward_block(compressed, accumulated[number].to(model.device), arguments)
+            behind += _sum_of_squares(output - target)
+            dense[number], accumulated[number] = target.cpu(), output.cpu()
+        errors.alone.append(alone / (added or 1.0))
+        errors.accumulated.append(behind / (added or 1.0))
+    return errors
+
+
+def _sum_of_squares(hidden: Tensor) -> float:
+    return float(hidden.float().square().sum(dtype=torch.float64))

@@ -1,0 +1,22 @@
+"""What people read alike in tables, pages and logs: states of a model, and sizes."""
+
+COMPRESSED_PHASES = {"one_shot": "one-shot", "blockwise": "blockwise", "finetuned": "finetuned"}
+HELD_OUT_ERROR = "held_out_error"  # of a block while it is finetuned, as it is logged
+PHASES = {"dense": "dense"} | COMPRESSED_PHASES
+
+
+def readable(size: float) -> str:
+    """Return a size in words.
+
+    Args:
+        size: bytes.
+
+    Example:
+        >>> readable(3 * 2**19), readable(5 * 2**29)
+        ('1.50 MiB', '2.50 GiB')
+        >>> readable(577 * 2**20), readable(12.34 * 2**30)
+        ('577 MiB', '12.3 GiB')
+    """
+    value, unit = (size / 2**30, "GiB") if size >= 2**30 else (size / 2**20, "MiB")
+    digits = 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:,.{digits}f} {unit}"

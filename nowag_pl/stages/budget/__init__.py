@@ -1,0 +1,1 @@
+"""A budget of bits, spread over the linears of a model."""

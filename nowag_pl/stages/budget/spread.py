@@ -1,0 +1,225 @@
+"""A budget of bits, spread over the linears of a model by measured sensitivity, and never worse than uniform."""
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from nowag_pl.compressors import Compressor, needs_full_second_moment
+from nowag_pl.compressors.budget import Allocation, titles
+from nowag_pl.files import read_json, write_json
+from nowag_pl.functional.allocation import allocate
+from nowag_pl.functional.predictions.divergence import kl_divergence
+from nowag_pl.models.streaming import StreamedModel
+from nowag_pl.run.progress import block_progress
+from nowag_pl.run.store import ArtefactStore
+from nowag_pl.stages import calibration, compression
+from nowag_pl.stages.budget import candidates, sensitivity
+from nowag_pl.stages.budget.candidates import read_bits
+from nowag_pl.stages.budget.sensitivity import head_positions, read_sensitivities
+from nowag_pl.stages.calibration import CalibrationMode
+from nowag_pl.stages.finetuned import load_compressed_block
+from nowag_pl.stages.hidden import HiddenStream
+
+STAGE = "budget"
+FILE = "budget/decision.json"
+TRIALS = "budget/trials"
+Selection = list[dict[str, int]]  # for each block, linear to number of its setting
+_log = logging.getLogger("nowag_pl")
+
+
+def compress_within_budget(
+    model: StreamedModel,
+    settings: Sequence[Compressor],
+    windows: Tensor,
+    num_sequences: int,
+    store: ArtefactStore,
+    batch_size: int,
+    mode: CalibrationMode,
+) -> None:
+    """Write the compressed linears of every block that lacks them, each with the setting that the budget gives it.
+
+    Every linear is compressed with every setting, by the dense second moments; sensitivities say what each of them
+    costs, and bits are spread so that the sum is small: together at most those of the first setting everywhere. Then
+    the whole model is compressed both ways, and that with the smaller divergence from the dense model's predictions is
+    taken.
+
+    Args:
+        model: dense model.
+        settings: the compressor itself and its candidates.
+        windows: calibration sequences, the same on every rank.
+        num_sequences: how many of them sensitivities and the comparison take.
+        store: run directory; with mode "dense", it has the mean squares of every block.
+        batch_size: sequences that pass a block together.
+        mode: as for :func:`~nowag_pl.stages.compression.compress`.
+
+    Raises:
+        ValueError: a linear cannot be compressed; the message names it.
+    """
+    if not store.missing(compression.STAGE, len(model)):
+        return
+
+    full = any(map(needs_full_second_moment, settings))
+
+    def stream(into: ArtefactStore, stage: str) -> HiddenStream | None:
+        return calibration.calibration_stream(model, windows, into, stage, batch_size, mode, full)
+
+    def compress(selection: Selection, into: ArtefactStore) -> None:
+        allocation = Allocation(settings, selection)
+        compression.compress(model, allocation, into, stream(into, compression.STAGE), mode)
+
+    decision = read_decision(store)
+    if decision is None:
+        candidates.write_candidates(model, settings, store, stream(store, candidates.STAGE))
+        measured_on = windows[:num_sequences]
+        sensitivity.write_sensitivities(model, measured_on, store, batch_size)
+        selections, figures = spread_bits(store, len(model))
+        trials = {name: _trial(store, name, mode) for name in selections}
+        for name, selection in selections.items():
+            if store.ranks.is_zero:
+                _log.info("All linears, %s settings:", name)
+            compress(selection, trials[name])
+        measured = divergences(model, list(trials.values()), measured_on, batch_size)
+        decision = _decide(settings, selections, figures, dict(zip(selections, measured, strict=True)))
+        rejected = next(trial for name, trial in trials.items() if name != decision["taken"])
+        decision["seconds"] = sum(
+            each.read_metadata(stage, index)["seconds"]
+            for each, stage in ((store, candidates.STAGE), (store, sensitivity.STAGE), (rejected, compression.STAGE))
+            for index in range(len(model))
+        )
+        _log_decision(decision, store)
+        if store.ranks.is_zero:
+            write_json(store.folder / FILE, decision)
+            _move(trials[decision["taken"]], store, len(model))
+        store.ranks.broadcast(None)
+    compress(decision["selection"], store)  # what was not moved
+    for stage in (candidates.STAGE, TRIALS):
+        store.remove(stage)
+
+
+def _trial(store: ArtefactStore, name: str, mode: CalibrationMode) -> ArtefactStore:
+    """Return a folder for the whole model compressed in one way; it starts with the dense mean squares."""
+    trial = ArtefactStore(store.folder / TRIALS / name, store.ranks)
+    if store.ranks.is_zero and mode == "dense":
+        shutil.copytree(store.folder / calibration.STAGE, trial.folder / calibration.STAGE, dirs_exist_ok=True)
+    store.ranks.broadcast(None)
+    return trial
+
+
+def _move(trial: ArtefactStore, store: ArtefactStore, num_blocks: int) -> None:
+    """Move the artefacts of a trial into the run directory."""
+    for stage in (calibration.STAGE, compression.STAGE):
+        (store.folder / stage).mkdir(exist_ok=True)
+        for index in range(num_blocks):
+            trial.path(stage, index).replace(store.path(stage, index))
+
+
+def read_decision(store: ArtefactStore) -> dict[str, Any] | None:
+    """Return what the budget has decided, the same on every rank, or None where it has not yet."""
+    path = store.folder / FILE
+    return store.ranks.broadcast(read_json(path) if store.ranks.is_zero and path.is_file() else None)
+
+
+def divergences(model: StreamedModel, stores: Sequence[ArtefactStore], windows: Tensor, batch_size: int) -> list[float]:
+    """Return the mean KL divergence per token from the dense model of each of some compressed models, in nats.
+
+    Args:
+        model: dense model.
+        stores: each holds the compressed linears of every block.
+        windows: sequences `[num_sequences, seq_len]`, the same on every rank.
+        batch_size: sequences that pass a block together.
+    """
+    ranks = stores[0].ranks
+    dense = HiddenStream(model, ranks.share(windows), batch_size)
+    streams = [dense.fork() for _ in stores]
+    with block_progress("Comparing with uniform", len(model), ranks.is_zero, model.device) as report:
+        for index in range(len(model)):
+            dense.run(model.load_block(index), index)
+            for store, stream in zip(stores, streams, strict=True):
+                stream.run(load_compressed_block(model, store, index).to(model.device), index)
+            report("")
+    sums = [
+        sum(_divergence(model, *pair) for pair in zip(dense.batches(), stream.batches(), strict=True))
+        for stream in streams
+    ]
+    num_predictions = len(windows) * (windows.shape[1] - 1)
+    return [sum(each) / num_predictions for each in zip(*ranks.gather(sums), strict=True)]
+
+
+def _divergence(model: StreamedModel, reference: Tensor, hidden: Tensor) -> float:
+    """Return the summed divergence of a batch from its hidden states behind the last block, but for last positions."""
+    total = 0.0
+    for positions in head_positions(len(hidden), hidden.shape[1] - 1):
+        expected, actual = (model.head(each[:, positions]).flatten(0, 1) for each in (reference, hidden))
+        total += float(kl_divergence(expected, actual)[0])
+    return total
+
+
+def spread_bits(store: ArtefactStore, num_blocks: int) -> tuple[dict[str, Selection], dict[str, dict[str, Any]]]:
+    """Return the first setting everywhere and the spread bits, "uniform" and "spread", and what is known of both.
+
+    Args:
+        store: run directory with candidates and sensitivities of every block.
+        num_blocks: how many there are.
+
+    Returns:
+        Two selections; and for each the bits of all linears, and the predicted divergence, in nats per token.
+    """
+    bits = [read_bits(store, index) for index in range(num_blocks)]
+    losses = [read_sensitivities(store, index) for index in range(num_blocks)]
+    uniform: Selection = [dict.fromkeys(block, 0) for block in bits]
+    selections = {"uniform": uniform, "spread": _spread(bits, losses, _total(bits, uniform))}
+    figures = {
+        name: {"bits": _total(bits, selection), "predicted": _total(losses, selection)}
+        for name, selection in selections.items()
+    }
+    return selections, figures
+
+
+def _decide(
+    settings: Sequence[Compressor],
+    selections: Mapping[str, Selection],
+    figures: Mapping[str, dict[str, Any]],
+    measured: Mapping[str, float],
+) -> dict[str, Any]:
+    """Return what is taken, and why, as JSON values."""
+    taken = "spread" if measured["spread"] < measured["uniform"] else "uniform"
+    found = {name: {**figures[name], "divergence": measured[name]} for name in selections}
+    return {"settings": titles(settings), "taken": taken, **found, "selection": selections[taken]}
+
+
+def _log_decision(decision: Mapping[str, Any], store: ArtefactStore) -> None:
+    if store.ranks.is_zero:
+        _log.info(
+            "Budget: KL divergence on calibration text %.4f nats with bits spread over linears, "
+            "%.4f with %s everywhere; %s taken",
+            decision["spread"]["divergence"],
+            decision["uniform"]["divergence"],
+            decision["settings"][0],
+            decision["taken"],
+        )
+
+
+def _spread(
+    bits: Sequence[Mapping[str, Mapping[int, int]]], losses: Sequence[Mapping[str, Mapping[int, float]]], budget: int
+) -> Selection:
+    """Return the selection with a small sum of losses within the budget."""
+    places = [(index, name) for index, block in enumerate(bits) for name in block]
+    numbers = [list(bits[index][name]) for index, name in places]
+    choices = [
+        [(bits[index][name][number], losses[index][name][number]) for number in own]
+        for (index, name), own in zip(places, numbers, strict=True)
+    ]
+    selection: Selection = [{} for _ in bits]
+    for (index, name), own, choice in zip(places, numbers, allocate(choices, budget), strict=True):
+        selection[index][name] = own[choice]
+    return selection
+
+
+def _total(values: Sequence[Mapping[str, Mapping[int, Any]]], selection: Selection) -> Any:
+    """Add up what a selection has of values."""
+    return sum(
+        block[name][number] for block, chosen in zip(values, selection, strict=True) for name, number in chosen.items()
+    )

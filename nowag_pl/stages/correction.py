@@ -1,0 +1,172 @@
+"""What compression before a linear has done to its input and its target, measured on the streams of both models.
+
+A linear of the compressed model is called with x~ where the dense one is called with x. Its target is a tensor of the
+dense block: the sum that the linear's output is added to (the residual stream), where a block hands such a sum on as it
+is, or else the linear's own output. Which it is, and which linears share their input, is found by watching the block
+run once, so that no family need be known.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nowag_pl.models.streaming import StreamedModel, find_linears
+from nowag_pl.modules import CrossMoment, SecondMoment
+from nowag_pl.run.ranks import Ranks
+from nowag_pl.stages.calibration import naming
+from nowag_pl.stages.hidden import HiddenStream
+
+SAMPLE_TOKENS = 16
+
+
+class Point(NamedTuple):
+    """The first input, or the output, of a module of a block; "" is the block."""
+
+    module: str
+    side: Literal["input", "output"]
+
+
+Group = dict[str, Point]  # linears that share their input, and where their targets are
+
+
+class Drift(NamedTuple):
+    """Moments of the linears of a group.
+
+    Attributes:
+        second_moment: mean of `x~ x~^T`, `[in, in]`.
+        drifts: mean of `(y - y~) x~^T` of each linear, `[out, in]`; y its target, y~ what takes its place before the
+            linear is compressed.
+        num_tokens: over how many tokens.
+    """
+
+    second_moment: Tensor
+    drifts: dict[str, Tensor]
+    num_tokens: int
+
+
+def find_groups(model: StreamedModel, block: nn.Module, index: int) -> list[Group]:
+    """Return the linears of a block, grouped by shared input, in the order in which they are called.
+
+    Args:
+        model: the model of the block.
+        block: the dense block.
+        index: its number.
+
+    Raises:
+        ValueError: a linear is not called.
+    """
+    linears = find_linears(block)
+    points = [Point(name, "input") for name, _ in block.named_modules()]
+    points += [Point(name, "output") for name in ("", *linears)]
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, SAMPLE_TOKENS, model.hidden_size, generator=generator).to(model.checkpoint.dtype)
+    with captured(block, points) as seen, torch.no_grad():
+        model.forward_block(block, hidden.to(model.device), model.arguments(index, 1, SAMPLE_TOKENS))
+    groups: dict[int, Group] = {}
+    for point, tensor in seen.items():
+        if point.side == "input" and point.module in linears:
+            groups.setdefault(id(tensor), {})[point.module] = _target(Point(point.module, "output"), seen)
+    uncalled = linears.keys() - {name for group in groups.values() for name in group}
+    if uncalled:
+        raise ValueError(
+            f"Expected {model.block_name(index)} to call all of its linears, but it does not call "
+            f"{', '.join(sorted(uncalled))}: calibration.mode=corrected does not work for this model."
+        )
+    return list(groups.values())
+
+
+def _target(own: Point, seen: Mapping[Point, Tensor]) -> Point:
+    """Return where an output is added to an input of another module, or the output itself."""
+    order = list(seen)
+    before, after = order[: order.index(own)], order[order.index(own) + 1 :]
+    output = seen[own]
+    sums = [output + seen[point] for point in before if point.side == "input" and seen[point].shape == output.shape]
+    return next((point for point in after if any(torch.equal(seen[point], total) for total in sums)), own)
+
+
+@torch.no_grad()
+def gather_drift(
+    model: StreamedModel,
+    index: int,
+    blocks: tuple[nn.Module, nn.Module],
+    streams: tuple[HiddenStream, HiddenStream],
+    group: Group,
+    ranks: Ranks,
+) -> Drift:
+    """Gather and reduce the moments of a group.
+
+    Args:
+        model: the dense model.
+        index: number of the block.
+        blocks: the dense block, and the one whose linears are compressed up to the group.
+        streams: hidden states of this rank in front of either, possibly none; they stay there.
+        group: the linears.
+        ranks: the processes of the run.
+
+    Returns:
+        Float32, on the device.
+
+    Raises:
+        ValueError: an activation is NaN or infinite; the message names a linear.
+    """
+    linears, leader = find_linears(blocks[0]), next(iter(group))
+    moment = SecondMoment(linears[leader].in_features, full=True).to(model.device)
+    crosses = {
+        name: CrossMoment(linears[name].out_features, linears[name].in_features).to(model.device) for name in group
+    }
+    source, targets = Point(leader, "input"), list(group.values())
+    for dense_hidden, hidden in zip(*(stream.batches() for stream in streams), strict=True):
+        with captured(blocks[0], targets, stop=True) as dense:
+            streams[0].forward(blocks[0], index, dense_hidden)
+        with captured(blocks[1], [source, *targets], stop=True) as compressed:
+            streams[1].forward(blocks[1], index, hidden)
+        moment.update(compressed[source])
+        for name, target in group.items():
+            crosses[name].update(dense[target].float() - compressed[target].float(), compressed[source])
+    moment.all_reduce()
+    for cross in crosses.values():
+        cross.all_reduce()
+    with naming(f"{model.block_name(index)}.{leader}"):
+        second_moment = moment.compute()
+    return Drift(second_moment, {name: cross.compute() for name, cross in crosses.items()}, int(moment.num_tokens))
+
+
+class _Captured(Exception):  # noqa: N818 - no error
+    """All that was asked for has been seen."""
+
+
+@contextmanager
+def captured(block: nn.Module, points: list[Point], stop: bool = False) -> Iterator[dict[Point, Tensor]]:
+    """Keep the tensors at some points of a block while the context is open, in the order in which they come.
+
+    Args:
+        block: the block.
+        points: what to keep; what is no tensor, or given by name, is left out.
+        stop: leave the context as soon as all are there.
+    """
+    seen: dict[Point, Tensor] = {}
+
+    def keep(point: Point, value: Any) -> None:
+        value = value[0] if isinstance(value, tuple) and value else value
+        if isinstance(value, Tensor):
+            seen[point] = value
+        if stop and len(seen) == len(set(points)):
+            raise _Captured
+
+    handles = []
+    for point in points:
+        module = block.get_submodule(point.module)
+        if point.side == "input":
+            handles.append(module.register_forward_pre_hook(lambda _, args, point=point: keep(point, args)))
+        else:
+            handles.append(module.register_forward_hook(lambda _, args, output, point=point: keep(point, output)))
+    try:
+        yield seen
+    except _Captured:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()

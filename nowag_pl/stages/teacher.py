@@ -1,0 +1,158 @@
+"""The dense model's predictions on given windows, kept in files: what compares with it, and what learns from it.
+
+What is kept are the hidden states behind the last block, a small fraction of the logits' size, which the head turns
+into logits when they are needed; or the likeliest tokens alone, which is smaller still.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nowag_pl.data.tokens import tokens_digest
+from nowag_pl.functional.predictions.distillation import distillation_loss, top_distillation_loss, top_log_probabilities
+from nowag_pl.models.streaming import StreamedModel
+from nowag_pl.run.arrays import ArrayFolder, SequenceArray
+from nowag_pl.run.store import ArtefactStore
+from nowag_pl.run.wording import readable
+from nowag_pl.stages.hidden import streamed
+
+_log = logging.getLogger("nowag_pl")
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How a compressed model is taught by the dense one.
+
+    Attributes:
+        temperature: what both models' logits are divided by; above 1, unlikely tokens count more.
+        top_k: keep only so many of the dense model's likeliest tokens at each position, 8 bytes each, the others lumped
+            together. null: keep its hidden states, from which all logits follow.
+        batch_size: windows that pass a block of the dense model together.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"Expected model.distillation.temperature above 0, but got {self.temperature}.")
+        for name in ("top_k", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"Expected model.distillation.{name} of at least 1, but got {value}.")
+
+    def check(self, vocab_size: int) -> None:
+        """Raise ValueError where more of the dense model's tokens are to be kept than there are."""
+        if self.top_k is not None and self.top_k > vocab_size:
+            raise ValueError(
+                f"Expected model.distillation.top_k of at most {vocab_size}, the vocabulary, but got {self.top_k}."
+            )
+
+
+class DenseReference:
+    """Dense logits by text and window.
+
+    Args:
+        model: dense model.
+        store: run directory.
+        windows: name of each text to its windows `[num_windows, seq_len]`.
+        batch_size: windows that pass a block together.
+    """
+
+    def __init__(
+        self, model: StreamedModel, store: ArtefactStore, windows: Mapping[str, Tensor], batch_size: int
+    ) -> None:
+        self._model = model
+        arrays = ArrayFolder(store.folder / "reference", store.ranks)
+        self._hidden: dict[str, SequenceArray] = {}
+        for name, tokens in windows.items():
+            key = _key(tokens)
+            if key not in arrays:
+                stream = streamed(model, model.load_block, f"Dense model on {name}", tokens, batch_size, store.ranks)
+                spec = ((tokens.shape[1], model.hidden_size), model.checkpoint.dtype)
+                arrays.write({key: spec}, len(tokens), ((hidden,) for hidden in stream.batches()))
+            self._hidden[name] = arrays.read(key, model.checkpoint.dtype)
+
+    def logits(self, name: str, indices: Tensor, positions: slice = slice(None)) -> Tensor:
+        """Return the dense logits of some windows.
+
+        Args:
+            name: text.
+            indices: numbers of the windows `[batch]`.
+            positions: which of their tokens.
+
+        Returns:
+            `[batch, positions, vocabulary]`.
+        """
+        return self._model.head(self._hidden[name].take(indices.tolist())[:, positions])
+
+
+class Teacher:
+    """The loss of a student's predictions against those of the dense model.
+
+    Args:
+        model: dense model.
+        store: run directory.
+        windows: training windows `[num_windows, seq_len]`.
+        distillation: how.
+
+    Raises:
+        ValueError: top_k is larger than the vocabulary.
+    """
+
+    def __init__(self, model: StreamedModel, store: ArtefactStore, windows: Tensor, distillation: Distillation) -> None:
+        self._temperature = distillation.temperature
+        self._top: tuple[SequenceArray, SequenceArray] | None = None
+        top_k = distillation.top_k
+        distillation.check(model.checkpoint.vocab_size)
+        entry = 8 * top_k if top_k else model.hidden_size * model.checkpoint.dtype.itemsize
+        if store.ranks.is_zero:
+            _log.info("Dense predictions for distillation take %s on disk", readable(windows.numel() * entry))
+        if top_k is None:
+            self._reference = DenseReference(model, store, {"training text": windows}, distillation.batch_size)
+            return
+        arrays = ArrayFolder(store.folder / "reference", store.ranks)
+        key = f"{_key(windows)}_top{top_k}_{self._temperature}"
+        values, tokens = f"{key}_values", f"{key}_tokens"
+        if values not in arrays or tokens not in arrays:
+            title = "Dense model on training text"
+            stream = streamed(model, model.load_block, title, windows, distillation.batch_size, store.ranks)
+            batches = (
+                tuple(
+                    part.unflatten(0, hidden.shape[:2]).cpu()
+                    for part in top_log_probabilities(model.head(hidden).flatten(0, 1), top_k, self._temperature)
+                )
+                for hidden in stream.batches()
+            )
+            shape = (windows.shape[1], top_k)
+            arrays.write({values: (shape, torch.float32), tokens: (shape, torch.int32)}, len(windows), batches)
+        self._top = arrays.read(values, torch.float32), arrays.read(tokens, torch.int32)
+
+    def loss(self, indices: Tensor, logits: Tensor) -> Tensor:
+        """Return the divergence from the dense model at every position that predicts a token of its window, in nats.
+
+        Args:
+            indices: numbers of the windows `[batch]`.
+            logits: the student's `[batch, seq_len, vocabulary]`.
+
+        Returns:
+            `[batch, seq_len - 1]`.
+        """
+        student = logits[:, :-1].flatten(0, 1)
+        if self._top is None:
+            teacher = self._reference.logits("training text", indices)[:, :-1].flatten(0, 1).to(student.device)
+            losses = distillation_loss(teacher, student, self._temperature)
+        else:
+            values, tokens = (array.take(indices.tolist())[:, :-1].flatten(0, 1) for array in self._top)
+            losses = top_distillation_loss(
+                values.to(student.device), tokens.to(student.device), student, self._temperature
+            )
+        return losses.unflatten(0, (len(logits), -1))
+
+
+def _key(tokens: Tensor) -> str:
+    return f"{tokens_digest(tokens)[:16]}_{tokens.shape[1]}"

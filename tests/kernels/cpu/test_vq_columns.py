@@ -1,0 +1,83 @@
+import pytest
+import torch
+from vq_oracle import problem
+
+pytest.importorskip("numba")
+
+from nowag_pl.functional.storage.packing import code_bits, unpack
+from nowag_pl.functional.vq import matmul as vq_matmul
+from nowag_pl.functional.vq.matmul import CPU_MAX_LOOKUP_TOKENS, code_columns, columns_matmul
+from nowag_pl.kernels.cpu import vq as vq_numba
+from nowag_pl.kernels.cpu import vq_columns
+from nowag_pl.kernels.cpu.vq_columns import decode_columns, sum_column_lookups
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def columns_of(case):
+    rows, size = len(case.out_scale), len(case.codebook)
+    num_groups = -(-len(case.in_scale) // case.codebook.shape[1])
+    codes = unpack(case.codes, code_bits(size), rows * num_groups)
+    return code_columns(codes.view(rows, num_groups), size)
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [(2, torch.uint8), (256, torch.uint8), (257, torch.uint16), (65536, torch.uint16), (65537, torch.int32)],
+)
+def test_columns_hold_every_code_in_the_narrowest_type(size, dtype):
+    codes = torch.tensor([[0, 1, size - 1], [size - 1, 0, 1]], dtype=torch.int32)
+    columns = code_columns(codes, size)
+    assert columns.dtype == dtype
+    assert columns.is_contiguous()
+    assert columns.int().T.tolist() == codes.tolist()
+
+
+@pytest.mark.parametrize(("dim", "size"), [(3, 5), (6, 4096), (4, 256), (1, 2), (2, 70000)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (70, 37), (9, 300)])
+@pytest.mark.parametrize("num_tokens", [0, 1, CPU_MAX_LOOKUP_TOKENS, CPU_MAX_LOOKUP_TOKENS + 1])
+def test_product_of_every_shape(dim, size, rows, columns, num_tokens):
+    case = problem(rows, columns, dim, size, num_tokens)
+    output = columns_matmul(case.tokens, columns_of(case), *case[2:])
+    assert output.shape == (num_tokens, rows)
+    assert num_tokens == 0 or case.error(output) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("num_tokens", [1, 9])
+def test_product_of_every_type_is_that_of_packed_codes(dtype, num_tokens):
+    case = problem(101, 203, 6, 4096, num_tokens, dtype)
+    output = columns_matmul(case.tokens.view(1, num_tokens, 203), columns_of(case), *case[2:])
+    assert output.shape == (1, num_tokens, 101)
+    assert case.error(output[0]) < TOLERANCE[dtype]
+    torch.testing.assert_close(output[0], vq_matmul.vq_matmul(*case), rtol=2e-2, atol=1e-1)
+
+
+@pytest.mark.parametrize("block_groups", [1, 8, 11])
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_blocks_and_threads_change_nothing(block_groups, num_threads, monkeypatch):
+    monkeypatch.setattr(vq_columns, "max_block_groups", lambda size: block_groups)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    case = problem(9, 51 * 6, 6, 4096, 2)
+    groups = case.tokens.view(2, 51, 6)
+    sums = sum_column_lookups(columns_of(case), case.codebook, groups)
+    ones = case._replace(in_scale=torch.ones(306), out_scale=torch.ones(9))
+    assert ones.error(sums) < 1e-5
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dim", "size"), [(6, 4096), (3, 5), (4, 256)])
+def test_decode_some_rows(dim, size, dtype, num_threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    monkeypatch.setattr(vq_columns, "_COPIED_GROUPS", 4)
+    case = problem(40, 11 * dim, dim, size, 0)
+    ones = case._replace(in_scale=torch.ones(11 * dim), out_scale=torch.ones(40))
+    for start, stop in [(0, 40), (8, 37), (39, 40)]:
+        out = torch.full((stop - start, 11 * dim), -7.0, dtype=dtype)
+        decode_columns(columns_of(case), case.codebook.to(dtype), start, out)
+        assert torch.equal(out, ones.weight[start:stop].to(dtype))
+
+
+def test_a_cache_of_any_size_holds_some_groups():
+    assert [vq_numba.max_block_groups(size) for size in (2, 4096, 2**24)] == [128, 64, 8]

@@ -1,0 +1,115 @@
+"""Full second moments in a run: gathered once per input, on any number of ranks, resumed, for those that ask."""
+
+import pytest
+import torch
+from rank_threads import on_ranks
+from test_pipeline_moments import WINDOWS, calibrated, oracle
+from test_pipeline_run import everything
+from tiny_models import artefacts, load_whole
+from torch import Tensor, nn
+
+from nowag_pl import NoWagPruner, NoWagQuantizer
+from nowag_pl.models.checkpoint import Checkpoint
+from nowag_pl.models.streaming import StreamedModel
+from nowag_pl.run.ranks import Ranks
+from nowag_pl.stages import calibration
+from nowag_pl.stages.hidden import HiddenStream
+from nowag_pl.stages.moments import full_second_moments
+
+pytest_plugins = ["tiny_fixtures"]
+
+PRUNER = NoWagPruner(sparsity=0.5, update="alternating")
+QUANTIZER = NoWagQuantizer(4, 32, max_iters=4, update="feedback", rounds=2, refit_scales=True)
+
+
+def gathered(model: StreamedModel, index: int, windows: Tensor, ranks: Ranks):
+    stream, block = HiddenStream(model, ranks.share(windows), 2), model.load_block(index)
+    return full_second_moments(block, lambda: stream.run(block, index), ranks), block
+
+
+def test_matrices_have_the_oracles_diagonal_and_are_shared(model_folder):
+    model = StreamedModel(Checkpoint(str(model_folder("qwen2"))))
+    moments, block = gathered(model, 0, WINDOWS, Ranks())
+    expected = oracle(load_whole(model_folder("qwen2")), WINDOWS)
+    assert list(moments) == [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    for name, moment in moments.items():
+        squares = expected[f"model.layers.0.{name}"]
+        torch.testing.assert_close(moment.compute().diagonal().double(), squares, rtol=2e-6, atol=1e-6)
+        assert int(moment.num_tokens) == WINDOWS.numel()
+    attention = [moments[f"self_attn.{name}_proj"] for name in "qkv"]
+    assert attention[0] is attention[1] is attention[2]
+    assert moments["mlp.gate_proj"] is moments["mlp.up_proj"]
+    assert len(set(moments.values())) == 4
+    assert not any(module._forward_pre_hooks for module in block.modules())
+
+
+def test_rank_without_sequences_shares_like_the_others(model_folder):
+    models = [StreamedModel(Checkpoint(str(model_folder()))) for _ in range(3)]
+    alone = gathered(models[2], 0, WINDOWS[:1], Ranks())[0]
+    busy, idle = on_ranks(2, lambda ranks: gathered(models[ranks.rank], 0, WINDOWS[:1], ranks)[0])
+    assert len(set(idle.values())) == len(set(busy.values())) == 4
+    assert all(int(moment.num_tokens) == 0 for moment in idle.values())
+    assert all(torch.equal(busy[name].total, alone[name].total) for name in alone)
+
+
+def test_sharing_that_changes_between_calls_is_refused():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, hidden, shared):
+            return self.first(hidden) + self.second(hidden if shared else hidden + 1)
+
+    block = Block()
+
+    def run():
+        block(torch.ones(1, 3, 2), True)
+        block(torch.ones(1, 3, 2), False)
+
+    with pytest.raises(RuntimeError, match="Expected second to share its input with first in every call"):
+        full_second_moments(block, run, Ranks())
+    assert not block.first._forward_pre_hooks
+
+
+@pytest.mark.parametrize("compressor", [PRUNER, QUANTIZER], ids=["pruner", "quantizer"])
+@pytest.mark.parametrize("mode", ["dense", "propagated"])
+def test_lost_block_is_made_again_bit_for_bit(compressor, mode, model_folder, tmp_path):
+    everything(model_folder(), tmp_path / "run", compressor, mode)
+    before = artefacts(tmp_path / "run")
+    assert len(before) == 8
+    for index in (1, 2):
+        (tmp_path / "run" / "compressed" / f"block_{index:03d}.safetensors").unlink()
+    everything(model_folder(), tmp_path / "run", compressor, mode)
+    assert artefacts(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("mode", ["dense", "propagated"])
+def test_written_moments_are_mean_squares(mode, model_folder, tmp_path):
+    full = everything(model_folder(), tmp_path / "full", PRUNER, mode)
+    for index in range(3):
+        for tensor in full.store.read(calibration.STAGE, index)[0].values():
+            assert tensor.dim() == 1
+
+
+def test_matrices_are_gathered_for_those_that_ask(model_folder, tmp_path, monkeypatch):
+    calls = []
+    gather = calibration.gather
+
+    def noting(*arguments, **named):
+        calls.append(named.get("full", arguments[-1]))
+        return gather(*arguments, **named)
+
+    monkeypatch.setattr(calibration, "gather", noting)
+    run = calibrated(model_folder(), tmp_path / "run")
+    assert calls == [False] * 3
+    run.compress(NoWagPruner())
+    assert calls == [False] * 3
+    calibrated(model_folder(), tmp_path / "other").compress(PRUNER)
+    assert calls == [False] * 6 + [True] * 3
+
+
+def test_options_are_part_of_the_manifest(model_folder, tmp_path):
+    everything(model_folder(), tmp_path / "run", NoWagPruner())
+    with pytest.raises(ValueError, match=r"compression\.update = None, not 'refit'"):
+        everything(model_folder(), tmp_path / "run", NoWagPruner(update="refit"))
