@@ -1,0 +1,41 @@
+"""The declared base of callbacks that do a stage of a fit, and typed access to what a Trainer holds."""
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from nowag_pl.lit.datamodule import TokenDataModule
+from nowag_pl.lit.module import LitCausalLM
+from nowag_pl.stages.plan import Plan
+
+
+class Stage(Callback):
+    """A callback that does a stage of a fit.
+
+    Lifecycle: `announce` when a fit or a validation begins, before anything is computed; `setup` while it is set up,
+    where the processes are up and nothing is wrapped; then Lightning's other hooks.
+    """
+
+    def announce(self, plan: Plan) -> None:
+        """Enter in the plan of the run what this stage will do."""
+
+
+def module_of(pl_module: LightningModule) -> LitCausalLM:
+    """Return the module as what it is.
+
+    Raises:
+        TypeError: it is another module.
+    """
+    if not isinstance(pl_module, LitCausalLM):
+        raise TypeError(f"Expected a LitCausalLM, but got {type(pl_module).__name__}.")
+    return pl_module
+
+
+def data_of(trainer: Trainer) -> TokenDataModule:
+    """Return a Trainer's data as what it is.
+
+    Raises:
+        TypeError: it is another data module.
+    """
+    datamodule = getattr(trainer, "datamodule", None)  # Lightning declares it nowhere
+    if not isinstance(datamodule, TokenDataModule):
+        raise TypeError(f"Expected a TokenDataModule, but got {type(datamodule).__name__}.")
+    return datamodule

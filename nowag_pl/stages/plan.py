@@ -1,0 +1,142 @@
+"""What a run will do, settled before anything is computed: the settings of each stage, or None where it is left out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nowag_pl.compressors import Compressor
+from nowag_pl.compressors.budget import Budget
+
+CalibrationMode = Literal["dense", "propagated", "corrected"]
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How second moments are gathered.
+
+    Attributes:
+        num_sequences: calibration sequences.
+        seed: which places of the calibration text.
+        mode: as for :class:`~callbacks.calibration.ModelCalibration`.
+        batch_size: sequences that pass a block together on each device.
+    """
+
+    num_sequences: int = 128
+    seed: int = 0
+    mode: CalibrationMode = "dense"
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("num_sequences", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Expected calibration.{name} of at least 1, but got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class CompressionSettings:
+    """Which linears are compressed, and how.
+
+    Attributes:
+        compressor: the method.
+        budget: how its bits are spread over the linears; None: its settings are the same everywhere.
+        targets: patterns of the linears that are compressed; None: every linear of every decoder block.
+        ignore: patterns of those that stay dense all the same.
+        overrides: pattern to another method, or to settings that differ from the method's.
+    """
+
+    compressor: Compressor
+    budget: Budget | None = None
+    targets: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] = ()
+    overrides: Mapping[str, Compressor | Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FinetuningSettings:
+    """How blocks are finetuned.
+
+    Attributes:
+        num_sequences: training sequences.
+        num_held_out: sequences that decide.
+        targets: "block" for what the dense block makes of the same inputs; "model" for the hidden states of the
+            dense model.
+        max_epochs: passes over the training sequences at most.
+        learning_rate: of AdamW at the start.
+        batch_size: sequences per step on all devices together.
+        accumulate_grad_batches: batches whose gradients are added up before a step.
+        gradient_clip_val: largest norm of a gradient.
+        plateau_patience: epochs without a lower held-out error before the learning rate is halved.
+        stop_patience: epochs without a lower held-out error before a block is done.
+        seed: of the order of the sequences, and which places of the text they are from.
+        activations: where hidden states are while they are used: "memory" for host memory, "disk" for mapped files.
+        precision: of the computation; "auto" for bf16-mixed where the device has it, else 32-true.
+    """
+
+    num_sequences: int = 96
+    num_held_out: int = 32
+    targets: Literal["block", "model"] = "block"
+    max_epochs: int = 5
+    learning_rate: float = 1e-4
+    batch_size: int = 8
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float = 1.0
+    plateau_patience: int = 0
+    stop_patience: int = 3
+    seed: int = 0
+    activations: Literal["memory", "disk"] = "memory"
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+
+    def __post_init__(self) -> None:
+        least_of = dict.fromkeys(("num_sequences", "num_held_out", "max_epochs", "batch_size"), 1)
+        least_of |= {"accumulate_grad_batches": 1, "stop_patience": 1, "plateau_patience": 0}
+        for name, least in least_of.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"Expected finetuning.{name} of at least {least}, but got {getattr(self, name)}.")
+        for name in ("learning_rate", "gradient_clip_val"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Expected finetuning.{name} above 0, but got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Which folders are written.
+
+    Attributes:
+        dense: an ordinary checkpoint in place of packed linears.
+    """
+
+    dense: bool = False
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """How the dense model's predictions are recorded.
+
+    Attributes:
+        batch_size: windows of the evaluation texts that pass a block together.
+    """
+
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"Expected report.batch_size of at least 1, but got {self.batch_size}.")
+
+
+@dataclass
+class Plan:
+    """The stages of a run. Callbacks enter theirs before any of them is set up, and read what the others will do.
+
+    Attributes:
+        calibration: second moments; None where nothing is compressed.
+        compression: linears; None to train or measure a model as it is.
+        finetuning: blocks, one after the other.
+        export: model folders.
+        report: comparison with the dense model.
+    """
+
+    calibration: CalibrationSettings | None = None
+    compression: CompressionSettings | None = None
+    finetuning: FinetuningSettings | None = None
+    export: ExportSettings | None = None
+    report: ReportSettings | None = None
