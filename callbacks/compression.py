@@ -1,77 +1,71 @@
 """When linears are compressed: while a fit is set up, after calibration, before anything is wrapped."""
 
-from typing import Any, cast
+from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from nowag_pl.compressors import Compressor, NoWagPruner
 from nowag_pl.compressors.budget import Budget, settings_of
-from nowag_pl.lit.datamodule import TokenDataModule
-from nowag_pl.lit.module import LitCausalLM
+from nowag_pl.lit.stage import Stage, module_of
 from nowag_pl.lit.trainer import is_compressing
-from nowag_pl.pipeline.block_needs import (
-    StageNeeds,
-    budget_needs,
-    candidate_bytes,
-    compression_needs,
-    compression_needs_in_mode,
-)
-from nowag_pl.pipeline.sizes import ModelSizes
+from nowag_pl.stages.plan import CompressionSettings, Plan
 
 _DEFAULT = NoWagPruner()
 
 
-class ModelCompression(Callback):
-    """Compress every linear of every decoder block by one method.
+class ModelCompression(Stage):
+    """Compress the linears of every decoder block.
+
+    A pattern names linears: a glob for a whole name or its end (`model.layers.*.mlp.*`, `mlp.*`, `down_proj`), `re:`
+    and a regular expression, or `blocks:` and numbers as Python counts them (`blocks:0`, `blocks:-1`, `blocks:2:10`).
 
     Args:
-        compressor: the method, by class_path and init_args: NoWagPruner, NoWagQuantizer, WandaPruner,
-            MagnitudePruner, or any class with their `compress`.
+        compressor: the method, by class_path and init_args: NoWagPruner, NoWagQuantizer, ArmorCompressor, WandaPruner,
+            MagnitudePruner, or a class of your own that derives from nowag_pl.compressors.Compressor.
         budget: spread the bits that the compressor needs over the linears by measured sensitivity. null: the same
             settings for every linear.
-        enabled: whether to compress at all; false to train or measure a model as it is.
+        targets: patterns of the linears that are compressed, such as [mlp.*]. null: all.
+        ignore: patterns of the linears that stay dense, such as ["blocks:0", "blocks:-1"]. null: none.
+        overrides: pattern to other settings of the compressor, such as {down_proj: {sparsity: 0.3}}, or to another
+            compressor by class_path and init_args; of two patterns that match, the later one holds. null: none.
+        enabled: Compress. false trains or measures a model as it is.
     """
 
-    def __init__(self, compressor: Compressor = _DEFAULT, budget: Budget | None = None, enabled: bool = True) -> None:
-        self.compressor = compressor
-        self.budget = budget
-        self._settings = [compressor] if budget is None else settings_of(compressor, budget)
+    def __init__(
+        self,
+        compressor: Compressor = _DEFAULT,
+        budget: Budget | None = None,
+        targets: list[str] | None = None,
+        ignore: list[str] | None = None,
+        overrides: dict[str, Compressor | dict[str, Any]] | None = None,
+        enabled: bool = True,
+    ) -> None:
+        if budget is not None:
+            settings_of(compressor, budget)
+        selected = None if targets is None else tuple(targets)
+        self.settings = CompressionSettings(compressor, budget, selected, tuple(ignore or ()), overrides or {})
         self.enabled = enabled
         self._done = False
         self._logged = False
 
-    def needs(self, sizes: ModelSizes, trainer: Trainer) -> list[StageNeeds]:
-        """Return what the stage will need."""
-        if not self.enabled:
-            return []
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        calibration = next((each for each in callbacks if getattr(each, "gathers_second_moments", False)), None)
-        if calibration is None:
-            return [compression_needs(sizes)]
-        (of_calibration,) = calibration.needs(sizes, trainer)
-        needs = [compression_needs_in_mode(sizes, of_calibration, calibration.mode)]
-        if self.budget is not None:
-            module, data = cast(LitCausalLM, trainer.lightning_module), cast(TokenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
-            blocks = candidate_bytes(module.run.model, self._settings)
-            num_sequences = min(self.budget.num_sequences, calibration.num_sequences)
-            needs.append(budget_needs(sizes, blocks, num_sequences, data.seq_len, calibration.batch_size))
-        return needs
+    def announce(self, plan: Plan) -> None:
+        """Enter which linears are compressed, and how."""
+        plan.compression = self.settings if self.enabled else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Compress, once, and let the module build its model from the result."""
-        module = cast(LitCausalLM, pl_module)
+        """Called when a fit or a validation is set up: compress, once, and let the module build its model from it."""
+        module = module_of(pl_module)
         if not self.enabled or self._done or not is_compressing(trainer, stage):
             return
-        module.run.compress(self.compressor, self.budget)
+        module.run.compress()
         module.compressed = module.run.compressed()
         self._done = True
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log every linear once, with the block as the step, so that depth is the horizontal axis."""
-        module = cast(LitCausalLM, pl_module)
+        """Called when a validation starts: log every linear once, with the block as the step."""
         if not self._done or self._logged or not trainer.is_global_zero:
             return
-        for row in module.run.statistics():
+        for row in module_of(pl_module).run.statistics():
             linear = row["name"].partition(f".{row['block']}.")[2]
             keys = ("loss", "sparsity", "bits_per_weight", "codebook_use")
             scalars: dict[str, Any] = {f"{key}/{linear}": row[key] for key in keys if key in row}

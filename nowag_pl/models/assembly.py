@@ -5,10 +5,10 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
-from nowag_pl.models.checkpoint import Checkpoint, set_module
+from nowag_pl.models.checkpoint import Checkpoint
+from nowag_pl.models.state import held_state
 from nowag_pl.modules import CompressedLinear
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ def assemble(checkpoint: Checkpoint, linears: Mapping[str, CompressedLinear]) ->
     """
     model = checkpoint.build(empty=True)
     for name, linear in linears.items():
-        set_module(model, name, linear)
+        model.set_submodule(name, linear)
     replaced = tuple(f"{name}." for name in linears)
     wanted = {name for name, tensor in model.named_parameters() if tensor.is_meta}
     wanted |= {name for name in model.state_dict() if not name.startswith(replaced)}
     if model.config.tie_word_embeddings:
         wanted &= set(checkpoint.weight_map)
-    fill(model, {name: tensor.to(checkpoint.dtype) for name, tensor in checkpoint.read(sorted(wanted)).items()})
+    fill(model, held_state(model, checkpoint.read(sorted(wanted)), checkpoint.dtype))
     return model.eval()
 
 
@@ -69,10 +69,4 @@ def empty_like_described(model: nn.Module, descriptions: Mapping[str, Mapping[st
         kind = json.dumps(description)
         if kind not in made:
             made[kind] = CompressedLinear.from_description(description).to("meta")
-        set_module(model, name, copy.deepcopy(made[kind]))
-
-
-def parameter_dtype(model: nn.Module, name: str) -> torch.dtype:
-    """Return the type of a parameter or buffer by its dotted name."""
-    module, _, parameter = name.rpartition(".")
-    return getattr(model.get_submodule(module), parameter).dtype
+        model.set_submodule(name, copy.deepcopy(made[kind]))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from nowag_pl.files import read_json
 from nowag_pl.models.format.checksums import INDEX_FILE, Checksums
@@ -308,9 +308,3 @@ def _tensor_names(file: Path) -> list[str]:
             f"Expected {file} to be a whole safetensors file, but got: {error}. It is missing, damaged or cut "
             "short: download or copy it again."
         ) from error
-
-
-def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` at the dotted `name` below `root`."""
-    parent, _, child = name.rpartition(".")
-    setattr(root.get_submodule(parent), child, module)

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from nowag_pl.models.assembly import empty_like_described
-from nowag_pl.models.checkpoint import Checkpoint, set_module
+from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.family_checks import check_arguments, check_no_experts
+from nowag_pl.models.selection import Selection, find_linears
+from nowag_pl.models.state import held_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,12 +37,16 @@ class StreamedModel:
     Args:
         checkpoint: where the weights are.
         device: where computations happen; embeddings and head stay there, blocks only while they are used.
+        selection: which linears are compressed, where any are.
 
     Raises:
-        ValueError: the checkpoint is damaged, its decoder blocks are not found, or they hold experts.
+        ValueError: the checkpoint is damaged, its decoder blocks are not found, or they hold experts; or the selection
+            does not fit the model.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device | str = "cpu", selection: Selection | None = None
+    ) -> None:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
         with torch.inference_mode(False):  # a validation may build it; some families change their buffers
@@ -50,13 +56,14 @@ class StreamedModel:
         check_no_experts(checkpoint.config.model_type, self.blocks_name, blocks)
         empty_like_described(self.skeleton, checkpoint.compressed_linears)
         self.blocks = list(blocks.children())  # on meta, never filled
-        set_module(self.skeleton, self.blocks_name, nn.ModuleList())
+        self.skeleton.set_submodule(self.blocks_name, nn.ModuleList())
         checkpoint.require(
             f"{self.block_name(index)}.{name}" for index, block in enumerate(self.blocks) for name in block.state_dict()
         )
         self._load(self.skeleton, "")
         self.skeleton.requires_grad_(False)
         self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self._selected = None if selection is None else selection.of(self.linear_names)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -70,9 +77,26 @@ class StreamedModel:
         """Return the name of a block in the model, such as "model.layers.3"."""
         return f"{self.blocks_name}.{index}"
 
-    def linears(self, index: int) -> dict[str, nn.Linear]:
-        """Return the linears of a block by their name in it. They hold no weights."""
-        return find_linears(self.blocks[index])
+    @property
+    def linear_names(self) -> list[list[str]]:
+        """The whole names of all linears of each block."""
+        return [
+            [f"{self.block_name(index)}.{name}" for name in find_linears(block)]
+            for index, block in enumerate(self.blocks)
+        ]
+
+    def linears(self, index: int, block: nn.Module | None = None) -> dict[str, nn.Linear]:
+        """Return the selected linears of a block by their name in it.
+
+        Args:
+            index: number of the block.
+            block: the block, as :meth:`load_block` gave it; None: one whose linears hold no weights.
+        """
+        found = find_linears(self.blocks[index] if block is None else block)
+        if self._selected is None:
+            return found
+        prefix = self.block_name(index)
+        return {name: linear for name, linear in found.items() if f"{prefix}.{name}" in self._selected}
 
     def load_block(self, index: int, linears: Mapping[str, nn.Module] | None = None) -> nn.Module:
         """Read a block from disk.
@@ -83,7 +107,7 @@ class StreamedModel:
         """
         block = copy.deepcopy(self.blocks[index])
         for name, linear in (linears or {}).items():
-            set_module(block, name, linear)
+            block.set_submodule(name, linear)
         self._load(block, self.block_name(index) + ".", tuple(f"{name}." for name in linears or {}))
         return block.requires_grad_(False).eval()
 
@@ -94,12 +118,8 @@ class StreamedModel:
         if not prefix and self.skeleton.config.tie_word_embeddings:
             tied = {name for name in names if name not in self.checkpoint.weight_map}
         tensors = self.checkpoint.read([prefix + name for name in sorted(names - tied)], self.device)
-        compressed = tuple(f"{name}." for name in self.checkpoint.compressed_linears)
-        own = module.state_dict()
-        state = {}
-        for name, tensor in tensors.items():
-            dtype = own[name.removeprefix(prefix)].dtype if name.startswith(compressed) else self.checkpoint.dtype
-            state[name.removeprefix(prefix)] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        state = held_state(module, own, self.checkpoint.dtype)
         try:
             module.load_state_dict(state, strict=False, assign=True)
         except RuntimeError as error:
@@ -189,12 +209,12 @@ class StreamedModel:
     ) -> Tensor:
         """Run the real model with a stand-in for each of its blocks."""
         places = [_StandIn(block, call) for block, call in zip(self.blocks, stand_ins, strict=True)]
-        set_module(self.skeleton, self.blocks_name, nn.ModuleList(places))
+        self.skeleton.set_submodule(self.blocks_name, nn.ModuleList(places))
         try:
             with torch.inference_mode(False), torch.set_grad_enabled(differentiable):  # blocks may train with it
                 return self.skeleton(input_ids=tokens.to(self.device).long(), use_cache=False).logits
         finally:
-            set_module(self.skeleton, self.blocks_name, nn.ModuleList())
+            self.skeleton.set_submodule(self.blocks_name, nn.ModuleList())
 
 
 class _Recorded(Exception):  # noqa: N818 - no error
@@ -237,8 +257,3 @@ def find_blocks(model: "PreTrainedModel") -> str:
             f"{names or 'none'}: this family is not supported."
         )
     return names[0]
-
-
-def find_linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """Return the linears of a block by name, in the block's order."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from nowag_pl.functional.normalization import normalize
 from nowag_pl.functional.pruning import nowag_scores
 from nowag_pl.functional.thumbnails import downsample, even_indices, log_scale, principal_axes, sample
-from nowag_pl.models.streaming import StreamedModel, find_linears
+from nowag_pl.models.selection import find_linears
+from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear, MaskedLinear, VQLinear
-from nowag_pl.stages import calibration, compression
+from nowag_pl.run.layout import MOMENTS
+from nowag_pl.stages import compression
 from nowag_pl.stages.compression_run import CompressionRun
 
 _log = logging.getLogger(__name__)
@@ -100,7 +102,7 @@ def inspect_linears(run: CompressionRun, limits: Limits) -> Iterator[LinearView]
         )
     for index in inspected_blocks(len(run.model), limits.max_blocks):
         dense = find_linears(run.model.load_block(index))
-        moments, _ = run.store.read(calibration.STAGE, index)
+        moments, _ = run.store.read(MOMENTS, index)
         for name, compressed in compression.read_block(run.store, index).items():
             if limits.linears is None or name.endswith(limits.linears):
                 yield inspect_linear(index, name, dense.pop(name).cpu(), compressed, moments[name], limits)

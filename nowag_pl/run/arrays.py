@@ -44,12 +44,12 @@ class ArrayFolder:
 
     def __init__(self, folder: Path, ranks: Ranks, in_memory: bool = False) -> None:
         self.folder = folder
-        self._ranks = ranks
+        self.ranks = ranks
         self._in_memory = in_memory
 
     def __contains__(self, name: str) -> bool:
         """Tell whether an array is there, the same on every rank."""
-        return bool(self._ranks.broadcast(self._ranks.is_zero and self._num_shares(name) > 0))
+        return bool(self.ranks.broadcast(self.ranks.is_zero and self._num_shares(name) > 0))
 
     def write(
         self,
@@ -64,11 +64,11 @@ class ArrayFolder:
             num_entries: entries of all ranks together.
             batches: this rank's entries in their order, a tensor `[batch, *shape]` for each array.
         """
-        rank, world_size = self._ranks.rank, self._ranks.world_size
-        if self._ranks.is_zero:
+        rank, world_size = self.ranks.rank, self.ranks.world_size
+        if self.ranks.is_zero:
             for name in specs:
                 self.remove(name)  # perhaps shares of another number of ranks
-        self._ranks.broadcast(None)
+        self.ranks.broadcast(None)
         mine = len(range(rank, num_entries, world_size))
         with ExitStack() as stack:
             arrays = [
@@ -81,7 +81,7 @@ class ArrayFolder:
                     array[done : done + len(values)] = values
                 done += len(batch[0])
             assert done == mine
-        self._ranks.gather(None)
+        self.ranks.gather(None)
 
     def read(self, name: str, dtype: torch.dtype) -> SequenceArray:
         """Return an array that is there.

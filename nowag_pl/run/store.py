@@ -1,6 +1,5 @@
-"""The artefacts of a run: one file per stage and block, and the manifest that says what they belong to."""
+"""The artefacts of a run: one file per stage and block."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,12 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from nowag_pl.files import read_json, read_metadata, read_tensors, write_json, write_tensors
+from nowag_pl.files import read_metadata, read_tensors, write_tensors
+from nowag_pl.run import manifest
+from nowag_pl.run.layout import artefact
 from nowag_pl.run.ranks import Ranks
-
-FORMAT = 1
-MANIFEST = "manifest.json"
-_LAST_STAGES = ("finetuned", "training")  # nothing is made from them: they can be deleted alone
 
 
 class ArtefactStore:
@@ -32,7 +29,7 @@ class ArtefactStore:
 
     def path(self, stage: str, index: int) -> Path:
         """Return the file of a stage and block."""
-        return self.folder / stage / f"block_{index:03d}.safetensors"
+        return artefact(self.folder, stage, index)
 
     def missing(self, stage: str, num_blocks: int) -> list[int]:
         """Return the blocks for which a stage has not been done."""
@@ -71,51 +68,8 @@ class ArtefactStore:
             ValueError: the run directory holds artefacts made with other settings; the message names them.
             OSError: the run directory cannot be written.
         """
-        problem = self.ranks.broadcast(self._claim(section, dict(settings), stage) if self.ranks.is_zero else None)
+        problem = self.ranks.broadcast(
+            manifest.claim(self.folder, section, settings, stage) if self.ranks.is_zero else None
+        )
         if problem:
             raise ValueError(problem)
-
-    def _claim(self, section: str, settings: dict[str, Any], stage: str | None) -> str | None:
-        settings = json.loads(json.dumps(settings))
-        for stray in self.folder.rglob(".*.tmp"):  # of a process that was killed
-            stray.unlink(missing_ok=True)
-        manifest = self._read_manifest()
-        if manifest.setdefault("format", FORMAT) != FORMAT:
-            return (
-                f"Expected a run directory of format {FORMAT}, but {self.folder} has format {manifest['format']}, "
-                "of another version of nowag_pl. Choose another run_dir."
-            )
-        if stage is not None and not any(path.is_file() for path in (self.folder / stage).rglob("*")):
-            manifest[section] = settings
-        known = manifest.setdefault(section, settings)
-        if known != settings:
-            differing = [
-                name for name in sorted(known.keys() | settings.keys()) if known.get(name) != settings.get(name)
-            ]
-            both = known.keys() & settings.keys()  # what one of them has alone follows from another method
-            differing = [name for name in differing if name in both] or differing
-            found = "; ".join(
-                f"{section}.{name} = {_short(known.get(name))}, not {_short(settings.get(name))}" for name in differing
-            )
-            return (
-                f"Run directory {self.folder} holds a run with {found}. Runs are never mixed: choose another "
-                f"run_dir, or delete {self.folder / stage if stage in _LAST_STAGES and stage else 'this one'} "
-                "to start again."
-            )
-        write_json(self.folder / MANIFEST, manifest)
-        return None
-
-    def _read_manifest(self) -> dict[str, Any]:
-        path = self.folder / MANIFEST
-        if path.is_file():
-            return read_json(path)
-        strays = sorted(self.folder.glob("*/block_*.safetensors"))
-        if strays:
-            raise ValueError(f"Expected {path} beside {strays[0]}, but it is not there. Choose another run_dir.")
-        return {}
-
-
-def _short(value: Any) -> str:
-    """Show a setting, and only the beginning of a hash."""
-    text = repr(value)
-    return f"{text[:9]}...'" if isinstance(value, str) and len(value) == 64 else text

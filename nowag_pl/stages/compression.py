@@ -1,267 +1,134 @@
-"""Compression: every linear of every block by one method, a block at a time."""
+"""Compression: every selected linear of every block by its method, a block at a time."""
 
-import copy
-import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from nowag_pl.compressors import Compressor, needs_full_second_moment
-from nowag_pl.compressors.budget import Allocation
-from nowag_pl.functional.correction import corrected_weight
 from nowag_pl.functional.moments import mean_squares
 from nowag_pl.functional.objective import reconstruction_loss
-from nowag_pl.models.checkpoint import set_module
-from nowag_pl.models.streaming import StreamedModel, find_linears
-from nowag_pl.modules import CompressedLinear
-from nowag_pl.run.progress import Report, block_progress
+from nowag_pl.models.state import held_state
+from nowag_pl.models.streaming import StreamedModel
+from nowag_pl.modules import CompressedLinear, VQLinear
+from nowag_pl.run.layout import COMPRESSED
+from nowag_pl.run.progress import Report
 from nowag_pl.run.ranks import Ranks
 from nowag_pl.run.store import ArtefactStore
-from nowag_pl.stages import calibration
-from nowag_pl.stages.calibration import CalibrationMode
-from nowag_pl.stages.correction import Drift, find_groups, gather_drift
-from nowag_pl.stages.hidden import HiddenStream
-
-STAGE = "compressed"
-Results = dict[str, tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]]  # storage, description, statistics
+from nowag_pl.stages.assignment import Assignment
+from nowag_pl.stages.calibration import write_moments
+from nowag_pl.stages.loop import BlockStage, over_blocks
+from nowag_pl.stages.moments import LinearGroup, MomentSource
 
 
-def describe(compressor: Compressor) -> dict[str, Any]:
-    """Return class name and settings of a compressor as JSON values, for the manifest."""
-    settings = dataclasses.asdict(compressor) if dataclasses.is_dataclass(compressor) else dict(vars(compressor))
-    return {"compressor": type(compressor).__name__, **settings}
+class Result(NamedTuple):
+    """What became of one linear.
+
+    Attributes:
+        storage: its tensors, in host memory.
+        description: class and settings of the compressed linear.
+        statistics: JSON values for the report.
+    """
+
+    storage: dict[str, Tensor]
+    description: dict[str, Any]
+    statistics: dict[str, Any]
+
+    def linear(self) -> CompressedLinear:
+        """Return the compressed linear."""
+        return restored(self.description, self.storage)
 
 
-def compress(
-    model: StreamedModel,
-    compressor: Compressor | Allocation,
-    store: ArtefactStore,
-    stream: HiddenStream | None = None,
-    mode: CalibrationMode = "propagated",
-) -> None:
+Results = dict[str, Result]  # by name in the block
+
+
+class Compression(NamedTuple):
+    """Linears that are compressed, and how.
+
+    Attributes:
+        model: dense model.
+        assignment: the method of every linear.
+        ranks: the processes of the run.
+        report: says how far it is.
+    """
+
+    model: StreamedModel
+    assignment: Assignment
+    ranks: Ranks
+    report: Report
+
+
+def compress(model: StreamedModel, store: ArtefactStore, source: MomentSource, assignment: Assignment) -> None:
     """Write the compressed linears of every block that lacks them.
 
     Args:
         model: dense model.
-        compressor: what is done with each linear, or an allocation, which says it for each of them.
-        store: run directory, with the second moments of every block unless `stream` is given.
-        stream: calibration sequences in front of block 0, to gather second moments anew, full ones if the compressor
-            needs them.
-        mode: with a stream, which second moments: "dense", those of the dense model; "propagated", those behind the
-            compressed blocks before; "corrected", those behind the compressed linears before, with every linear fitted
-            to what the dense one gave.
+        store: run directory.
+        source: where second moments come from.
+        assignment: the method of every linear.
 
     Raises:
         ValueError: a linear cannot be compressed; the message names it.
     """
-    missing = set(store.missing(STAGE, len(model)))
-    if not missing:
-        return
-    last = max(missing)
-    dense_stream = stream.fork() if stream is not None and mode == "corrected" else None
-    with block_progress("Compressing", last + 1, store.ranks.is_zero, model.device) as report:
-        for index in range(last + 1):
-            if index not in missing and stream is None:
-                report("already there")
-                continue
-            is_missing = index in missing
-            if stream is not None and dense_stream is not None:
-                streams = (dense_stream, stream)
-                losses = _process_corrected(model, index, compressor, store, streams, is_missing, report)
-            elif stream is not None and mode == "dense":
-                losses = _process_dense(model, index, compressor, store, stream, is_missing, report)
-            else:
-                losses = _process_block(model, index, compressor, store, stream, is_missing, report)
-            report(f"mean loss {sum(losses) / max(len(losses), 1):.4f}")
+
+    def work(index: int, block: nn.Module, report: Report) -> str:
+        order = list(model.linears(index, block))
+        compression = Compression(model, assignment, store.ranks, report)
+        results, seconds = compress_block(compression, source, block, index)
+        write_moments(model, store, index, source.gathered())
+        _write(store, index, order, results, seconds)
+        losses = [result.statistics["loss"] for result in results.values()]
+        return f"mean loss {sum(losses) / max(len(losses), 1):.4f}"
+
+    over_blocks(model, store, source, BlockStage(COMPRESSED, "Compressing", work, partial(read_block, store)))
 
 
-def _process_block(
-    model: StreamedModel,
-    index: int,
-    compressor: Compressor | Allocation,
-    store: ArtefactStore,
-    stream: HiddenStream | None,
-    is_missing: bool,
-    report: Report,
-) -> list[float]:
-    """Compress a block if it is missing, move the stream behind it, and return the losses of its linears."""
-    block = model.load_block(index)
-    if is_missing:
-        if stream is None:
-            moments, _ = store.read(calibration.STAGE, index)
-        else:
-            full = needs_full_second_moment(compressor)
-            moments = calibration.calibrate_block(model, stream, block, index, store, advance=False, full=full)
-        _compress_block(model, block, index, compressor, moments, store, report)
-    if stream is not None:
-        _run_compressed(model, block, index, store, stream)
-    return _losses(store, index)
-
-
-def _process_dense(
-    model: StreamedModel,
-    index: int,
-    compressor: Compressor | Allocation,
-    store: ArtefactStore,
-    stream: HiddenStream,
-    is_missing: bool,
-    report: Report,
-) -> list[float]:
-    """Compress a block, if it is missing, by the full second moments of its dense inputs; as :func:`_process_block`."""
-    block = model.load_block(index)
-    if is_missing:
-        moments, _ = calibration.gather(model, stream, block, index, store.ranks, advance=True, full=True)
-        _compress_block(model, block, index, compressor, moments, store, report)
-    else:
-        stream.run(block, index)
-    return _losses(store, index)
-
-
-def _process_corrected(
-    model: StreamedModel,
-    index: int,
-    compressor: Compressor | Allocation,
-    store: ArtefactStore,
-    streams: tuple[HiddenStream, HiddenStream],
-    is_missing: bool,
-    report: Report,
-) -> list[float]:
-    """Compress a block, if it is missing, for its dense outputs, and move both streams; as :func:`_process_block`."""
-    dense_stream, stream = streams
-    block = model.load_block(index)
-    if is_missing:
-        calibration.check_finite_weights(model, block, index)
-        _compress_corrected(model, block, index, compressor, store, streams, report)
-    dense_stream.run(block, index)
-    _run_compressed(model, block, index, store, stream)
-    return _losses(store, index)
-
-
-def _run_compressed(
-    model: StreamedModel, block: nn.Module, index: int, store: ArtefactStore, stream: HiddenStream
-) -> None:
-    """Put the compressed linears into a block, and move the stream behind it."""
-    for name, linear in read_block(store, index).items():
-        set_module(block, name, linear.to(model.device))
-    stream.run(block, index)
-
-
-def _compress_corrected(
-    model: StreamedModel,
-    dense: nn.Module,
-    index: int,
-    compressor: Compressor | Allocation,
-    store: ArtefactStore,
-    streams: tuple[HiddenStream, HiddenStream],
-    report: Report,
-) -> None:
-    """Compress the linears of one block, those with the same input together, behind those before; write them."""
-    block = copy.deepcopy(dense, {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())})
+def compress_block(
+    compression: Compression, source: MomentSource, block: nn.Module, index: int
+) -> tuple[Results, float]:
+    """Compress the linears of a block, group after group; return what became of them, and the seconds it took."""
     results: Results = {}
-    squares: dict[str, Tensor] = {}
-    calibrating = compressing = 0.0
-    dense_linears = find_linears(dense)
-    for group in find_groups(model, dense, index):
+    seconds = 0.0
+    for group in source.groups(block, index):
         started = time.perf_counter()
-        drift = gather_drift(model, index, (dense, block), streams, group, store.ranks)
-        gathered = time.perf_counter()
-        squares |= {name: mean_squares(drift.second_moment).clone() for name in group}
-        full = needs_full_second_moment(compressor)
-        moments = dict.fromkeys(group, drift.second_moment if full else mean_squares(drift.second_moment))
-
-        def correct(name: str, linear: nn.Linear, drift: Drift = drift) -> nn.Linear:
-            weight = corrected_weight(linear.weight, drift.drifts[name], drift.second_moment)
-            parameter = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
-            return copy.deepcopy(linear, {id(linear.weight): parameter})
-
-        linears = {name: dense_linears[name] for name in group}
-        results |= compress_linears(model, index, linears, compressor, moments, store.ranks, report, correct)
-        for name in group:
-            storage, description, _ = results[name]
-            set_module(block, name, restored(description, storage).to(model.device))
-        calibrating += gathered - started
-        compressing += time.perf_counter() - gathered
-    calibration.write_moments(model, index, store, squares, drift.num_tokens, calibrating)
-    _write(store, index, dense_linears, results, compressing)
+        made = compress_linears(compression, index, group)
+        source.compressed({name: result.linear for name, result in made.items()})
+        results |= made
+        seconds += time.perf_counter() - started
+    return results, seconds
 
 
-def _losses(store: ArtefactStore, index: int) -> list[float]:
-    return [row["loss"] for row in store.read_metadata(STAGE, index)["statistics"].values()]
-
-
-def _compress_block(
-    model: StreamedModel,
-    block: nn.Module,
-    index: int,
-    compressor: Compressor | Allocation,
-    moments: Mapping[str, Tensor],
-    store: ArtefactStore,
-    report: Report,
-) -> None:
-    """Compress the linears of one block, which it loses, and write them as one artefact."""
-    started = time.perf_counter()
-    linears = take_linears(block)
-    names = list(linears)
-    results = compress_linears(model, index, linears, compressor, moments, store.ranks, report)
-    _write(store, index, names, results, time.perf_counter() - started)
-
-
-def take_linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """Return the linears of a block by name, and let the block go of them."""
-    linears = find_linears(block)
-    for name in linears:
-        set_module(block, name, nn.Identity())
-    return linears
-
-
-def compress_linears(
-    model: StreamedModel,
-    index: int,
-    linears: dict[str, nn.Linear],
-    compressor: Compressor | Allocation,
-    moments: Mapping[str, Tensor],
-    ranks: Ranks,
-    report: Report,
-    correct: Callable[[str, nn.Linear], nn.Linear] | None = None,
-) -> Results:
-    """Compress some linears of one block, shared out over the ranks.
+def compress_linears(compression: Compression, index: int, group: LinearGroup) -> Results:
+    """Compress some linears of a block, shared out over the ranks.
 
     Args:
-        model: dense model.
+        compression: how.
         index: number of the block.
-        linears: by name; they are taken out.
-        compressor: what is done with each, or an allocation.
-        moments: second moment of each.
-        ranks: the processes of the run.
-        report: says how far it is.
-        correct: gives what is compressed in the place of a linear. Statistics are those of the linear.
+        group: the linears; they are taken out of it.
 
     Raises:
         ValueError: one of them cannot be compressed, on any rank; the message names it.
     """
-    mine = _share(linears, ranks)
+    model, assignment, ranks, report = compression
+    mine = _share(group.linears, ranks)
     results: Results = {}
     problem = None
     for number, name in enumerate(mine):
-        losses = [statistics["loss"] for _, _, statistics in results.values()]
-        so_far = f", mean loss so far {sum(losses) / len(losses):.4f}" if losses else ""
-        report(f"linear {number + 1} of {len(mine)}: {name}{so_far}", 0)
-        linear = linears.pop(name)
+        report(f"linear {number + 1} of {len(mine)}: {name}{_so_far(results)}", 0)
+        linear, full_name = group.linears.pop(name), f"{model.block_name(index)}.{name}"
         try:
-            target = linear if correct is None else correct(name, linear)
-            method = compressor.of(index, name) if isinstance(compressor, Allocation) else compressor
-            compressed = method.compress(target, moments[name].to(model.device))
-        except ValueError as error:  # told to all ranks, so that none waits for one that has gone
-            problem = f"{model.block_name(index)}.{name}: {error}"
+            method = assignment.method(full_name)
+            compressed = method.compress(group.target(name, linear), group.moments[name].to(model.device))
+        except ValueError as error:
+            # All ranks are told, so that none waits for one that has gone.
+            problem = f"{full_name}: {error}"
             break
         if not isinstance(compressed, CompressedLinear):
             raise TypeError(f"Expected {method!r} to return a CompressedLinear, but got {type(compressed)}.")
-        statistics = measure(linear, compressed, moments[name])
         storage = {key: tensor.cpu() for key, tensor in compressed.storage().items()}
-        results[name] = (storage, compressed.description(), statistics)
+        results[name] = Result(storage, compressed.description(), measure(linear, compressed, group.moments[name]))
     for others, their_problem in ranks.gather((results, problem)):
         if their_problem is not None:
             raise ValueError(their_problem)
@@ -269,25 +136,29 @@ def compress_linears(
     return results
 
 
-def _write(store: ArtefactStore, index: int, names: Iterable[str], results: Results, seconds: float) -> None:
-    """Write the compressed linears of a block in the order of `names`."""
-    ordered = [(name, *results[name]) for name in names]
-    store.write(
-        STAGE,
-        index,
-        {f"{name}.{key}": tensor for name, storage, _, _ in ordered for key, tensor in storage.items()},
-        {
-            "linears": {name: description for name, _, description, _ in ordered},
-            "statistics": {name: statistics for name, _, _, statistics in ordered},
-            "seconds": seconds,
-        },
-    )
+def _so_far(results: Results) -> str:
+    losses = [result.statistics["loss"] for result in results.values()]
+    return f", mean loss so far {sum(losses) / len(losses):.4f}" if losses else ""
 
 
 def _share(linears: Mapping[str, nn.Linear], ranks: Ranks) -> list[str]:
     """Return this rank's linears: the largest first, in turn."""
     by_size = sorted(linears, key=lambda name: -linears[name].weight.numel())
     return ranks.share(by_size)
+
+
+def _write(store: ArtefactStore, index: int, names: Iterable[str], results: Results, seconds: float) -> None:
+    """Write the compressed linears of a block in the order of `names`."""
+    store.write(
+        COMPRESSED,
+        index,
+        {f"{name}.{key}": tensor for name in names for key, tensor in results[name].storage.items()},
+        {
+            "linears": {name: results[name].description for name in names},
+            "statistics": {name: results[name].statistics for name in names},
+            "seconds": seconds,
+        },
+    )
 
 
 @torch.no_grad()
@@ -307,14 +178,14 @@ def measure(linear: nn.Linear, compressed: CompressedLinear, second_moment: Tens
         "sparsity": compressed.sparsity,
         "bytes": compressed.storage_bytes,
     }
-    if hasattr(compressed, "codebook_use"):
+    if isinstance(compressed, VQLinear):
         statistics["codebook_use"] = compressed.codebook_use
     return statistics
 
 
 def read_block(store: ArtefactStore, index: int) -> dict[str, CompressedLinear]:
     """Return the compressed linears of a block by their name in it."""
-    tensors, metadata = store.read(STAGE, index)
+    tensors, metadata = store.read(COMPRESSED, index)
     return {name: find_linear(description, tensors, name) for name, description in metadata["linears"].items()}
 
 
@@ -324,7 +195,7 @@ def find_linear(description: Mapping[str, Any], tensors: Mapping[str, Tensor], n
     Args:
         description: its description.
         tensors: those of all linears.
-        name: with a dot behind it, what the keys of its own begin with.
+        name: with a dot after it, what the keys of its own begin with.
     """
     prefix = f"{name}."
     stored = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
@@ -334,7 +205,6 @@ def find_linear(description: Mapping[str, Any], tensors: Mapping[str, Tensor], n
 def restored(description: Mapping[str, Any], stored: Mapping[str, Tensor]) -> CompressedLinear:
     """Return the compressed linear of a description and what it stores."""
     linear = CompressedLinear.from_description(description)
-    own = linear.state_dict()
-    state = {key: tensor.to(own[key].dtype) if key in own else tensor for key, tensor in stored.items()}
-    linear.load_state_dict(state, assign=True)  # no second copy
+    # Assigning takes no second copy.
+    linear.load_state_dict(held_state(linear, stored), assign=True)
     return linear

@@ -1,4 +1,9 @@
-"""One run: a model, a run directory, and the stages that have been asked for."""
+"""One run: a model, a run directory, a plan, and the stages of it that are done so far.
+
+Where compression happens, from top to bottom: :meth:`CompressionRun.calibrate` gathers second moments,
+:meth:`CompressionRun.compress` compresses block after block, :mod:`nowag_pl.lit.blockwise` finetunes, and
+:class:`CompressedModel` is what they have made.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,25 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nowag_pl.compressors import Compressor, needs_full_second_moment
 from nowag_pl.compressors.budget import Budget, settings_of, titles
 from nowag_pl.data.tokens import tokens_digest
 from nowag_pl.files import read_json
 from nowag_pl.models.assembly import assemble
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.format.saving import save_streamed
+from nowag_pl.models.selection import find_linears
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear
 from nowag_pl.run.fingerprint import fingerprint
+from nowag_pl.run.layout import BUDGET, COMPRESSED, DECISION, FINETUNED, MOMENTS
 from nowag_pl.run.memory import measured_memory
 from nowag_pl.run.ranks import Ranks
 from nowag_pl.run.store import ArtefactStore
-from nowag_pl.stages import calibration, compression
-from nowag_pl.stages import finetuned as finetuning
-from nowag_pl.stages.budget.spread import FILE as BUDGET_FILE
-from nowag_pl.stages.budget.spread import STAGE as BUDGET_STAGE
-from nowag_pl.stages.budget.spread import compress_within_budget
-from nowag_pl.stages.calibration import CalibrationMode
+from nowag_pl.stages import finetuned
+from nowag_pl.stages.assignment import Assignment, assignment_of, describe, selection_of, title
+from nowag_pl.stages.budget.candidates import Choices
+from nowag_pl.stages.budget.spread import Budgeted, compress_within_budget
+from nowag_pl.stages.calibration import calibrate, moment_source
+from nowag_pl.stages.compression import compress, read_block
+from nowag_pl.stages.plan import CalibrationSettings, CompressionSettings, FinetuningSettings, Plan
 from nowag_pl.stages.teacher import DenseReference, Distillation, Teacher
 
 
@@ -38,6 +45,7 @@ class CompressionRun:
     Args:
         checkpoint: dense model.
         folder: run directory.
+        plan: what the run does.
         device: where computations happen.
         ranks: processes of the run; None: those of the default process group.
 
@@ -49,61 +57,93 @@ class CompressionRun:
         self,
         checkpoint: Checkpoint,
         folder: str | Path,
+        plan: Plan,
         device: torch.device | str = "cpu",
         ranks: Ranks | None = None,
     ) -> None:
         self.checkpoint = checkpoint
+        self.plan = plan
         self.device = torch.device(device)
         self.store = ArtefactStore(Path(folder), ranks or Ranks.current())
         self.method: str | None = None
-        self._settings: dict[str, dict[str, Any]] = {}  # of the stages so far
         self.calibration: dict[str, Any] = {}
         self.peak_memory: dict[str, int] = {}  # bytes, by stage, in this process
+        self._settings: dict[str, dict[str, Any]] = {}  # of the stages so far
         self._windows: Tensor | None = None
-        self._mode: CalibrationMode = "dense"
-        self._batch_size = 1
         dtype = str(checkpoint.dtype).removeprefix("torch.")
         self.store.claim("model", {"fingerprint": fingerprint(checkpoint), "dtype": dtype})
 
     @cached_property
     def model(self) -> StreamedModel:
-        """The dense model, streamed."""
-        return StreamedModel(self.checkpoint, self.device)
+        """The dense model, streamed.
+
+        Raises:
+            ValueError: a pattern of the plan matches no linear.
+        """
+        return StreamedModel(self.checkpoint, self.device, selection_of(self.plan.compression))
+
+    @cached_property
+    def assignment(self) -> Assignment:
+        """The method of every linear, before a budget chooses.
+
+        Raises:
+            ValueError: a pattern of the plan matches no linear.
+        """
+        return assignment_of(self._compression, self.model.linear_names)
+
+    @property
+    def _compression(self) -> CompressionSettings:
+        if self.plan.compression is None:
+            raise RuntimeError("Expected a plan with a compression, but it has none.")
+        return self.plan.compression
+
+    @property
+    def _calibration(self) -> CalibrationSettings:
+        if self.plan.calibration is None:
+            raise RuntimeError("Expected a plan with a calibration, but it has none.")
+        return self.plan.calibration
 
     @property
     def num_parameters(self) -> int:
         """Parameters of the dense model, tied ones once."""
         return sum(p.numel() for module in (self.model.skeleton, *self.model.blocks) for p in module.parameters())
 
-    def calibrate(self, windows: Tensor, mode: CalibrationMode, seed: int, batch_size: int) -> None:
-        """Gather second moments, or, where they are not dense ones, get ready to do so while compressing.
+    def calibrate(self, windows: Tensor) -> None:
+        """Gather second moments, unless that has to be done while linears are compressed.
+
+        Mean squares of the dense model need no compression; full second moments are too large to be kept, and those
+        after compressed blocks are there when these are.
 
         Args:
             windows: calibration sequences `[num_sequences, seq_len]`, the same on every rank.
-            mode: as for :class:`~callbacks.calibration.ModelCalibration`.
-            seed: how the windows were drawn; for the manifest.
-            batch_size: sequences that pass a block together.
         """
+        settings = self._calibration
         self.calibration = {
             "num_sequences": len(windows),
             "num_tokens": windows.numel(),
             "sha256": tokens_digest(windows),
         }
-        settings = {"num_sequences": len(windows), "seq_len": windows.shape[1], "mode": mode, "seed": seed}
-        settings |= {"tokens_sha256": self.calibration["sha256"]}
-        self.store.claim("calibration", settings, calibration.STAGE)
-        self._settings["calibration"] = settings
-        self._windows, self._mode, self._batch_size = windows, mode, batch_size
-        if mode == "dense":
+        described: dict[str, Any] = {"num_sequences": len(windows), "seq_len": windows.shape[1]}
+        described |= {"mode": settings.mode, "seed": settings.seed, "tokens_sha256": self.calibration["sha256"]}
+        self.store.claim("calibration", described, MOMENTS)
+        self._settings["calibration"] = described
+        self._windows = windows
+        if settings.mode == "dense" and not self._needs_full_second_moment:
             with self.measuring("calibration"):
-                calibration.calibrate(self.model, windows, self.store, batch_size)
+                calibrate(self.model, self.store, windows, settings.batch_size)
 
-    def compress(self, compressor: Compressor, budget: Budget | None = None) -> None:
-        """Compress every linear of every block.
+    @property
+    def _needs_full_second_moment(self) -> bool:
+        methods = [*self.assignment.methods, *self._budget_settings]
+        return any(method.full_second_moment for method in methods)
 
-        Args:
-            compressor: the method.
-            budget: how its bits are spread over the linears; None: its settings are the same everywhere.
+    @property
+    def _budget_settings(self) -> list[Any]:
+        budget = self._compression.budget
+        return [] if budget is None else settings_of(self._compression.compressor, budget)
+
+    def compress(self) -> None:
+        """Compress every selected linear of every block.
 
         Raises:
             RuntimeError: `calibrate` was not called before.
@@ -111,28 +151,29 @@ class CompressionRun:
         """
         if self._windows is None:
             raise RuntimeError("Expected calibrate before compress.")
-        described = compression.describe(compressor)
-        self.method = repr(compressor)
-        if budget is not None:
-            settings = settings_of(compressor, budget)
-            described["budget"] = {"settings": titles(settings), "num_sequences": budget.num_sequences}
-            self.method += f", bits spread over linears by sensitivity ({len(settings)} settings)"
+        settings = self._compression
+        described = describe(settings)
+        self.method = title(settings)
+        if settings.budget is not None:
+            candidates = self._budget_settings
+            described["budget"] = {"settings": titles(candidates), "num_sequences": settings.budget.num_sequences}
+            self.method += f", bits spread over linears by sensitivity ({len(candidates)} settings)"
         self._settings["compression"] = described
-        self.store.claim("compression", described, compression.STAGE)
-        if budget is not None:
-            claimed = {**self._settings["calibration"], **described}
-            self.store.claim("budget", claimed, BUDGET_STAGE)
-            with self.measuring("compression"):
-                compress_within_budget(
-                    self.model, settings, self._windows, budget.num_sequences, self.store, self._batch_size, self._mode
-                )
-            return
-        full = needs_full_second_moment(compressor)
-        stream = calibration.calibration_stream(
-            self.model, self._windows, self.store, compression.STAGE, self._batch_size, self._mode, full
-        )
+        self.store.claim("compression", described, COMPRESSED)
         with self.measuring("compression"):
-            compression.compress(self.model, compressor, self.store, stream, self._mode)
+            if settings.budget is not None:
+                self.store.claim("budget", {**self._settings["calibration"], **described}, BUDGET)
+                compress_within_budget(self._budgeted(settings.budget, self._windows), self.store)
+            else:
+                full = self.assignment.full_second_moment
+                source = moment_source(self.model, self.store, COMPRESSED, self._windows, self._calibration, full)
+                compress(self.model, self.store, source, self.assignment)
+
+    def _budgeted(self, budget: Budget, windows: Tensor) -> Budgeted:
+        candidates, assignment = self._budget_settings, self.assignment
+        fixed = {name: len(candidates) + number - 1 for name, number in assignment.numbers.items()}
+        choices = Choices(candidates, assignment.methods[1:], fixed)
+        return Budgeted(self.model, choices, windows, self._calibration, budget.num_sequences)
 
     @property
     def budget(self) -> dict[str, Any] | None:
@@ -143,19 +184,19 @@ class CompressionRun:
     @property
     def _decision(self) -> dict[str, Any] | None:
         has_budget = "budget" in self._settings.get("compression", {})
-        return read_json(self.store.folder / BUDGET_FILE) if has_budget else None
+        return read_json(self.store.folder / DECISION) if has_budget else None
 
     def measuring(self, stage: str) -> AbstractContextManager[None]:
         """Return a context in which the peak memory of a stage is measured."""
         return measured_memory(self.peak_memory, stage, self.device)
 
-    def claim_finetuning(self, train: Tensor, held_out: Tensor, settings: Any) -> None:
+    def claim_finetuning(self, train: Tensor, held_out: Tensor, settings: FinetuningSettings) -> None:
         """Enter in the manifest what the finetuned blocks depend on, or check it.
 
         Args:
             train: sequences to train on.
             held_out: sequences that decide.
-            settings: a dataclass.
+            settings: how.
 
         Raises:
             RuntimeError: `compress` was not called before.
@@ -168,8 +209,9 @@ class CompressionRun:
             "train_sha256": tokens_digest(train),
             "held_out_sha256": tokens_digest(held_out),
         }
-        del described["activations"]  # makes no difference to the result
-        self.store.claim("finetuning", described | self.settings, finetuning.STAGE)
+        # Where hidden states lie makes no difference to the result.
+        del described["activations"]
+        self.store.claim("finetuning", described | self.settings, FINETUNED)
         self._settings["finetuning"] = described
 
     @property
@@ -192,28 +234,28 @@ class CompressionRun:
         return Teacher(self.model, self.store, windows, distillation)
 
     def statistics(self) -> list[dict[str, Any]]:
-        """Return loss, bits and sparsity of every compressed linear, in the model's order."""
+        """Return loss, bits and sparsity of every linear, in the model's order; those that stayed dense are exact."""
         rows, decision = [], self._decision
-        for index in range(len(self.model)):
-            statistics = self.store.read_metadata(compression.STAGE, index)["statistics"]
-            for name, row in statistics.items():
+        bits = 8 * self.checkpoint.dtype.itemsize
+        for index, block in enumerate(self.model.blocks):
+            statistics = self.store.read_metadata(COMPRESSED, index)["statistics"]
+            for name, linear in find_linears(block).items():
+                shape, dense_bytes = list(linear.weight.shape), linear.weight.numel() * bits // 8
+                exact = {"shape": shape, "loss": 0.0, "bits_per_weight": bits, "sparsity": 0.0, "bytes": dense_bytes}
+                row = statistics.get(name, exact | {"dense": True})
                 rows.append({"name": f"{self.model.block_name(index)}.{name}", "block": index, **row})
-                if decision is not None:
+                if decision is not None and name in decision["selection"][index]:
                     rows[-1]["setting"] = decision["settings"][decision["selection"][index][name]]
         return rows
 
     def finetuning_statistics(self) -> list[dict[str, Any]]:
         """Return held-out error before and after, and epochs, of every finetuned block."""
-        rows = (self.store.read_metadata(finetuning.STAGE, index) for index in range(len(self.model)))
+        rows = (self.store.read_metadata(FINETUNED, index) for index in range(len(self.model)))
         return [{key: row[key] for key in ("before", "after", "epochs", "seconds")} for row in rows]
 
     def stage_seconds(self) -> dict[str, float]:
         """Return the time that the artefacts took, also those of an earlier, interrupted process."""
-        stages = {
-            "calibration": calibration.STAGE,
-            "compression": compression.STAGE,
-            "finetuning": finetuning.STAGE,
-        }
+        stages = {"calibration": MOMENTS, "compression": COMPRESSED, "finetuning": FINETUNED}
         seconds = {
             name: sum(
                 self.store.read_metadata(stage, index)["seconds"]
@@ -241,7 +283,7 @@ class CompressedModel:
 
     def load_block(self, index: int) -> nn.Module:
         """Read a block."""
-        load = finetuning.load_finetuned_block if self._finetuned else finetuning.load_compressed_block
+        load = finetuned.load_finetuned_block if self._finetuned else finetuned.load_compressed_block
         return load(self._run.model, self._run.store, index)
 
     def assemble(self) -> nn.Module:
@@ -249,11 +291,11 @@ class CompressedModel:
         run = self._run
         linears: dict[str, CompressedLinear] = {}
         for index in range(len(run.model)):
-            block = compression.read_block(run.store, index)
+            block = read_block(run.store, index)
             linears |= {f"{run.model.block_name(index)}.{name}": linear for name, linear in block.items()}
         model = assemble(run.checkpoint, linears)
         for index in range(len(run.model)) if self._finetuned else ():
-            state, _ = run.store.read(finetuning.STAGE, index)
+            state, _ = run.store.read(FINETUNED, index)
             model.get_submodule(run.model.block_name(index)).load_state_dict(state)
         return model
 
@@ -273,4 +315,4 @@ class CompressedModel:
         run = self._run
         for index in range(len(run.model)):
             block = model.get_submodule(run.model.block_name(index)) if model is not None else self.load_block(index)
-            finetuning.check_fixed(block, run.store, index)
+            finetuned.check_fixed(block, run.store, index)

@@ -6,18 +6,22 @@ is, or else the linear's own output. Which it is, and which linears share their 
 run once, so that no family need be known.
 """
 
-from collections.abc import Iterator, Mapping
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from nowag_pl.models.streaming import StreamedModel, find_linears
-from nowag_pl.modules import CrossMoment, SecondMoment
+from nowag_pl.functional.correction import corrected_weight
+from nowag_pl.functional.moments import mean_squares
+from nowag_pl.models.streaming import StreamedModel
+from nowag_pl.modules import CompressedLinear, CrossMoment, SecondMoment
 from nowag_pl.run.ranks import Ranks
-from nowag_pl.stages.calibration import naming
-from nowag_pl.stages.hidden import HiddenStream
+from nowag_pl.stages.hidden import HiddenStates, forward
+from nowag_pl.stages.moments import Gathered, LinearGroup, Made, MomentSource, check_finite_weights, naming, put
 
 SAMPLE_TOKENS = 16
 
@@ -46,9 +50,89 @@ class Drift(NamedTuple):
     drifts: dict[str, Tensor]
     num_tokens: int
 
+    def corrected(self, name: str, linear: nn.Linear) -> nn.Linear:
+        """Return a linear that comes nearest to its target on what it is called with."""
+        weight = corrected_weight(linear.weight, self.drifts[name], self.second_moment)
+        parameter = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
+        return copy.deepcopy(linear, {id(linear.weight): parameter})
+
+
+class CorrectedMoments(MomentSource):
+    """Second moments of the inputs after all linears that are compressed already, each fitted to its dense target.
+
+    Args:
+        model: dense model.
+        states: hidden states of this rank before block 0.
+        ranks: the processes of the run.
+        full: whether compressors need the matrices of x x^T; they are gathered either way.
+    """
+
+    def __init__(self, model: StreamedModel, states: HiddenStates, ranks: Ranks, full: bool) -> None:
+        self._model = model
+        self._dense_states = states.fork()
+        self._states = states
+        self._ranks = ranks
+        self._full = full
+        self._block: nn.Module | None = None
+        self._gathered: Gathered | None = None
+
+    def groups(self, block: nn.Module, index: int) -> Iterator[LinearGroup]:
+        """Yield the linears that share an input together, in the order in which they are called."""
+        check_finite_weights(self._model, block, index)
+        # Linears are replaced in a copy of the block that shares all of its tensors.
+        self._block = copy.deepcopy(block, {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())})
+        linears = self._model.linears(index, block)
+        squares: dict[str, Tensor] = {}
+        seconds = 0.0
+        for group in find_groups(self._model, block, index):
+            started = time.perf_counter()
+            drift = self._gather(block, index, group)
+            squares |= {name: mean_squares(drift.second_moment).clone() for name in group}
+            seconds += time.perf_counter() - started
+            self._gathered = Gathered(squares, drift.num_tokens, seconds)
+            moment = drift.second_moment if self._full else mean_squares(drift.second_moment)
+            yield LinearGroup({name: linears[name] for name in group}, dict.fromkeys(group, moment), drift.corrected)
+        self._block = None
+
+    def _gather(self, block: nn.Module, index: int, group: Group) -> "Drift":
+        assert self._block is not None
+        blocks = BlockPair(self._model, index, block, self._block)
+        return gather_drift(blocks, (self._dense_states, self._states), group, self._ranks)
+
+    def compressed(self, linears: Mapping[str, Callable[[], CompressedLinear]]) -> None:
+        """Put the compressed linears of a group before what comes after them."""
+        assert self._block is not None
+        put(self._block, {name: make() for name, make in linears.items()}, self._model)
+
+    def gathered(self) -> Gathered | None:
+        """Return the mean squares of the last block."""
+        return self._gathered
+
+    def advance(self, block: nn.Module, index: int, made: Made) -> None:
+        """Pass the dense block, and the compressed one."""
+        self._dense_states.run(block, index)
+        put(block, made(index), self._model)
+        self._states.run(block, index)
+
+
+class BlockPair(NamedTuple):
+    """A block twice.
+
+    Attributes:
+        model: the dense model.
+        number: its number.
+        dense: the dense block.
+        compressed: the same with some of its linears compressed.
+    """
+
+    model: StreamedModel
+    number: int
+    dense: nn.Module
+    compressed: nn.Module
+
 
 def find_groups(model: StreamedModel, block: nn.Module, index: int) -> list[Group]:
-    """Return the linears of a block, grouped by shared input, in the order in which they are called.
+    """Return the selected linears of a block, grouped by shared input, in the order in which they are called.
 
     Args:
         model: the model of the block.
@@ -58,7 +142,7 @@ def find_groups(model: StreamedModel, block: nn.Module, index: int) -> list[Grou
     Raises:
         ValueError: a linear is not called.
     """
-    linears = find_linears(block)
+    linears = model.linears(index, block)
     points = [Point(name, "input") for name, _ in block.named_modules()]
     points += [Point(name, "output") for name in ("", *linears)]
     generator = torch.Generator().manual_seed(0)
@@ -88,21 +172,12 @@ def _target(own: Point, seen: Mapping[Point, Tensor]) -> Point:
 
 
 @torch.no_grad()
-def gather_drift(
-    model: StreamedModel,
-    index: int,
-    blocks: tuple[nn.Module, nn.Module],
-    streams: tuple[HiddenStream, HiddenStream],
-    group: Group,
-    ranks: Ranks,
-) -> Drift:
+def gather_drift(blocks: BlockPair, states: tuple[HiddenStates, HiddenStates], group: Group, ranks: Ranks) -> Drift:
     """Gather and reduce the moments of a group.
 
     Args:
-        model: the dense model.
-        index: number of the block.
         blocks: the dense block, and the one whose linears are compressed up to the group.
-        streams: hidden states of this rank in front of either, possibly none; they stay there.
+        states: hidden states of this rank before either, possibly none; they stay there.
         group: the linears.
         ranks: the processes of the run.
 
@@ -112,17 +187,18 @@ def gather_drift(
     Raises:
         ValueError: an activation is NaN or infinite; the message names a linear.
     """
-    linears, leader = find_linears(blocks[0]), next(iter(group))
+    model, index = blocks.model, blocks.number
+    linears, leader = model.linears(index, blocks.dense), next(iter(group))
     moment = SecondMoment(linears[leader].in_features, full=True).to(model.device)
     crosses = {
         name: CrossMoment(linears[name].out_features, linears[name].in_features).to(model.device) for name in group
     }
     source, targets = Point(leader, "input"), list(group.values())
-    for dense_hidden, hidden in zip(*(stream.batches() for stream in streams), strict=True):
-        with captured(blocks[0], targets, stop=True) as dense:
-            streams[0].forward(blocks[0], index, dense_hidden)
-        with captured(blocks[1], [source, *targets], stop=True) as compressed:
-            streams[1].forward(blocks[1], index, hidden)
+    for dense_hidden, hidden in zip(*(each.batches() for each in states), strict=True):
+        with captured(blocks.dense, targets, stop=True) as dense:
+            forward(model, blocks.dense, index, dense_hidden)
+        with captured(blocks.compressed, [source, *targets], stop=True) as compressed:
+            forward(model, blocks.compressed, index, hidden)
         moment.update(compressed[source])
         for name, target in group.items():
             crosses[name].update(dense[target].float() - compressed[target].float(), compressed[source])

@@ -5,17 +5,16 @@ from typing import Any
 
 from torch import nn
 
-from nowag_pl.models.format.saving import stored_state
+from nowag_pl.models.state import stored_state
 from nowag_pl.models.streaming import StreamedModel
+from nowag_pl.run.layout import FINETUNED
 from nowag_pl.run.store import ArtefactStore
 from nowag_pl.stages import compression
-
-STAGE = "finetuned"
 
 
 def write_block(store: ArtefactStore, index: int, block: nn.Module, metadata: Mapping[str, Any]) -> None:
     """Write a finetuned block, on rank zero, and wait for it on the others."""
-    store.write(STAGE, index, stored_state(block), metadata)
+    store.write(FINETUNED, index, stored_state(block), metadata)
 
 
 def load_compressed_block(model: StreamedModel, store: ArtefactStore, index: int) -> nn.Module:
@@ -26,7 +25,7 @@ def load_compressed_block(model: StreamedModel, store: ArtefactStore, index: int
 def load_finetuned_block(model: StreamedModel, store: ArtefactStore, index: int) -> nn.Module:
     """Return a block as finetuning left it."""
     block = load_compressed_block(model, store, index)
-    block.load_state_dict(store.read(STAGE, index)[0])
+    block.load_state_dict(store.read(FINETUNED, index)[0])
     return block
 
 

@@ -1,20 +1,20 @@
-"""Hidden states of many sequences, moved through the blocks one after the other."""
+"""Hidden states of many sequences, moved through the blocks one after the other: in memory, or in files."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from nowag_pl.models.streaming import StreamedModel, find_linears
-from nowag_pl.modules import SecondMoment
+from nowag_pl.models.streaming import StreamedModel
+from nowag_pl.run.arrays import ArrayFolder, SequenceArray
 from nowag_pl.run.progress import block_progress
 from nowag_pl.run.ranks import Ranks
 
 
-class HiddenStream:
-    """The hidden states in front of a block. They lie in host memory, a batch at a time goes to the device.
+class HiddenStates:
+    """The hidden states before a block. They lie in host memory, a batch at a time goes to the device.
 
     Args:
         model: the model whose blocks they pass.
@@ -30,31 +30,20 @@ class HiddenStream:
 
     @torch.no_grad()
     def run(self, block: nn.Module, index: int, advance: bool = True) -> None:
-        """Run a block over the hidden states in front of it.
+        """Run a block over the hidden states before it.
 
         Args:
             block: the block, dense or compressed.
             index: its number in the model.
-            advance: replace the hidden states by those behind the block; False runs it for its hooks alone.
+            advance: replace the hidden states by those after the block; False runs it for its hooks alone.
         """
         for number, hidden in enumerate(self._hidden):
-            output = self.forward(block, index, hidden)
+            output = forward(self._model, block, index, hidden)
             if advance:
                 self._hidden[number] = output.cpu()
 
-    def forward(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
-        """Return what a block makes of one of the batches, on the device.
-
-        Args:
-            block: the block, dense or compressed.
-            index: its number in the model.
-            hidden: `[batch, seq_len, hidden]`.
-        """
-        arguments = self._model.arguments(index, *hidden.shape[:2])
-        return self._model.forward_block(block, hidden.to(self._model.device), arguments)
-
-    def fork(self) -> "HiddenStream":
-        """Return another stream at the same place. What both have not moved on from is in memory once."""
+    def fork(self) -> "HiddenStates":
+        """Return others at the same place. What both have not moved on from is in memory once."""
         other = copy.copy(self)
         other._hidden = list(self._hidden)
         return other
@@ -69,42 +58,99 @@ class HiddenStream:
         yield from self._hidden
 
 
-def streamed(
-    model: StreamedModel,
-    load_block: Callable[[int], nn.Module],
-    title: str,
-    windows: Tensor,
-    batch_size: int,
-    ranks: Ranks,
-) -> HiddenStream:
-    """Return this rank's share of windows behind the last block.
+def forward(model: StreamedModel, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
+    """Return what a block makes of hidden states, on the device.
 
     Args:
+        model: what the block is called with beside them.
+        block: the block, dense or compressed.
+        index: its number in the model.
+        hidden: `[batch, seq_len, hidden]`.
+    """
+    arguments = model.arguments(index, *hidden.shape[:2])
+    return model.forward_block(block, hidden.to(model.device), arguments)
+
+
+class Passage(NamedTuple):
+    """Blocks that windows pass, and how.
+
+    Attributes:
         model: embeddings, and what the blocks are called with.
         load_block: gives a block.
         title: for the progress bar.
+    """
+
+    model: StreamedModel
+    load_block: Callable[[int], nn.Module]
+    title: str
+
+
+def passed(passage: Passage, windows: Tensor, batch_size: int, ranks: Ranks) -> HiddenStates:
+    """Return this rank's share of windows after the last block.
+
+    Args:
+        passage: the blocks.
         windows: token ids `[num_windows, seq_len]`, the same on every rank.
         batch_size: windows that pass a block together.
         ranks: who shares them.
     """
-    stream = HiddenStream(model, ranks.share(windows), batch_size)
-    with block_progress(title, len(model), ranks.is_zero, model.device) as report:
+    model = passage.model
+    states = HiddenStates(model, ranks.share(windows), batch_size)
+    with block_progress(passage.title, len(model), ranks.is_zero, model.device) as report:
         for index in range(len(model)):
-            stream.run(load_block(index).to(model.device), index)
+            states.run(passage.load_block(index).to(model.device), index)
             report("")
-    return stream
+    return states
 
 
-@contextmanager
-def observed_inputs(block: nn.Module) -> Iterator[dict[str, SecondMoment]]:
-    """Gather second moments of the input of every linear of a block while the context is open."""
-    moments: dict[str, SecondMoment] = {}
-    handles = []
-    for name, linear in find_linears(block).items():
-        moments[name] = moment = SecondMoment(linear.in_features).to(linear.weight.device)
-        handles.append(linear.register_forward_pre_hook(lambda _, args, moment=moment: moment.update(args[0])))
-    try:
-        yield moments
-    finally:
-        for handle in handles:
-            handle.remove()
+class HiddenFiles:
+    """Hidden states by name in the files of a folder, each whole or absent: from there a killed run goes on.
+
+    Args:
+        model: the model that they belong to.
+        arrays: the folder.
+        windows: token ids of all sequences `[num_sequences, seq_len]`, the same on every rank.
+        batch_size: sequences of this rank that pass a block together.
+    """
+
+    def __init__(self, model: StreamedModel, arrays: ArrayFolder, windows: Tensor, batch_size: int) -> None:
+        self._model = model
+        self._arrays = arrays
+        self._windows = windows
+        self._batch_size = batch_size
+
+    def __contains__(self, name: str) -> bool:
+        """Tell whether the hidden states are there, the same on every rank."""
+        return name in self._arrays
+
+    def read(self, name: str) -> SequenceArray:
+        """Return hidden states that are there."""
+        return self._arrays.read(name, self._model.checkpoint.dtype)
+
+    def embed(self, name: str) -> None:
+        """Write the hidden states that enter block 0, if they are not there."""
+        self._write(name, lambda rows: self._model.embed(self._windows[rows]).hidden)
+
+    def run(self, name: str, block: nn.Module, index: int, inputs: SequenceArray) -> None:
+        """Write what a block makes of its inputs, if it is not there."""
+        self._write(name, lambda rows: forward(self._model, block, index, inputs.take(rows.tolist())))
+
+    @torch.no_grad()
+    def _write(self, name: str, compute: Callable[[Tensor], Tensor]) -> None:
+        """Write hidden states; `compute` makes those of some sequences."""
+        if name in self._arrays:
+            return
+        mine = self._arrays.ranks.share(torch.arange(len(self._windows)))
+        batches = ((compute(rows).cpu(),) for rows in (mine.split(self._batch_size) if len(mine) else ()))
+        entry = ((self._windows.shape[1], self._model.hidden_size), self._model.checkpoint.dtype)
+        self._arrays.write({name: entry}, len(self._windows), batches)
+
+    def remove(self, *names: str) -> None:
+        """Delete hidden states, those that are there, on rank zero."""
+        for name in names if self._arrays.ranks.is_zero else ():
+            self._arrays.remove(name)
+
+    def clear(self) -> None:
+        """Delete everything, on rank zero."""
+        if self._arrays.ranks.is_zero:
+            self._arrays.clear()

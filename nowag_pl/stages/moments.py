@@ -1,59 +1,297 @@
-"""Full second moments of a block's linears; those that are called with the same tensor share one matrix."""
+"""Where the second moments of a block's linears come from while blocks are done one after the other.
 
-from collections.abc import Callable
+- :class:`StoredMoments`: from the artefacts of a calibration, mean squares of the dense model.
+- :class:`DenseMoments`: gathered as the hidden states of the dense model pass.
+- :class:`PropagatedMoments`: gathered as the hidden states of the compressed blocks pass.
+- :class:`~nowag_pl.stages.correction.CorrectedMoments`: gathered after all linears that are compressed already.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from nowag_pl.models.streaming import find_linears
-from nowag_pl.modules import SecondMoment
+from nowag_pl.functional.moments import mean_squares
+from nowag_pl.models.streaming import StreamedModel
+from nowag_pl.modules import CompressedLinear, SecondMoment
+from nowag_pl.run.layout import MOMENTS
 from nowag_pl.run.ranks import Ranks
+from nowag_pl.run.store import ArtefactStore
+from nowag_pl.stages.hidden import HiddenStates
+
+Made = Callable[[int], dict[str, CompressedLinear]]  # number of a block to what takes the place of its linears
 
 
-class _Observer:
-    """Gathers the matrix of each input once, for the first linear that is called with it."""
+class LinearGroup(NamedTuple):
+    """Linears of a block that are compressed before anything after them is looked at.
 
-    def __init__(self) -> None:
-        self.moments: dict[str, SecondMoment] = {}
-        self.leaders: dict[str, str] = {}  # linear: the one that was called with its input first
-        self._input: Tensor | None = None
-        self._leader = ""
+    Attributes:
+        linears: dense linears by their name in the block.
+        moments: second moment of each, `[in]` or `[in, in]`.
+        target: gives what is compressed in the place of a linear.
+    """
 
-    def observe(self, name: str, activations: Tensor) -> None:
-        """Note the input of a linear."""
-        if activations is not self._input:
-            self._input, self._leader = activations, name
-        if self.leaders.setdefault(name, self._leader) != self._leader:
-            raise RuntimeError(f"Expected {name} to share its input with {self.leaders[name]} in every call.")
-        if self._leader == name:
-            if name not in self.moments:
-                self.moments[name] = SecondMoment(activations.shape[-1], full=True).to(activations.device)
-            self.moments[name].update(activations)
+    linears: dict[str, nn.Linear]
+    moments: Mapping[str, Tensor]
+    target: Callable[[str, nn.Linear], nn.Linear] = lambda _, linear: linear
 
 
-def full_second_moments(block: nn.Module, run: Callable[[], None], ranks: Ranks) -> dict[str, SecondMoment]:
-    """Gather the full second moments of the input of every linear of a block, on this rank.
+class Gathered(NamedTuple):
+    """What a source has gathered for a block.
+
+    Attributes:
+        squares: mean squares of the input of each linear, `[in]`.
+        num_tokens: over how many tokens.
+        seconds: how long it took.
+    """
+
+    squares: dict[str, Tensor]
+    num_tokens: int
+    seconds: float
+
+
+class MomentSource(ABC):
+    """A source of second moments.
+
+    Lifecycle, block by block: `groups` where the block's linears are needed, then `gathered`; then `advance`.
+
+    Attributes:
+        has_states: whether hidden states have to pass every block, those that need no second moments too.
+    """
+
+    has_states: ClassVar[bool] = True
+
+    @abstractmethod
+    def groups(self, block: nn.Module, index: int) -> Iterator[LinearGroup]:
+        """Yield the selected linears of a block, in the order in which they are to be compressed.
+
+        Args:
+            block: the dense block, as it was loaded.
+            index: its number.
+
+        Raises:
+            ValueError: a weight or an activation is NaN or infinite; the message names block and linear.
+        """
+
+    def compressed(  # noqa: B027 - most sources need not know it
+        self, linears: Mapping[str, Callable[[], CompressedLinear]]
+    ) -> None:
+        """Take what was made of the last group, before the next one is asked for.
+
+        Args:
+            linears: gives each compressed linear, by its name in the block.
+        """
+
+    @abstractmethod
+    def gathered(self) -> Gathered | None:
+        """Return what was gathered for the last block; None where nothing was."""
+
+    @abstractmethod
+    def advance(self, block: nn.Module, index: int, made: Made) -> None:
+        """Let the hidden states pass a block.
+
+        Args:
+            block: the block, as it was loaded, perhaps without its linears.
+            index: its number.
+            made: what takes the place of linears.
+        """
+
+
+class StoredMoments(MomentSource):
+    """Second moments of a calibration that is done.
 
     Args:
-        block: the block.
-        run: runs it over all hidden states of this rank, possibly none.
-        ranks: the processes of the run; they agree on who shares with whom.
-
-    Returns:
-        By name, in the block's order. Linears with the same input have the same object.
+        model: dense model.
+        store: run directory with the second moments of every block.
     """
-    linears, observer = find_linears(block), _Observer()
-    handles = [
-        linear.register_forward_pre_hook(lambda _, args, name=name: observer.observe(name, args[0]))
-        for name, linear in linears.items()
-    ]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    leaders = {name: leader for shared in ranks.gather(observer.leaders) for name, leader in shared.items()}
-    moments = observer.moments
+
+    has_states = False
+
+    def __init__(self, model: StreamedModel, store: ArtefactStore) -> None:
+        self._model = model
+        self._store = store
+
+    def groups(self, block: nn.Module, index: int) -> Iterator[LinearGroup]:
+        """Yield all linears at once."""
+        yield LinearGroup(taken(self._model, block, index), self._store.read(MOMENTS, index)[0])
+
+    def gathered(self) -> None:
+        """Nothing is gathered."""
+
+    def advance(self, block: nn.Module, index: int, made: Made) -> None:
+        """No hidden states have to pass."""
+
+
+class DenseMoments(MomentSource):
+    """Second moments of the inputs in the dense model.
+
+    Args:
+        model: dense model.
+        states: hidden states of this rank before block 0.
+        ranks: the processes of the run.
+        full: whether to gather the matrices of x x^T.
+    """
+
+    def __init__(self, model: StreamedModel, states: HiddenStates, ranks: Ranks, full: bool) -> None:
+        self._model = model
+        self._states = states
+        self._ranks = ranks
+        self._full = full
+        self._gathered: Gathered | None = None
+        self._has_passed = False
+
+    def groups(self, block: nn.Module, index: int) -> Iterator[LinearGroup]:
+        """Yield all linears at once."""
+        moments = self._gather(block, index, advance=True)
+        self._has_passed = True
+        yield LinearGroup(taken(self._model, block, index), moments)
+
+    def _gather(self, block: nn.Module, index: int, advance: bool) -> dict[str, Tensor]:
+        started = time.perf_counter()
+        check_finite_weights(self._model, block, index)
+        observed = Observed(self._model, block, index, self._full)
+        with observed:
+            self._states.run(block, index, advance)
+        moments, num_tokens = observed.compute(self._ranks)
+        squares = {name: mean_squares(moment).contiguous() for name, moment in moments.items()}
+        self._gathered = Gathered(squares, num_tokens, time.perf_counter() - started)
+        return moments
+
+    def gathered(self) -> Gathered | None:
+        """Return the mean squares of the last block."""
+        return self._gathered
+
+    def advance(self, block: nn.Module, index: int, made: Made) -> None:
+        """Pass the dense block, unless that was done while second moments were gathered."""
+        if not self._has_passed:
+            self._states.run(block, index)
+        self._has_passed = False
+
+
+class PropagatedMoments(DenseMoments):
+    """Second moments of the inputs after the blocks that are compressed already."""
+
+    def groups(self, block: nn.Module, index: int) -> Iterator[LinearGroup]:
+        """Yield all linears at once."""
+        moments = self._gather(block, index, advance=False)
+        yield LinearGroup(taken(self._model, block, index), moments)
+
+    def advance(self, block: nn.Module, index: int, made: Made) -> None:
+        """Pass the compressed block."""
+        put(block, made(index), self._model)
+        self._states.run(block, index)
+
+
+def taken(model: StreamedModel, block: nn.Module, index: int) -> dict[str, nn.Linear]:
+    """Return the selected linears of a block by name, and let the block go of them, so that each can be freed alone."""
+    linears = model.linears(index, block)
+    for name in linears:
+        block.set_submodule(name, nn.Identity())
+    return linears
+
+
+def put(block: nn.Module, linears: Mapping[str, CompressedLinear], model: StreamedModel) -> None:
+    """Put compressed linears into a block."""
     for name, linear in linears.items():
-        if leaders.get(name, name) == name and name not in moments:  # not called on this rank
-            moments[name] = SecondMoment(linear.in_features, full=True).to(linear.weight.device)
-    return {name: moments[leaders.get(name, name)] for name in linears}
+        block.set_submodule(name, linear.to(model.device))
+
+
+class Observed:
+    """Second moments of the inputs of a block's linears while the context is open.
+
+    Linears that are called with the same tensor share one matrix, which is gathered for the first of them.
+
+    Args:
+        model: dense model.
+        block: the block.
+        index: its number.
+        full: whether to gather the matrices of x x^T.
+    """
+
+    def __init__(self, model: StreamedModel, block: nn.Module, index: int, full: bool) -> None:
+        self._title = model.block_name(index)
+        self._linears = model.linears(index, block)
+        self._full = full
+        self._moments: dict[str, SecondMoment] = {}
+        if not full:
+            self._moments = {name: self._empty(name) for name in self._linears}
+        # The linear that was called with the same input first, by linear.
+        self._leaders: dict[str, str] = {}
+        self._input: Tensor | None = None
+        self._leader = ""
+        self._handles: list[Callable[[], None]] = []
+
+    def _empty(self, name: str) -> SecondMoment:
+        linear = self._linears[name]
+        return SecondMoment(linear.in_features, self._full).to(linear.weight.device)
+
+    def __enter__(self) -> None:
+        for name, linear in self._linears.items():
+            hook = linear.register_forward_pre_hook(lambda _, args, name=name: self.observe(name, args[0]))
+            self._handles.append(hook.remove)
+
+    def __exit__(self, *_: object) -> None:
+        while self._handles:
+            self._handles.pop()()
+        self._input = None
+
+    def observe(self, name: str, activations: Tensor) -> None:
+        """Add the input of a linear.
+
+        Raises:
+            RuntimeError: it shared its input with another linear in an earlier call, and does not now.
+        """
+        if not self._full:
+            self._moments[name].update(activations)
+            return
+        if activations is not self._input:
+            self._input, self._leader = activations, name
+        if self._leaders.setdefault(name, self._leader) != self._leader:
+            raise RuntimeError(f"Expected {name} to share its input with {self._leaders[name]} in every call.")
+        if self._leader == name:
+            if name not in self._moments:
+                self._moments[name] = self._empty(name)
+            self._moments[name].update(activations)
+
+    def compute(self, ranks: Ranks) -> tuple[dict[str, Tensor], int]:
+        """Reduce over the ranks, which agree on who shares with whom; all of them must call.
+
+        Returns:
+            Second moment of each linear by its name in the block, `[in]`, or `[in, in]` if full, float32 in host
+            memory; and the number of tokens.
+
+        Raises:
+            ValueError: an activation is NaN or infinite; the message names block and linear.
+        """
+        leaders = {name: leader for shared in ranks.gather(self._leaders) for name, leader in shared.items()}
+        computed: dict[str, Tensor] = {}
+        num_tokens = 0
+        for name in self._linears:
+            if leaders.get(name, name) != name:
+                continue
+            # A rank without sequences has seen none.
+            moment = self._moments.get(name) or self._empty(name)
+            moment.all_reduce()
+            num_tokens = int(moment.num_tokens)
+            with naming(f"{self._title}.{name}"):
+                computed[name] = moment.compute().cpu()
+        return {name: computed[leaders.get(name, name)] for name in self._linears}, num_tokens
+
+
+def check_finite_weights(model: StreamedModel, block: nn.Module, index: int) -> None:
+    """Raise ValueError that names the first linear of a block with a weight that is NaN or infinite."""
+    for name, linear in model.linears(index, block).items():
+        if not linear.weight.isfinite().all():
+            raise ValueError(f"{model.block_name(index)}.{name}: Expected finite weights, but got NaN or infinity.")
+
+
+@contextmanager
+def naming(linear: str) -> Iterator[None]:
+    """Put the name of a linear before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{linear}: {error}") from error

@@ -15,11 +15,13 @@ from nowag_pl.data.tokens import tokens_digest
 from nowag_pl.functional.predictions.distillation import distillation_loss, top_distillation_loss, top_log_probabilities
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.run.arrays import ArrayFolder, SequenceArray
+from nowag_pl.run.layout import REFERENCE
 from nowag_pl.run.store import ArtefactStore
 from nowag_pl.run.wording import readable
-from nowag_pl.stages.hidden import streamed
+from nowag_pl.stages.hidden import HiddenStates, Passage, passed
 
 _log = logging.getLogger("nowag_pl")
+TRAINING_TEXT = "training text"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,21 @@ class Distillation:
             )
 
 
+def dense_states(
+    model: StreamedModel, store: ArtefactStore, windows: Tensor, name: str, batch_size: int
+) -> HiddenStates:
+    """Return this rank's share of windows after the dense model's last block.
+
+    Args:
+        model: dense model.
+        store: run directory, whose ranks share the windows.
+        windows: `[num_windows, seq_len]`, the same on every rank.
+        name: of the text, for the progress bar.
+        batch_size: windows that pass a block together.
+    """
+    return passed(Passage(model, model.load_block, f"Dense model on {name}"), windows, batch_size, store.ranks)
+
+
 class DenseReference:
     """Dense logits by text and window.
 
@@ -67,14 +84,14 @@ class DenseReference:
         self, model: StreamedModel, store: ArtefactStore, windows: Mapping[str, Tensor], batch_size: int
     ) -> None:
         self._model = model
-        arrays = ArrayFolder(store.folder / "reference", store.ranks)
+        arrays = ArrayFolder(store.folder / REFERENCE, store.ranks)
         self._hidden: dict[str, SequenceArray] = {}
         for name, tokens in windows.items():
             key = _key(tokens)
             if key not in arrays:
-                stream = streamed(model, model.load_block, f"Dense model on {name}", tokens, batch_size, store.ranks)
+                states = dense_states(model, store, tokens, name, batch_size)
                 spec = ((tokens.shape[1], model.hidden_size), model.checkpoint.dtype)
-                arrays.write({key: spec}, len(tokens), ((hidden,) for hidden in stream.batches()))
+                arrays.write({key: spec}, len(tokens), ((hidden,) for hidden in states.batches()))
             self._hidden[name] = arrays.read(key, model.checkpoint.dtype)
 
     def logits(self, name: str, indices: Tensor, positions: slice = slice(None)) -> Tensor:
@@ -113,20 +130,19 @@ class Teacher:
         if store.ranks.is_zero:
             _log.info("Dense predictions for distillation take %s on disk", readable(windows.numel() * entry))
         if top_k is None:
-            self._reference = DenseReference(model, store, {"training text": windows}, distillation.batch_size)
+            self._reference = DenseReference(model, store, {TRAINING_TEXT: windows}, distillation.batch_size)
             return
-        arrays = ArrayFolder(store.folder / "reference", store.ranks)
+        arrays = ArrayFolder(store.folder / REFERENCE, store.ranks)
         key = f"{_key(windows)}_top{top_k}_{self._temperature}"
         values, tokens = f"{key}_values", f"{key}_tokens"
         if values not in arrays or tokens not in arrays:
-            title = "Dense model on training text"
-            stream = streamed(model, model.load_block, title, windows, distillation.batch_size, store.ranks)
+            states = dense_states(model, store, windows, TRAINING_TEXT, distillation.batch_size)
             batches = (
                 tuple(
                     part.unflatten(0, hidden.shape[:2]).cpu()
                     for part in top_log_probabilities(model.head(hidden).flatten(0, 1), top_k, self._temperature)
                 )
-                for hidden in stream.batches()
+                for hidden in states.batches()
             )
             shape = (windows.shape[1], top_k)
             arrays.write({values: (shape, torch.float32), tokens: (shape, torch.int32)}, len(windows), batches)
@@ -144,7 +160,7 @@ class Teacher:
         """
         student = logits[:, :-1].flatten(0, 1)
         if self._top is None:
-            teacher = self._reference.logits("training text", indices)[:, :-1].flatten(0, 1).to(student.device)
+            teacher = self._reference.logits(TRAINING_TEXT, indices)[:, :-1].flatten(0, 1).to(student.device)
             losses = distillation_loss(teacher, student, self._temperature)
         else:
             values, tokens = (array.take(indices.tolist())[:, :-1].flatten(0, 1) for array in self._top)

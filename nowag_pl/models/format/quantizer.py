@@ -13,9 +13,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nowag_pl.models.assembly import empty_like_described
-from nowag_pl.models.checkpoint import FORMAT, METHOD, described_linears, set_module
+from nowag_pl.models.checkpoint import FORMAT, METHOD, described_linears
 from nowag_pl.models.format.checksums import Checksums
-from nowag_pl.models.format.saving import compressed_linears, packed_tensors
+from nowag_pl.models.state import compressed_linears, packed_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -119,7 +119,7 @@ class CompressionQuantizer(HfQuantizer):
             dense.weight = nn.Parameter(linear.weight.detach().to(dtype))
             if linear.bias is not None:
                 dense.bias = nn.Parameter(linear.bias.detach().to(dtype))
-            set_module(model, name, dense)
+            model.set_submodule(name, dense)
         return model
 
 

@@ -2,84 +2,96 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
-from nowag_pl.compressors import Compressor, needs_full_second_moment
-from nowag_pl.compressors.base import expected_bits_per_weight
+from nowag_pl.compressors import Compressor
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear
-from nowag_pl.run.progress import Report, block_progress
+from nowag_pl.run.layout import CANDIDATES
+from nowag_pl.run.progress import Report
 from nowag_pl.run.store import ArtefactStore
-from nowag_pl.stages import calibration
-from nowag_pl.stages.compression import Results, compress_linears, find_linear, take_linears
-from nowag_pl.stages.hidden import HiddenStream
+from nowag_pl.stages.assignment import Assignment
+from nowag_pl.stages.compression import Compression, Results, compress_linears, find_linear
+from nowag_pl.stages.loop import BlockStage, over_blocks
+from nowag_pl.stages.moments import LinearGroup, MomentSource
 
-STAGE = "budget/candidates"
+
+@dataclass(frozen=True)
+class Choices:
+    """The methods among which each linear gets one.
+
+    Attributes:
+        settings: the compressor itself and its candidates.
+        overrides: methods that are fixed for the linears that they were given for.
+        fixed: whole name of such a linear to the number of its method, counted from the first of `settings` on.
+    """
+
+    settings: Sequence[Compressor]
+    overrides: Sequence[Compressor] = ()
+    fixed: Mapping[str, int] | None = None
+
+    @property
+    def methods(self) -> list[Compressor]:
+        """All methods by their number."""
+        return [*self.settings, *self.overrides]
+
+    def of(self, name: str) -> list[int]:
+        """Return the numbers among which the linear of that whole name gets one; the first is that without a budget."""
+        number = (self.fixed or {}).get(name)
+        return list(range(len(self.settings))) if number is None else [number]
 
 
-def write_candidates(
-    model: StreamedModel, settings: Sequence[Compressor], store: ArtefactStore, stream: HiddenStream | None
-) -> None:
+def write_candidates(model: StreamedModel, store: ArtefactStore, source: MomentSource, choices: Choices) -> None:
     """Compress, for every block that lacks them, every linear with every setting that fits it, by dense second moments.
 
     Args:
         model: dense model.
-        settings: the compressor itself and its candidates.
-        store: run directory, with the mean squares of every block unless `stream` is given.
-        stream: calibration sequences in front of block 0, to gather second moments.
+        store: run directory.
+        source: where second moments come from.
+        choices: the settings.
 
     Raises:
         ValueError: a linear cannot be compressed; the message names it.
     """
-    missing = store.missing(STAGE, len(model))
-    last = max(missing, default=-1)
-    full = any(map(needs_full_second_moment, settings))
-    with block_progress("Compressing with all settings", last + 1, store.ranks.is_zero, model.device) as report:
-        for index in range(last + 1):
-            if index in missing:
-                block = model.load_block(index)
-                started = time.perf_counter()
-                if stream is None:
-                    moments = store.read(calibration.STAGE, index)[0]
-                else:
-                    moments, _ = calibration.gather(model, stream, block, index, store.ranks, advance=True, full=full)
-                results = _compress(model, block, index, settings, moments, store, report)
-                _write(store, index, results, time.perf_counter() - started)
-            elif stream is not None:
-                stream.run(model.load_block(index), index)
-            report(f"{len(settings)} settings" if index in missing else "already there")
+
+    def work(index: int, block: nn.Module, report: Report) -> str:
+        started = time.perf_counter()
+        (group,) = source.groups(block, index)
+        results = [
+            compress_linears(
+                Compression(model, Assignment([method]), store.ranks, report),
+                index,
+                group._replace(linears=_with_setting(model, index, group, choices, number)),
+            )
+            for number, method in enumerate(choices.methods)
+        ]
+        _write(store, index, results, time.perf_counter() - started)
+        return f"{len(choices.settings)} settings"
+
+    over_blocks(model, store, source, BlockStage(CANDIDATES, "Compressing with all settings", work))
 
 
-def _compress(
-    model: StreamedModel,
-    block: nn.Module,
-    index: int,
-    settings: Sequence[Compressor],
-    moments: Mapping[str, Tensor],
-    store: ArtefactStore,
-    report: Report,
-) -> list[Results]:
-    """Compress the linears of one block, which it loses, with every setting that fits them."""
-    linears = take_linears(block)
-    return [
-        compress_linears(
-            model,
-            index,
-            {name: linear for name, linear in linears.items() if number == 0 or _fits(setting, linear)},
-            setting,
-            moments,
-            store.ranks,
-            report,
-        )
-        for number, setting in enumerate(settings)
-    ]
+def _with_setting(
+    model: StreamedModel, index: int, group: LinearGroup, choices: Choices, number: int
+) -> dict[str, nn.Linear]:
+    """Return the linears that are compressed with a setting: those that may get it and that it fits.
+
+    The setting that a linear has without a budget has to fit, so that one that does not is told.
+    """
+    found = {}
+    for name, linear in group.linears.items():
+        numbers = choices.of(f"{model.block_name(index)}.{name}")
+        if number == numbers[0] or (number in numbers and _fits(choices.methods[number], linear)):
+            found[name] = linear
+    return found
 
 
 def _fits(compressor: Compressor, linear: nn.Linear) -> bool:
     """Tell whether a compressor's settings fit the shape of a linear, as far as it can say."""
     try:
-        expected_bits_per_weight(compressor, (linear.out_features, linear.in_features), 8 * linear.weight.itemsize)
+        compressor.empty((linear.out_features, linear.in_features), linear.weight.dtype, linear.bias is not None)
     except ValueError:
         return False
     return True
@@ -87,7 +99,7 @@ def _fits(compressor: Compressor, linear: nn.Linear) -> bool:
 
 def read_candidates(store: ArtefactStore, index: int) -> dict[str, dict[int, CompressedLinear]]:
     """Return the candidates of a block by linear and number of the setting."""
-    tensors, metadata = store.read(STAGE, index)
+    tensors, metadata = store.read(CANDIDATES, index)
     found: dict[str, dict[int, CompressedLinear]] = {}
     for number, descriptions in enumerate(metadata["linears"]):
         for name, description in descriptions.items():
@@ -98,7 +110,7 @@ def read_candidates(store: ArtefactStore, index: int) -> dict[str, dict[int, Com
 def read_bits(store: ArtefactStore, index: int) -> dict[str, dict[int, int]]:
     """Return the stored bits of each candidate of a block."""
     found: dict[str, dict[int, int]] = {}
-    for number, statistics in enumerate(store.read_metadata(STAGE, index)["statistics"]):
+    for number, statistics in enumerate(store.read_metadata(CANDIDATES, index)["statistics"]):
         for name, row in statistics.items():
             bits = row["bits_per_weight"] * row["shape"][0] * row["shape"][1]
             found.setdefault(name, {})[number] = round(bits)
@@ -107,17 +119,17 @@ def read_bits(store: ArtefactStore, index: int) -> dict[str, dict[int, int]]:
 
 def _write(store: ArtefactStore, index: int, results: Sequence[Results], seconds: float) -> None:
     store.write(
-        STAGE,
+        CANDIDATES,
         index,
         {
             f"{number}.{name}.{key}": tensor
             for number, by_name in enumerate(results)
-            for name, (storage, _, _) in by_name.items()
-            for key, tensor in storage.items()
+            for name, result in by_name.items()
+            for key, tensor in result.storage.items()
         },
         {
-            "linears": [{name: description for name, (_, description, _) in each.items()} for each in results],
-            "statistics": [{name: statistics for name, (_, _, statistics) in each.items()} for each in results],
+            "linears": [{name: result.description for name, result in each.items()} for each in results],
+            "statistics": [{name: result.statistics for name, result in each.items()} for each in results],
             "seconds": seconds,
         },
     )

@@ -7,24 +7,43 @@ linear, a product for each setting), instead of a pass for each of them.
 
 import time
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nowag_pl.functional.predictions.sensitivity import drawn_labels, label_gradient, predicted_divergence
-from nowag_pl.models.streaming import StreamedModel, find_linears
+from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear
+from nowag_pl.run.layout import SENSITIVITIES
 from nowag_pl.run.progress import block_progress
 from nowag_pl.run.ranks import Ranks
 from nowag_pl.run.store import ArtefactStore
 from nowag_pl.stages.budget.candidates import read_candidates
 from nowag_pl.stages.correction import Point, captured
-from nowag_pl.stages.hidden import HiddenStream
+from nowag_pl.stages.hidden import HiddenStates
 
-STAGE = "budget/sensitivity"
 HEAD_TOKENS = 2048  # whose logits are in memory together
 Candidates = Mapping[str, Mapping[int, CompressedLinear]]
+
+
+class Sweep(NamedTuple):
+    """A block that gradients pass, and the candidates of its linears.
+
+    Attributes:
+        model: dense model.
+        block: the dense block.
+        number: of the block.
+        candidates: by linear and number of the setting.
+        sums: of their predicted divergences, added up over the batches.
+    """
+
+    model: StreamedModel
+    block: nn.Module
+    number: int
+    candidates: Candidates
+    sums: dict[str, dict[int, float]]
 
 
 def write_sensitivities(model: StreamedModel, windows: Tensor, store: ArtefactStore, batch_size: int) -> None:
@@ -36,7 +55,7 @@ def write_sensitivities(model: StreamedModel, windows: Tensor, store: ArtefactSt
         store: run directory with the candidates of those blocks.
         batch_size: sequences that pass a block together.
     """
-    missing = store.missing(STAGE, len(model))
+    missing = store.missing(SENSITIVITIES, len(model))
     if not missing:
         return
     ranks, first = store.ranks, min(missing)
@@ -49,24 +68,24 @@ def write_sensitivities(model: StreamedModel, windows: Tensor, store: ArtefactSt
     with block_progress("Sensitivities", len(model) - first, ranks.is_zero, model.device) as report:
         for index in reversed(range(first, len(model))):
             started = time.perf_counter()
-            block = model.load_block(index)
             candidates = _on_device(model, store, index) if index in missing else {}
             sums = {name: dict.fromkeys(by_number, 0.0) for name, by_number in candidates.items()}
+            sweep = Sweep(model, model.load_block(index), index, candidates, sums)
             for number, entering in enumerate(hidden.pop()):
-                gradients[number] = _backward(model, block, index, entering, gradients[number], candidates, sums)
+                gradients[number] = _backward(sweep, entering, gradients[number])
             if index in missing:
                 everywhere = ranks.gather(sums)
                 losses = {
                     name: {number: sum(each[name][number] for each in everywhere) / num_predictions for number in own}
                     for name, own in sums.items()
                 }
-                store.write(STAGE, index, {}, {"losses": losses, "seconds": time.perf_counter() - started})
+                store.write(SENSITIVITIES, index, {}, {"losses": losses, "seconds": time.perf_counter() - started})
             report("")
 
 
 def read_sensitivities(store: ArtefactStore, index: int) -> dict[str, dict[int, float]]:
     """Return the divergence in nats per token by linear and number of the setting."""
-    losses = store.read_metadata(STAGE, index)["losses"]
+    losses = store.read_metadata(SENSITIVITIES, index)["losses"]
     return {name: {int(number): loss for number, loss in row.items()} for name, row in losses.items()}
 
 
@@ -109,15 +128,15 @@ def _hidden_states(
     model: StreamedModel, windows: Tensor, ranks: Ranks, batch_size: int, first: int
 ) -> list[list[Tensor]]:
     """Return this rank's batches in front of each block from the first one needed, and behind the last."""
-    stream = HiddenStream(model, ranks.share(windows), batch_size)
+    states = HiddenStates(model, ranks.share(windows), batch_size)
     kept = []
     with block_progress("Hidden states", len(model), ranks.is_zero, model.device) as report:
         for index in range(len(model)):
             if index >= first:
-                kept.append(list(stream.batches()))
-            stream.run(model.load_block(index), index)
+                kept.append(list(states.batches()))
+            states.run(model.load_block(index), index)
             report("")
-    return [*kept, list(stream.batches())]
+    return [*kept, list(states.batches())]
 
 
 def _uniforms(windows: Tensor, ranks: Ranks, batch_size: int) -> list[Tensor]:
@@ -134,17 +153,10 @@ def _on_device(model: StreamedModel, store: ArtefactStore, index: int) -> Candid
     }
 
 
-def _backward(
-    model: StreamedModel,
-    block: nn.Module,
-    index: int,
-    entering: Tensor,
-    gradient: Tensor,
-    candidates: Candidates,
-    sums: dict[str, dict[int, float]],
-) -> Tensor:
-    """Take gradients of a batch from behind a block to its front, and add up what the candidates' errors do."""
-    linears = find_linears(block)
+def _backward(sweep: Sweep, entering: Tensor, gradient: Tensor) -> Tensor:
+    """Take gradients of a batch from the end of a block to its beginning, and add up what the candidates' errors do."""
+    model, block, index, candidates, sums = sweep
+    linears = model.linears(index, block)
     points = [point for name in candidates for point in (Point(name, "input"), Point(name, "output"))]
     with torch.enable_grad(), captured(block, points) as seen:
         entering = entering.to(model.device).requires_grad_()

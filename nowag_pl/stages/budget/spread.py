@@ -3,42 +3,64 @@
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from nowag_pl.compressors import Compressor, needs_full_second_moment
-from nowag_pl.compressors.budget import Allocation, titles
+from nowag_pl.compressors.budget import titles
 from nowag_pl.files import read_json, write_json
 from nowag_pl.functional.allocation import allocate
 from nowag_pl.functional.predictions.divergence import kl_divergence
 from nowag_pl.models.streaming import StreamedModel
+from nowag_pl.run.layout import CANDIDATES, COMPRESSED, DECISION, MOMENTS, SENSITIVITIES, TRIALS
 from nowag_pl.run.progress import block_progress
 from nowag_pl.run.store import ArtefactStore
-from nowag_pl.stages import calibration, compression
-from nowag_pl.stages.budget import candidates, sensitivity
-from nowag_pl.stages.budget.candidates import read_bits
-from nowag_pl.stages.budget.sensitivity import head_positions, read_sensitivities
-from nowag_pl.stages.calibration import CalibrationMode
+from nowag_pl.stages.assignment import Assignment
+from nowag_pl.stages.budget.candidates import Choices, read_bits, write_candidates
+from nowag_pl.stages.budget.sensitivity import head_positions, read_sensitivities, write_sensitivities
+from nowag_pl.stages.calibration import moment_source
+from nowag_pl.stages.compression import compress
 from nowag_pl.stages.finetuned import load_compressed_block
-from nowag_pl.stages.hidden import HiddenStream
+from nowag_pl.stages.hidden import HiddenStates
+from nowag_pl.stages.moments import DenseMoments, MomentSource, StoredMoments
+from nowag_pl.stages.plan import CalibrationSettings
 
-STAGE = "budget"
-FILE = "budget/decision.json"
-TRIALS = "budget/trials"
 Selection = list[dict[str, int]]  # for each block, linear to number of its setting
 _log = logging.getLogger("nowag_pl")
 
 
-def compress_within_budget(
-    model: StreamedModel,
-    settings: Sequence[Compressor],
-    windows: Tensor,
-    num_sequences: int,
-    store: ArtefactStore,
-    batch_size: int,
-    mode: CalibrationMode,
-) -> None:
+class Budgeted(NamedTuple):
+    """A model that is compressed within a budget.
+
+    Attributes:
+        model: dense model.
+        choices: the methods among which each linear gets one.
+        windows: calibration sequences, the same on every rank.
+        calibration: how second moments are gathered.
+        num_sequences: how many of the sequences sensitivities and the comparison take.
+    """
+
+    model: StreamedModel
+    choices: Choices
+    windows: Tensor
+    calibration: CalibrationSettings
+    num_sequences: int
+
+    def compress(self, selection: Selection, store: ArtefactStore) -> None:
+        """Compress every linear with its setting into a run directory."""
+        names = (self.model.block_name(index) for index in range(len(self.model)))
+        numbers = {
+            f"{block}.{name}": number
+            for block, chosen in zip(names, selection, strict=True)
+            for name, number in chosen.items()
+        }
+        assignment = Assignment(self.choices.methods, numbers)
+        settings, full = self.calibration, assignment.full_second_moment
+        source = moment_source(self.model, store, COMPRESSED, self.windows, settings, full)
+        compress(self.model, store, source, assignment)
+
+
+def compress_within_budget(budgeted: Budgeted, store: ArtefactStore) -> None:
     """Write the compressed linears of every block that lacks them, each with the setting that the budget gives it.
 
     Every linear is compressed with every setting, by the dense second moments; sensitivities say what each of them
@@ -47,70 +69,74 @@ def compress_within_budget(
     taken.
 
     Args:
-        model: dense model.
-        settings: the compressor itself and its candidates.
-        windows: calibration sequences, the same on every rank.
-        num_sequences: how many of them sensitivities and the comparison take.
-        store: run directory; with mode "dense", it has the mean squares of every block.
-        batch_size: sequences that pass a block together.
-        mode: as for :func:`~nowag_pl.stages.compression.compress`.
+        budgeted: the model, and among what it chooses.
+        store: run directory; with calibration.mode "dense", it has the mean squares of every block.
 
     Raises:
         ValueError: a linear cannot be compressed; the message names it.
     """
-    if not store.missing(compression.STAGE, len(model)):
+    if not store.missing(COMPRESSED, len(budgeted.model)):
         return
-
-    full = any(map(needs_full_second_moment, settings))
-
-    def stream(into: ArtefactStore, stage: str) -> HiddenStream | None:
-        return calibration.calibration_stream(model, windows, into, stage, batch_size, mode, full)
-
-    def compress(selection: Selection, into: ArtefactStore) -> None:
-        allocation = Allocation(settings, selection)
-        compression.compress(model, allocation, into, stream(into, compression.STAGE), mode)
-
     decision = read_decision(store)
     if decision is None:
-        candidates.write_candidates(model, settings, store, stream(store, candidates.STAGE))
-        measured_on = windows[:num_sequences]
-        sensitivity.write_sensitivities(model, measured_on, store, batch_size)
-        selections, figures = spread_bits(store, len(model))
-        trials = {name: _trial(store, name, mode) for name in selections}
-        for name, selection in selections.items():
-            if store.ranks.is_zero:
-                _log.info("All linears, %s settings:", name)
-            compress(selection, trials[name])
-        measured = divergences(model, list(trials.values()), measured_on, batch_size)
-        decision = _decide(settings, selections, figures, dict(zip(selections, measured, strict=True)))
-        rejected = next(trial for name, trial in trials.items() if name != decision["taken"])
-        decision["seconds"] = sum(
-            each.read_metadata(stage, index)["seconds"]
-            for each, stage in ((store, candidates.STAGE), (store, sensitivity.STAGE), (rejected, compression.STAGE))
-            for index in range(len(model))
-        )
-        _log_decision(decision, store)
-        if store.ranks.is_zero:
-            write_json(store.folder / FILE, decision)
-            _move(trials[decision["taken"]], store, len(model))
-        store.ranks.broadcast(None)
-    compress(decision["selection"], store)  # what was not moved
-    for stage in (candidates.STAGE, TRIALS):
+        decision = _decide(budgeted, store)
+    # One way was moved into the run directory as it was compared, perhaps not all of it.
+    budgeted.compress(decision["selection"], store)
+    for stage in (CANDIDATES, TRIALS):
         store.remove(stage)
 
 
-def _trial(store: ArtefactStore, name: str, mode: CalibrationMode) -> ArtefactStore:
-    """Return a folder for the whole model compressed in one way; it starts with the dense mean squares."""
+def _decide(budgeted: Budgeted, store: ArtefactStore) -> dict[str, Any]:
+    """Compress both ways, compare, and put the better one into the run directory; return what was decided."""
+    model, choices, windows, calibration, num_sequences = budgeted
+    full = any(method.full_second_moment for method in choices.methods)
+    has_stored = calibration.mode == "dense" and not full
+    write_candidates(model, store, _dense_source(budgeted, store, full, has_stored), choices)
+    measured_on = windows[:num_sequences]
+    write_sensitivities(model, measured_on, store, calibration.batch_size)
+    selections, figures = spread_bits(store, len(model))
+    trials = {name: _trial(store, name, has_stored) for name in selections}
+    for name, selection in selections.items():
+        if store.ranks.is_zero:
+            _log.info("All linears, %s settings:", name)
+        budgeted.compress(selection, trials[name])
+    measured = divergences(model, list(trials.values()), measured_on, calibration.batch_size)
+    decision = _decision(choices, selections, figures, dict(zip(selections, measured, strict=True)))
+    rejected = next(trial for name, trial in trials.items() if name != decision["taken"])
+    decision["seconds"] = sum(
+        each.read_metadata(stage, index)["seconds"]
+        for each, stage in ((store, CANDIDATES), (store, SENSITIVITIES), (rejected, COMPRESSED))
+        for index in range(len(model))
+    )
+    _log_decision(decision, store)
+    if store.ranks.is_zero:
+        write_json(store.folder / DECISION, decision)
+        _move(trials[decision["taken"]], store, len(model))
+    store.ranks.broadcast(None)
+    return decision
+
+
+def _dense_source(budgeted: Budgeted, store: ArtefactStore, full: bool, has_stored: bool) -> MomentSource:
+    """Return dense second moments for the candidates: those in the store, or gathered anew."""
+    model = budgeted.model
+    if has_stored or not store.missing(CANDIDATES, len(model)):
+        return StoredMoments(model, store)
+    states = HiddenStates(model, store.ranks.share(budgeted.windows), budgeted.calibration.batch_size)
+    return DenseMoments(model, states, store.ranks, full)
+
+
+def _trial(store: ArtefactStore, name: str, has_stored: bool) -> ArtefactStore:
+    """Return a folder for the whole model compressed in one way; it starts with the mean squares that are stored."""
     trial = ArtefactStore(store.folder / TRIALS / name, store.ranks)
-    if store.ranks.is_zero and mode == "dense":
-        shutil.copytree(store.folder / calibration.STAGE, trial.folder / calibration.STAGE, dirs_exist_ok=True)
+    if store.ranks.is_zero and has_stored:
+        shutil.copytree(store.folder / MOMENTS, trial.folder / MOMENTS, dirs_exist_ok=True)
     store.ranks.broadcast(None)
     return trial
 
 
 def _move(trial: ArtefactStore, store: ArtefactStore, num_blocks: int) -> None:
     """Move the artefacts of a trial into the run directory."""
-    for stage in (calibration.STAGE, compression.STAGE):
+    for stage in (MOMENTS, COMPRESSED):
         (store.folder / stage).mkdir(exist_ok=True)
         for index in range(num_blocks):
             trial.path(stage, index).replace(store.path(stage, index))
@@ -118,7 +144,7 @@ def _move(trial: ArtefactStore, store: ArtefactStore, num_blocks: int) -> None:
 
 def read_decision(store: ArtefactStore) -> dict[str, Any] | None:
     """Return what the budget has decided, the same on every rank, or None where it has not yet."""
-    path = store.folder / FILE
+    path = store.folder / DECISION
     return store.ranks.broadcast(read_json(path) if store.ranks.is_zero and path.is_file() else None)
 
 
@@ -132,7 +158,7 @@ def divergences(model: StreamedModel, stores: Sequence[ArtefactStore], windows: 
         batch_size: sequences that pass a block together.
     """
     ranks = stores[0].ranks
-    dense = HiddenStream(model, ranks.share(windows), batch_size)
+    dense = HiddenStates(model, ranks.share(windows), batch_size)
     streams = [dense.fork() for _ in stores]
     with block_progress("Comparing with uniform", len(model), ranks.is_zero, model.device) as report:
         for index in range(len(model)):
@@ -169,7 +195,7 @@ def spread_bits(store: ArtefactStore, num_blocks: int) -> tuple[dict[str, Select
     """
     bits = [read_bits(store, index) for index in range(num_blocks)]
     losses = [read_sensitivities(store, index) for index in range(num_blocks)]
-    uniform: Selection = [dict.fromkeys(block, 0) for block in bits]
+    uniform: Selection = [{name: min(by_number) for name, by_number in block.items()} for block in bits]
     selections = {"uniform": uniform, "spread": _spread(bits, losses, _total(bits, uniform))}
     figures = {
         name: {"bits": _total(bits, selection), "predicted": _total(losses, selection)}
@@ -178,8 +204,8 @@ def spread_bits(store: ArtefactStore, num_blocks: int) -> tuple[dict[str, Select
     return selections, figures
 
 
-def _decide(
-    settings: Sequence[Compressor],
+def _decision(
+    choices: Choices,
     selections: Mapping[str, Selection],
     figures: Mapping[str, dict[str, Any]],
     measured: Mapping[str, float],
@@ -187,7 +213,7 @@ def _decide(
     """Return what is taken, and why, as JSON values."""
     taken = "spread" if measured["spread"] < measured["uniform"] else "uniform"
     found = {name: {**figures[name], "divergence": measured[name]} for name in selections}
-    return {"settings": titles(settings), "taken": taken, **found, "selection": selections[taken]}
+    return {"settings": titles(choices.methods), "taken": taken, **found, "selection": selections[taken]}
 
 
 def _log_decision(decision: Mapping[str, Any], store: ArtefactStore) -> None:

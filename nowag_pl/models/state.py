@@ -1,0 +1,70 @@
+"""The state of models with compressed linears: what is stored of them, and in which types it is held."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from nowag_pl.modules import CompressedLinear
+
+
+def compressed_linears(module: nn.Module) -> dict[str, CompressedLinear]:
+    """Return the compressed linears of a module by name; a compressed linear has itself, by the name ""."""
+    return {name: linear for name, linear in module.named_modules() if isinstance(linear, CompressedLinear)}
+
+
+def stored_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return the state of a module, that of compressed linears in the types in which it is stored."""
+    state = dict(module.state_dict())
+    for name, linear in compressed_linears(module).items():
+        state |= {f"{name}.{key}": tensor for key, tensor in linear.storage().items()}
+    return state
+
+
+def held_state(module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Return stored tensors in the types in which a module holds them.
+
+    Args:
+        module: the module, perhaps on the meta device, its compressed linears in place.
+        tensors: some of its state, by name.
+        dtype: floating type of all that is not compressed; None: as stored.
+    """
+    inside = tuple(f"{name}." if name else "" for name in compressed_linears(module))
+    own, held = module.state_dict(), {}
+    for name, tensor in tensors.items():
+        wanted = own[name].dtype if name.startswith(inside) and name in own else dtype
+        held[name] = tensor.to(wanted or tensor.dtype) if tensor.is_floating_point() else tensor
+    return held
+
+
+def plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the state outside of compressed linears; of tensors that share their memory only the first."""
+    inside = tuple(f"{name}." for name in compressed_linears(module))
+    seen = set()
+    for name, tensor in module.state_dict().items():
+        place = (tensor.data_ptr() or id(tensor), tensor.shape)
+        if not name.startswith(inside) and place not in seen:
+            seen.add(place)
+            yield name, tensor
+
+
+def packed_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what :func:`stored_state` returns, a tensor at a time, and tied ones once."""
+    yield from plain_tensors(module)
+    for name, linear in compressed_linears(module).items():
+        yield from ((f"{name}.{key}", tensor) for key, tensor in linear.storage().items())
+
+
+@torch.no_grad()
+def dense_tensors(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Yield the state of a module as if its compressed linears were ordinary ones, reconstructed one at a time.
+
+    Args:
+        module: a block or a model.
+        dtype: type of the reconstructed weights.
+    """
+    yield from plain_tensors(module)
+    for name, linear in compressed_linears(module).items():
+        yield f"{name}.weight", linear.weight.to(dtype)
+        if linear.bias is not None:
+            yield f"{name}.bias", linear.bias.to(dtype)

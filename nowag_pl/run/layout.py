@@ -1,0 +1,36 @@
+"""Where everything lies in a run directory."""
+
+from pathlib import Path
+
+# Stages that write one artefact per block, by the name of their folder.
+MOMENTS = "moments"
+COMPRESSED = "compressed"
+FINETUNED = "finetuned"
+BUDGET = "budget"
+CANDIDATES = f"{BUDGET}/candidates"
+SENSITIVITIES = f"{BUDGET}/sensitivity"
+
+TRIALS = f"{BUDGET}/trials"  # whole models that the budget compares
+DECISION = f"{BUDGET}/decision.json"
+MANIFEST = "manifest.json"
+REFERENCE = "reference"  # the dense model's predictions
+HIDDEN = f"{FINETUNED}/hidden"  # hidden states, while blocks are finetuned
+BLOCK_CHECKPOINTS = f"{FINETUNED}/checkpoints"
+FINETUNING_LOGS = "finetuning"  # TensorBoard, a folder for each block
+TRAINING = "training"
+CHECKPOINT = f"{TRAINING}/last.ckpt"  # where end-to-end training stands
+EXPORT = "export"
+FINETUNED_EXPORT = "export_finetuned"
+REPORT = "report.json"
+PAGE = "report.html"
+EVALUATION = "evaluation.json"
+
+
+def block_folder(index: int) -> str:
+    """Return the name of what belongs to a block, such as "block_003"."""
+    return f"block_{index:03d}"
+
+
+def artefact(folder: Path, stage: str, index: int) -> Path:
+    """Return the file of a stage and block."""
+    return folder / stage / f"{block_folder(index)}.safetensors"

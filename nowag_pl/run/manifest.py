@@ -1,0 +1,77 @@
+"""The manifest of a run directory: the settings that its artefacts were made with, so that runs are never mixed."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nowag_pl.files import read_json, write_json
+from nowag_pl.run.layout import FINETUNED, MANIFEST, TRAINING
+
+FORMAT = 1
+_LAST_STAGES = (FINETUNED, TRAINING)  # nothing is made from them: they can be deleted alone
+
+
+def claim(folder: Path, section: str, settings: Mapping[str, Any], stage: str | None) -> str | None:
+    """Enter the settings of a stage in the manifest, or check that they are those of the artefacts.
+
+    Args:
+        folder: run directory.
+        section: name of the settings, such as "calibration".
+        settings: JSON values that the artefacts depend on.
+        stage: folder of the artefacts that the settings make; as long as it is empty, they may change.
+
+    Returns:
+        None, or what is wrong, for a message.
+    """
+    settings = json.loads(json.dumps(settings))
+    _remove_strays(folder)
+    manifest = _read(folder)
+    if manifest.setdefault("format", FORMAT) != FORMAT:
+        return (
+            f"Expected a run directory of format {FORMAT}, but {folder} has format {manifest['format']}, "
+            "of another version of nowag_pl. Choose another run_dir."
+        )
+    if stage is not None and not any(path.is_file() for path in (folder / stage).rglob("*")):
+        manifest[section] = settings
+    known = manifest.setdefault(section, settings)
+    if known != settings:
+        again = folder / stage if stage in _LAST_STAGES and stage else "this one"
+        return (
+            f"Run directory {folder} holds a run with {_differences(section, known, settings)}. Runs are never mixed: "
+            f"choose another run_dir, or delete {again} to start again."
+        )
+    write_json(folder / MANIFEST, manifest)
+    return None
+
+
+def _remove_strays(folder: Path) -> None:
+    """Delete temporary files of a process that was killed."""
+    for stray in folder.rglob(".*.tmp"):
+        stray.unlink(missing_ok=True)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if path.is_file():
+        return read_json(path)
+    strays = sorted(folder.glob("*/block_*.safetensors"))
+    if strays:
+        raise ValueError(f"Expected {path} beside {strays[0]}, but it is not there. Choose another run_dir.")
+    return {}
+
+
+def _differences(section: str, known: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Name the settings that differ, with both values."""
+    names = [name for name in sorted(known.keys() | settings.keys()) if known.get(name) != settings.get(name)]
+    # What only one of both has follows from another method, which is named then.
+    both = [name for name in names if name in known and name in settings]
+    return "; ".join(
+        f"{section}.{name} = {_short(known.get(name))}, not {_short(settings.get(name))}" for name in both or names
+    )
+
+
+def _short(value: Any) -> str:
+    """Show a setting, and only the beginning of a hash."""
+    text = repr(value)
+    return f"{text[:9]}...'" if isinstance(value, str) and len(value) == 64 else text
