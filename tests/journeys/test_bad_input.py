@@ -463,8 +463,8 @@ def finished_run(model_folder, workplace, tmp_path, tmp_path_factory):
     checkpoint = Checkpoint(str(model_folder()))
     tokens = tokenize([read_text_file(workplace / "calibration.txt")], checkpoint.tokenizer)
     run = CompressionRun(checkpoint, tmp_path / "run")
-    run.calibrate(random_windows(tokens, SEQ_LEN, 6, 0), "dense", 0, 8)
-    run.compress(NoWagPruner())
+    run.calibrate(random_windows(tokens, SEQ_LEN, 6, 0))
+    compress(run, NoWagPruner())
     return tmp_path / "run"
 
 

@@ -50,8 +50,8 @@ def finetuned(model_folder, own_signals, tmp_path):
 
     def make(name="run", family="qwen2", compressor="pruner", train=TRAIN, folder=None, trainer=None, **settings):
         run = CompressionRun(Checkpoint(str(folder or model_folder(family))), tmp_path / name)
-        run.calibrate(TRAIN, "dense", 0, 4)
-        run.compress(ALL_COMPRESSORS[compressor])
+        run.calibrate(TRAIN)
+        compress(run, ALL_COMPRESSORS[compressor])
         trainer = {"accelerator": "cpu"} | (trainer or {})
         finetune_blocks(run, train, HELD_OUT, BlockwiseSettings(**SETTINGS | settings), trainer)
         return run

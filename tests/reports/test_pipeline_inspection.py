@@ -16,7 +16,7 @@ pytest_plugins = ["tiny_fixtures"]
 @pytest.fixture
 def run(model_folder, tmp_path):
     run = CompressionRun(Checkpoint(str(model_folder())), tmp_path / "run")
-    run.calibrate(random_tokens(4), "dense", 0, 4)
+    run.calibrate(random_tokens(4))
     return run
 
 
@@ -75,7 +75,7 @@ def test_codewords_lie_in_the_plane_of_the_subvectors():
 
 
 def test_limits_bound_what_is_looked_at(run):
-    run.compress(NoWagPruner())
+    compress(run, NoWagPruner())
     limits = Limits(max_blocks=2, linears=("up_proj", "self_attn.q_proj"), max_image_size=7, num_samples=11)
     views = list(inspect_linears(run, limits))
     names = [(view.block, view.name) for view in views]
@@ -86,7 +86,7 @@ def test_limits_bound_what_is_looked_at(run):
 
 
 def test_errors_of_blocks_are_those_of_the_whole_model(run, model_folder):
-    run.compress(NoWagPruner(sparsity=0.8))
+    compress(run, NoWagPruner(sparsity=0.8))
     windows = random_tokens(3, seed=5)
     model = run.model
     errors = block_errors(model, run.compressed().load_block, windows)

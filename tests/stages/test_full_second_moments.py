@@ -3,7 +3,8 @@
 import pytest
 import torch
 from rank_threads import on_ranks
-from test_pipeline_moments import WINDOWS, calibrated, oracle
+from stage_runs import WINDOWS, calibrated, compress
+from test_pipeline_moments import oracle
 from test_pipeline_run import everything
 from tiny_models import artefacts, load_whole
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.run.ranks import Ranks
 from nowag_pl.stages import calibration
-from nowag_pl.stages.hidden import HiddenStream
+from nowag_pl.stages.hidden import HiddenStates
 from nowag_pl.stages.moments import full_second_moments
 
 pytest_plugins = ["tiny_fixtures"]
@@ -23,7 +24,7 @@ QUANTIZER = NoWagQuantizer(4, 32, max_iters=4, update="feedback", rounds=2, refi
 
 
 def gathered(model: StreamedModel, index: int, windows: Tensor, ranks: Ranks):
-    stream, block = HiddenStream(model, ranks.share(windows), 2), model.load_block(index)
+    stream, block = HiddenStates(model, ranks.share(windows), 2), model.load_block(index)
     return full_second_moments(block, lambda: stream.run(block, index), ranks), block
 
 
@@ -88,7 +89,7 @@ def test_lost_block_is_made_again_bit_for_bit(compressor, mode, model_folder, tm
 def test_written_moments_are_mean_squares(mode, model_folder, tmp_path):
     full = everything(model_folder(), tmp_path / "full", PRUNER, mode)
     for index in range(3):
-        for tensor in full.store.read(calibration.STAGE, index)[0].values():
+        for tensor in full.store.read(MOMENTS, index)[0].values():
             assert tensor.dim() == 1
 
 
@@ -103,9 +104,9 @@ def test_matrices_are_gathered_for_those_that_ask(model_folder, tmp_path, monkey
     monkeypatch.setattr(calibration, "gather", noting)
     run = calibrated(model_folder(), tmp_path / "run")
     assert calls == [False] * 3
-    run.compress(NoWagPruner())
+    compress(run, NoWagPruner())
     assert calls == [False] * 3
-    calibrated(model_folder(), tmp_path / "other").compress(PRUNER)
+    compress(calibrated(model_folder(), tmp_path / "other"), PRUNER)
     assert calls == [False] * 6 + [True] * 3
 
 

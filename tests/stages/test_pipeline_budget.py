@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rank_threads import on_ranks
-from test_pipeline_moments import WINDOWS, calibrated
+from stage_runs import WINDOWS, calibrated, compress
 from test_pipeline_run import EVALUATION, CutError, cut_behind
 from tiny_models import artefacts, load_whole
 
@@ -35,7 +35,7 @@ SMALL = Budget([{"codebook_size": 8}, {"codebook_size": 32}], num_sequences=2)
 
 def budgeted(folder, run_dir, compressor=PRUNER, budget=BUDGET, **settings):
     run = calibrated(folder, run_dir, **settings)
-    run.compress(compressor, budget)
+    compress(run, compressor, budget)
     return run
 
 
@@ -105,7 +105,7 @@ def test_bits_stay_within_those_of_the_compressor_and_divergence_under_it(case, 
     compressor, budget = CASES[case]
     run = budgeted(model_folder(), tmp_path / "run", compressor, budget)
     uniform = calibrated(model_folder(), tmp_path / "uniform")
-    uniform.compress(compressor)
+    compress(uniform, compressor)
     assert run.budget["taken"] == "spread"
 
     def bits(each) -> float:
@@ -138,7 +138,7 @@ def test_each_linear_is_what_its_setting_makes_of_it(model_folder, tmp_path):
             assert linear.sparsity == pytest.approx(sparsity, abs=1e-3)
             if sparsity not in by_sparsity:
                 alone = calibrated(model_folder(), tmp_path / title)
-                alone.compress(replace(PRUNER, sparsity=sparsity))
+                compress(alone, replace(PRUNER, sparsity=sparsity))
                 by_sparsity[sparsity] = alone
             assert linear.weight.equal(compression.read_block(by_sparsity[sparsity].store, index)[name].weight)
 
@@ -147,7 +147,7 @@ def test_uniform_is_taken_where_it_diverges_less(model_folder, tmp_path, monkeyp
     monkeypatch.setattr(spreading, "divergences", lambda *_: [0.1, 0.1])
     run = budgeted(model_folder(), tmp_path / "run")
     uniform = calibrated(model_folder(), tmp_path / "uniform")
-    uniform.compress(PRUNER)
+    compress(uniform, PRUNER)
     assert run.budget["taken"] == "uniform"
     assert {row["setting"] for row in run.statistics()} == {"sparsity=0.5"}
     for index in range(len(run.model)):
@@ -205,7 +205,7 @@ def test_other_budgets_are_refused_in_a_run_directory(model_folder, tmp_path):
     with pytest.raises(ValueError, match=r"compression\.budget = .*num_sequences': 5.* not .*num_sequences': 4"):
         budgeted(model_folder(), tmp_path / "run", budget=replace(BUDGET, num_sequences=4))
     with pytest.raises(ValueError, match=r"compression\.budget = .* not None"):
-        calibrated(model_folder(), tmp_path / "run").compress(PRUNER)
+        compress(calibrated(model_folder(), tmp_path / "run"), PRUNER)
 
 
 def test_settings_are_not_mixed_while_it_is_being_decided(model_folder, tmp_path, monkeypatch):
@@ -223,7 +223,7 @@ def test_settings_are_not_mixed_while_it_is_being_decided(model_folder, tmp_path
 def test_other_calibrations_spread_the_bits_of_the_dense_one(mode, model_folder, tmp_path):
     run, dense = (budgeted(model_folder(), tmp_path / name, mode=name) for name in (mode, "dense"))
     uniform = calibrated(model_folder(), tmp_path / "uniform", mode)
-    uniform.compress(PRUNER)
+    compress(uniform, PRUNER)
     for figure in ("bits", "predicted"):
         assert run.budget["spread"][figure] == pytest.approx(dense.budget["spread"][figure], rel=1e-5)
     whole = run.compressed().assemble(), uniform.compressed().assemble(), load_whole(model_folder())
@@ -254,7 +254,7 @@ def test_report_and_page_say_what_was_taken(model_folder, tmp_path):
     assert "sparsity=0.5 everywhere" in page
     assert "spread by sensitivity (taken)" in page
     uniform = calibrated(model_folder(), tmp_path / "uniform")
-    uniform.compress(PRUNER)
+    compress(uniform, PRUNER)
     report = build_report(uniform, {"one": EVALUATION["one"]}, metrics, {"evaluation": 1.0})
     assert report["budget"] is None
     assert "Budget" not in report_page(report)
@@ -266,7 +266,7 @@ def test_preflight_foresees_the_candidates(model_folder, tmp_path, monkeypatch):
     sizes = ModelSizes.of(run.model, QUANTIZER)
     blocks = block_needs.candidate_bytes(run.model, settings)
     needs = block_needs.budget_needs(sizes, blocks, NUM_SEQUENCES, 24, 2)
-    written = [sum(t.nbytes for t in run.store.read(candidates.STAGE, index)[0].values()) for index in range(3)]
+    written = [sum(t.nbytes for t in run.store.read(CANDIDATES, index)[0].values()) for index in range(3)]
     assert blocks == pytest.approx(written, rel=0.01)
     assert needs.disk == sum(blocks) + sizes.compressed
     assert needs.shared_host == 5 * NUM_SEQUENCES * 24 * run.model.hidden_size * 4

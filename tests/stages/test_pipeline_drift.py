@@ -4,7 +4,8 @@ import gc
 
 import pytest
 import torch
-from test_pipeline_moments import WINDOWS, calibrated, moments_of
+from stage_runs import WINDOWS, calibrated, compress
+from test_pipeline_moments import moments_of
 from test_pipeline_run import everything
 from tiny_models import artefacts, copy_model, edit_tensors, load_whole
 from torch import nn
@@ -121,7 +122,7 @@ def tensors(model, layer: int, points: dict[str, tuple[str, str]]):
 def test_compressor_is_given_corrected_weights_and_moments_behind_all_linears_before(model_folder, tmp_path):
     folder, compressor = model_folder("qwen2"), Noting()  # with biases
     run = calibrated(folder, tmp_path / "run", "corrected")
-    run.compress(compressor)
+    compress(run, compressor)
     dense, compressed = load_whole(folder).double(), load_whole(folder).double()
     given = iter(compressor.given)
     for layer in range(3):
@@ -163,7 +164,7 @@ def test_outputs_come_closer_to_the_dense_models(model_folder, tmp_path):
         for compressor in (NoWagPruner(), NoWagQuantizer(4, 32, update="feedback", rounds=2)):
             for mode in ("dense", "corrected"):
                 run = calibrated(folder, tmp_path / f"{type(compressor).__name__}{mode}", mode)
-                run.compress(compressor)
+                compress(run, compressor)
                 actual = run.compressed().assemble().model(WINDOWS).last_hidden_state
                 errors[mode] = float((actual - expected).square().mean())
             assert errors["corrected"] < 0.75 * errors["dense"]
@@ -182,7 +183,7 @@ def test_lost_block_is_made_again_bit_for_bit(compressor, model_folder, tmp_path
 
 def test_statistics_are_those_of_the_dense_weight(model_folder, tmp_path):
     run = calibrated(model_folder(), tmp_path / "run", "corrected")
-    run.compress(NoWagPruner())
+    compress(run, NoWagPruner())
     moments = moments_of(run)
     dense, compressed = load_whole(model_folder()), run.compressed().assemble()
     for row in run.statistics():
@@ -200,14 +201,14 @@ def test_failing_compressor_names_the_linear(name, model_folder, tmp_path):
 
     run = calibrated(model_folder(), tmp_path / "run", "corrected")
     with pytest.raises(ValueError, match=rf"^model\.layers\.0\.{name}: Expected less\.$"):
-        run.compress(Failing())
+        compress(run, Failing())
 
 
 def test_infinite_activation_names_block_and_linear(model_folder, tmp_path):
     folder = copy_model(model_folder(), tmp_path / "model")
     edit_tensors(folder, {"model.layers.1.post_attention_layernorm.weight": torch.full((32,), float("inf"))})
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.gate_proj: .*NaN or infinity"):
-        calibrated(folder, tmp_path / "run", "corrected").compress(NoWagPruner())
+        compress(calibrated(folder, tmp_path / "run", "corrected"), NoWagPruner())
 
 
 def test_dense_weights_are_in_memory_once(model_folder, tmp_path):
@@ -225,8 +226,8 @@ def test_dense_weights_are_in_memory_once(model_folder, tmp_path):
                 seen[len(self.given)] = sum(parameters.values())
             return super().compress(linear, second_moment)
 
-    run.calibrate(WINDOWS, "corrected", 0, 3)
-    run.compress(Watching())
+    run.calibrate(WINDOWS)
+    compress(run, Watching())
     block = sum(p.nbytes for p in run.model.load_block(0).parameters())
     assert seen[7] == block
     assert seen[13] <= 2 * block

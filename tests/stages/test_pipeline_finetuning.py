@@ -23,8 +23,8 @@ COMPRESSORS = {
 @pytest.fixture(params=COMPRESSORS)
 def run(request, model_folder, tmp_path) -> CompressionRun:
     run = CompressionRun(Checkpoint(str(model_folder("qwen2"))), tmp_path / "run")
-    run.calibrate(random_tokens(3), "dense", 0, 3)
-    run.compress(COMPRESSORS[request.param])
+    run.calibrate(random_tokens(3))
+    compress(run, COMPRESSORS[request.param])
     return run
 
 

@@ -6,20 +6,18 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import FAMILIES, copy_model, edit_tensors, load_whole, random_tokens
+from tiny_models import FAMILIES, copy_model, edit_tensors, load_whole
 from torch import Tensor, nn
 
 from nowag_pl import NoWagPruner, SecondMoment
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.run.ranks import Ranks
-from nowag_pl.stages import calibration, compression
+from nowag_pl.stages import compression
 from nowag_pl.stages.compression_run import CompressionRun
-from nowag_pl.stages.hidden import HiddenStream, observed_inputs
+from nowag_pl.stages.hidden import HiddenStates, observed_inputs
 
 pytest_plugins = ["tiny_fixtures"]
-
-WINDOWS = random_tokens(7, seq_len=24)
 
 
 @torch.no_grad()
@@ -42,7 +40,7 @@ def moments_of(run: CompressionRun) -> dict[str, Tensor]:
     return {
         f"{run.model.block_name(index)}.{name}": tensor
         for index in range(len(run.model))
-        for name, tensor in run.store.read(calibration.STAGE, index)[0].items()
+        for name, tensor in run.store.read(MOMENTS, index)[0].items()
     }
 
 
@@ -51,12 +49,6 @@ def assert_equal_moments(actual: dict[str, Tensor], expected: dict[str, Tensor])
     for name, tensor in expected.items():
         assert actual[name].dtype == torch.float32
         torch.testing.assert_close(actual[name].double(), tensor, rtol=2e-6, atol=1e-6)
-
-
-def calibrated(folder, run_dir, mode="dense", batch_size=3, windows=WINDOWS, **settings) -> CompressionRun:
-    run = CompressionRun(Checkpoint(str(folder)), run_dir, **settings)
-    run.calibrate(windows, mode, 0, batch_size)
-    return run
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -77,7 +69,7 @@ def test_batch_size_does_not_matter(model_folder, tmp_path):
 def test_propagated_moments_are_those_behind_the_compressed_prefix(model_folder, tmp_path):
     folder, compressor = model_folder("qwen2"), NoWagPruner(sparsity=0.7)
     run = calibrated(folder, tmp_path / "run", "propagated")
-    run.compress(compressor)
+    compress(run, compressor)
     actual = moments_of(run)
 
     whole = load_whole(folder).double()
@@ -95,7 +87,7 @@ def test_propagated_moments_are_those_behind_the_compressed_prefix(model_folder,
 def test_propagated_and_dense_agree_on_the_first_block_alone(model_folder, tmp_path):
     dense = moments_of(calibrated(model_folder(), tmp_path / "dense"))
     run = calibrated(model_folder(), tmp_path / "propagated", "propagated")
-    run.compress(NoWagPruner(sparsity=0.7))
+    compress(run, NoWagPruner(sparsity=0.7))
     propagated = moments_of(run)
     first = [name for name in dense if name.startswith("model.layers.0.")]
     last = [name for name in dense if name.startswith("model.layers.2.")]
@@ -105,12 +97,12 @@ def test_propagated_and_dense_agree_on_the_first_block_alone(model_folder, tmp_p
 
 def test_propagated_writes_no_moments_before_it_compresses(model_folder, tmp_path):
     run = calibrated(model_folder(), tmp_path / "run", "propagated")
-    assert run.store.missing(calibration.STAGE, 3) == [0, 1, 2]
+    assert run.store.missing(MOMENTS, 3) == [0, 1, 2]
 
 
 def test_metadata_counts_every_token_once(model_folder, tmp_path):
     run = calibrated(model_folder(), tmp_path / "run")
-    assert [run.store.read_metadata(calibration.STAGE, index)["num_tokens"] for index in range(3)] == [7 * 24] * 3
+    assert [run.store.read_metadata(MOMENTS, index)["num_tokens"] for index in range(3)] == [7 * 24] * 3
 
 
 class Alone(Ranks):
@@ -128,7 +120,7 @@ def test_each_rank_takes_its_share_of_the_sequences(model_folder, tmp_path):
     for rank in range(3):
         ranks = Alone(rank, 3)
         run = CompressionRun(Checkpoint(str(folder)), tmp_path / "run", ranks=ranks)
-        stream = HiddenStream(run.model, WINDOWS[ranks.rank :: ranks.world_size], 2)
+        stream = HiddenStates(run.model, WINDOWS[ranks.rank :: ranks.world_size], 2)
         block = run.model.load_block(0)
         with observed_inputs(block) as moments:
             stream.run(block, 0)
@@ -147,11 +139,11 @@ def test_dead_channels_are_told(model_folder, tmp_path, caplog):
     edit_tensors(folder, {"model.layers.1.input_layernorm.weight": norm})
     with caplog.at_level("WARNING", "nowag_pl"):
         run = calibrated(folder, tmp_path / "run")
-    dead = run.store.read_metadata(calibration.STAGE, 1)["dead_channels"]
+    dead = run.store.read_metadata(MOMENTS, 1)["dead_channels"]
     assert dead == {f"self_attn.{name}_proj": 2 for name in "qkv"}
-    assert run.store.read_metadata(calibration.STAGE, 0)["dead_channels"] == {}
+    assert run.store.read_metadata(MOMENTS, 0)["dead_channels"] == {}
     assert "model.layers.1" in caplog.text
-    run.compress(NoWagPruner())  # goes on
+    compress(run, NoWagPruner())  # goes on
     for row in run.statistics():
         assert 0 <= row["loss"] < 1
 
@@ -176,7 +168,7 @@ def test_nan_weight_names_block_and_linear(name, mode, model_folder, tmp_path):
     weight[1, 1] = float("nan")
     edit_tensors(folder, {f"{name}.weight": weight})
     with pytest.raises(ValueError, match=re.escape(name)):
-        calibrated(folder, tmp_path / "run", mode).compress(NoWagPruner())
+        compress(calibrated(folder, tmp_path / "run", mode), NoWagPruner())
 
 
 def test_no_hook_is_left_behind(model_folder):
@@ -190,7 +182,7 @@ def test_no_hook_is_left_behind(model_folder):
 
 def test_no_hook_is_left_behind_after_an_exception(model_folder):
     model = StreamedModel(Checkpoint(str(model_folder())))
-    block, stream = model.load_block(0), HiddenStream(model, WINDOWS, 2)
+    block, stream = model.load_block(0), HiddenStates(model, WINDOWS, 2)
     block.mlp.down_proj.weight = nn.Parameter(torch.zeros(3, 3))
     with pytest.raises(RuntimeError), observed_inputs(block):
         stream.run(block, 0)
@@ -199,7 +191,7 @@ def test_no_hook_is_left_behind_after_an_exception(model_folder):
 
 def test_running_for_hooks_alone_does_not_advance(model_folder):
     model = StreamedModel(Checkpoint(str(model_folder())))
-    stream, block = HiddenStream(model, WINDOWS, 3), model.load_block(0)
+    stream, block = HiddenStates(model, WINDOWS, 3), model.load_block(0)
     before = torch.cat(list(stream.batches()))
     stream.run(block, 0, advance=False)
     assert torch.equal(torch.cat(list(stream.batches())), before)
@@ -225,8 +217,8 @@ def test_at_most_one_block_is_alive(mode, model_folder, tmp_path, monkeypatch):
 
     baseline = count()
     monkeypatch.setattr(StreamedModel, "load_block", counting)
-    run.calibrate(WINDOWS, mode, 0, 3)
-    run.compress(NoWagPruner())
+    run.calibrate(WINDOWS)
+    compress(run, NoWagPruner())
     run.reference({"text": WINDOWS}, 3)
     assert len(alive) >= 8
     assert max(alive) == 1

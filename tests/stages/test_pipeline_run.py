@@ -10,7 +10,8 @@ from math import log
 import pytest
 import torch
 from rank_threads import on_ranks
-from test_pipeline_moments import WINDOWS, Alone, calibrated
+from stage_runs import WINDOWS, calibrated, compress
+from test_pipeline_moments import Alone
 from tiny_models import artefacts, load_whole, random_tokens
 
 from nowag_pl import ArmorCompressor, NoWagPruner, NoWagQuantizer
@@ -18,7 +19,7 @@ from nowag_pl.data.tokens import tokens_digest
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.reports.build import build_report
-from nowag_pl.stages import calibration, compression
+from nowag_pl.stages import compression
 from nowag_pl.stages.compression import read_block
 from nowag_pl.stages.compression_run import CompressionRun
 
@@ -30,7 +31,7 @@ EVALUATION = {"one": random_tokens(5, 24, seed=1), "two": random_tokens(3, 24, s
 
 def everything(folder, run_dir, compressor=QUANTIZER, mode="dense", windows=WINDOWS) -> CompressionRun:
     run = calibrated(folder, run_dir, mode, windows=windows)
-    run.compress(compressor)
+    compress(run, compressor)
     run.reference(EVALUATION, 2)
     return run
 
@@ -124,12 +125,12 @@ def test_global_random_state_does_not_matter(model_folder, tmp_path):
 
 def test_two_ranks_fit_the_factors_that_one_fits(model_folder, tmp_path):
     compressor = ArmorCompressor(block_size=8, max_iters=20)
-    calibrated(model_folder("qwen2"), tmp_path / "one").compress(compressor)
+    compress(calibrated(model_folder("qwen2"), tmp_path / "one"), compressor)
     shutil.copytree(tmp_path / "one" / "moments", tmp_path / "two" / "moments")
     shutil.copy(tmp_path / "one" / "manifest.json", tmp_path / "two")
 
     def compress(ranks):
-        calibrated(model_folder("qwen2"), tmp_path / "two", ranks=ranks).compress(compressor)
+        compress(calibrated(model_folder("qwen2"), tmp_path / "two", ranks=ranks), compressor)
 
     on_ranks(2, compress)
     assert artefacts(tmp_path / "one") == artefacts(tmp_path / "two")
@@ -230,7 +231,7 @@ def test_compressor_of_ones_own_is_taken(model_folder, tmp_path):
             return MaskedLinear(linear.weight, keep, linear.bias)
 
     run = calibrated(model_folder("qwen2"), tmp_path / "run")
-    run.compress(Second())
+    compress(run, Second())
     weight = run.compressed().assemble().model.layers[2].mlp.up_proj.weight
     assert (weight.flatten()[1::2] == 0).all()
     assert (weight.flatten()[::2] != 0).all()
@@ -239,7 +240,7 @@ def test_compressor_of_ones_own_is_taken(model_folder, tmp_path):
 def test_failing_compressor_names_the_linear(model_folder, tmp_path):
     run = calibrated(model_folder(intermediate_size=46), tmp_path / "run")
     with pytest.raises(ValueError, match=r"^model\.layers\.0\.mlp\.down_proj: .*divisible by 4.*46"):
-        run.compress(NoWagPruner(pattern=(2, 4)))
+        compress(run, NoWagPruner(pattern=(2, 4)))
 
 
 def test_assembled_model_holds_what_the_artefacts_hold(model_folder, tmp_path):
@@ -283,7 +284,7 @@ def test_report_numbers_recomputed(compressor, model_folder, tmp_path):
     for row in report["linears"]:
         dense, linear = whole.get_submodule(row["name"]), compressed.get_submodule(row["name"])
         index = int(row["name"].split(".")[2])
-        moment = run.store.read(calibration.STAGE, index)[0][row["name"].split(".", 3)[3]]
+        moment = run.store.read(MOMENTS, index)[0][row["name"].split(".", 3)[3]]
         rows, columns = dense.weight.shape
         assert row["shape"] == [rows, columns]
         assert row["loss"] == pytest.approx(scalar_loss(dense.weight, linear.weight, moment), rel=1e-4)
