@@ -17,7 +17,11 @@ WINDOWS = random_tokens(7, seq_len=24)
 
 
 def plan_of(
-    compressor: Compressor | None = None, mode: CalibrationMode = "dense", batch_size: int = 3, seed: int = 0, **more: Any
+    compressor: Compressor | None = None,
+    mode: CalibrationMode = "dense",
+    batch_size: int = 3,
+    seed: int = 0,
+    **more: Any,
 ) -> Plan:
     """Return a plan that calibrates and compresses; `more` are settings of the compression."""
     calibration = CalibrationSettings(seed=seed, mode=mode, batch_size=batch_size)

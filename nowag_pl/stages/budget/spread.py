@@ -16,8 +16,9 @@ from nowag_pl.run.layout import CANDIDATES, COMPRESSED, DECISION, MOMENTS, SENSI
 from nowag_pl.run.progress import block_progress
 from nowag_pl.run.store import ArtefactStore
 from nowag_pl.stages.assignment import Assignment
+from nowag_pl.stages.backward import head_positions
 from nowag_pl.stages.budget.candidates import Choices, read_bits, write_candidates
-from nowag_pl.stages.budget.sensitivity import head_positions, read_sensitivities, write_sensitivities
+from nowag_pl.stages.budget.sensitivity import read_sensitivities, write_sensitivities
 from nowag_pl.stages.calibration import moment_source
 from nowag_pl.stages.compression import compress
 from nowag_pl.stages.finetuned import load_compressed_block
