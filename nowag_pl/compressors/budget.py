@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nowag_pl.compressors.base import Compressor, Varying, needs_full_second_moment
+from nowag_pl.compressors.base import Compressor
 
 
 @dataclass(frozen=True)
@@ -27,36 +27,13 @@ class Budget:
             raise ValueError(f"Expected compression.budget.num_sequences of at least 1, but got {self.num_sequences}.")
 
 
-@dataclass(frozen=True)
-class Allocation:
-    """A setting for each linear of a model.
-
-    Attributes:
-        settings: the compressor itself and its candidates.
-        selection: for each block, linear to number of its setting.
-    """
-
-    settings: Sequence[Compressor]
-    selection: Sequence[Mapping[str, int]]
-
-    @property
-    def full_second_moment(self) -> bool:
-        """Whether a setting needs the matrix of x x^T."""
-        return any(map(needs_full_second_moment, self.settings))
-
-    def of(self, index: int, name: str) -> Compressor:
-        """Return the method for a linear of a block."""
-        return self.settings[self.selection[index][name]]
-
-
 def settings_of(compressor: Compressor, budget: Budget) -> list[Compressor]:
     """Return the compressor and its candidates, each once.
 
     Raises:
         ValueError: there are none, a candidate has a field that the compressor lacks, or a value is out of its range.
     """
-    offered = compressor.alternatives() if isinstance(compressor, Varying) else []
-    candidates = offered if budget.candidates is None else budget.candidates
+    candidates = compressor.alternatives() if budget.candidates is None else budget.candidates
     if not candidates:
         raise ValueError(
             f"Expected settings among which compression.budget can choose, but {compressor!r} offers none. Give "
@@ -65,30 +42,44 @@ def settings_of(compressor: Compressor, budget: Budget) -> list[Compressor]:
         )
     settings = [compressor]
     for changes in candidates:
-        candidate = _changed(compressor, changes)
+        candidate = changed(compressor, changes, "compression.budget.candidates")
         if candidate not in settings:
             settings.append(candidate)
     return settings
 
 
 def titles(settings: Sequence[Compressor]) -> list[str]:
-    """Return what tells each setting from the others, such as "sparsity=0.4"."""
-    described = [_fields(compressor) for compressor in settings]
+    """Return what tells each setting from the others, such as "sparsity=0.4"; of another method all of it."""
+    kind = type(settings[0])
+    described = [_fields(compressor) for compressor in settings if type(compressor) is kind]
     differing = [name for name in described[0] if any(each[name] != described[0][name] for each in described)]
-    return [", ".join(f"{name}={each[name]}" for name in differing) for each in described]
+    return [
+        ", ".join(f"{name}={getattr(each, name)}" for name in differing) if type(each) is kind else repr(each)
+        for each in settings
+    ]
 
 
-def _changed(compressor: Compressor, changes: dict[str, Any]) -> Compressor:
+def changed(compressor: Compressor, changes: Mapping[str, Any], option: str) -> Compressor:
+    """Return a compressor with other settings.
+
+    Args:
+        compressor: a dataclass.
+        changes: field to value.
+        option: what messages call the changes, such as "compression.budget.candidates".
+
+    Raises:
+        ValueError: the compressor is no dataclass, lacks a field, or a value is out of its range.
+    """
     known = _fields(compressor)
     if unknown := sorted(changes.keys() - known.keys()):
         raise ValueError(
-            f"Expected fields of {type(compressor).__name__} in compression.budget.candidates, which are "
-            f"{', '.join(known)}, but got {', '.join(unknown)}."
+            f"Expected fields of {type(compressor).__name__} in {option}, which are {', '.join(known)}, but got "
+            f"{', '.join(unknown)}."
         )
     try:
         return dataclasses.replace(compressor, **changes)  # type: ignore[type-var]
     except (TypeError, ValueError) as error:
-        raise ValueError(f"compression.budget.candidates: {changes}: {error}") from error
+        raise ValueError(f"{option}: {dict(changes)}: {error}") from error
 
 
 def _fields(compressor: Compressor) -> dict[str, Any]:
