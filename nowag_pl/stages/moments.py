@@ -215,9 +215,9 @@ class Observed:
         self._title = model.block_name(index)
         self._linears = model.linears(index, block)
         self._full = full
-        self._moments: dict[str, SecondMoment] = {}
+        self.moments: dict[str, SecondMoment] = {}
         if not full:
-            self._moments = {name: self._empty(name) for name in self._linears}
+            self.moments = {name: self._empty(name) for name in self._linears}
         # The linear that was called with the same input first, by linear.
         self._leaders: dict[str, str] = {}
         self._input: Tensor | None = None
@@ -245,16 +245,16 @@ class Observed:
             RuntimeError: it shared its input with another linear in an earlier call, and does not now.
         """
         if not self._full:
-            self._moments[name].update(activations)
+            self.moments[name].update(activations)
             return
         if activations is not self._input:
             self._input, self._leader = activations, name
         if self._leaders.setdefault(name, self._leader) != self._leader:
             raise RuntimeError(f"Expected {name} to share its input with {self._leaders[name]} in every call.")
         if self._leader == name:
-            if name not in self._moments:
-                self._moments[name] = self._empty(name)
-            self._moments[name].update(activations)
+            if name not in self.moments:
+                self.moments[name] = self._empty(name)
+            self.moments[name].update(activations)
 
     def compute(self, ranks: Ranks) -> tuple[dict[str, Tensor], int]:
         """Reduce over the ranks, which agree on who shares with whom; all of them must call.
@@ -273,7 +273,7 @@ class Observed:
             if leaders.get(name, name) != name:
                 continue
             # A rank without sequences has seen none.
-            moment = self._moments.get(name) or self._empty(name)
+            moment = self.moments.get(name) or self._empty(name)
             moment.all_reduce()
             num_tokens = int(moment.num_tokens)
             with naming(f"{self._title}.{name}"):

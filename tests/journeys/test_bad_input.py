@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from stage_runs import compress
 from tiny_models import (
     SEQ_LEN,
     Outcome,

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
+from stage_runs import compress
 from tiny_models import artefacts, load_whole, random_tokens
 from torch import nn
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from stage_runs import compress
 from tiny_models import random_tokens
 from torch import nn
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nowag_pl import NoWagPruner, NoWagQuantizer
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
+from nowag_pl.run.layout import MOMENTS
 from nowag_pl.run.ranks import Ranks
 from nowag_pl.stages import calibration
 from nowag_pl.stages.hidden import HiddenStates

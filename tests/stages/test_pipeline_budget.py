@@ -20,6 +20,7 @@ from nowag_pl.pipeline import block_needs
 from nowag_pl.pipeline.sizes import ModelSizes
 from nowag_pl.reports.build import build_report
 from nowag_pl.reports.page import report_page
+from nowag_pl.run.layout import CANDIDATES
 from nowag_pl.stages import compression
 from nowag_pl.stages.budget import candidates, sensitivity
 from nowag_pl.stages.budget import spread as spreading

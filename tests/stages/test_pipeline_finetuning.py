@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from stage_runs import compress
 from tiny_models import random_tokens
 
 from nowag_pl import ArmorCompressor, NoWagPruner, NoWagQuantizer

@@ -6,16 +6,19 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file
+from stage_runs import WINDOWS, calibrated, compress, run_of
 from tiny_models import FAMILIES, copy_model, edit_tensors, load_whole
 from torch import Tensor, nn
 
 from nowag_pl import NoWagPruner, SecondMoment
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
+from nowag_pl.run.layout import MOMENTS
 from nowag_pl.run.ranks import Ranks
 from nowag_pl.stages import compression
 from nowag_pl.stages.compression_run import CompressionRun
-from nowag_pl.stages.hidden import HiddenStates, observed_inputs
+from nowag_pl.stages.hidden import HiddenStates
+from nowag_pl.stages.moments import Observed
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -119,12 +122,12 @@ def test_each_rank_takes_its_share_of_the_sequences(model_folder, tmp_path):
     folder, total = model_folder(), {}
     for rank in range(3):
         ranks = Alone(rank, 3)
-        run = CompressionRun(Checkpoint(str(folder)), tmp_path / "run", ranks=ranks)
-        stream = HiddenStates(run.model, WINDOWS[ranks.rank :: ranks.world_size], 2)
+        run = run_of(folder, tmp_path / "run", ranks=ranks)
+        states = HiddenStates(run.model, WINDOWS[ranks.rank :: ranks.world_size], 2)
         block = run.model.load_block(0)
-        with observed_inputs(block) as moments:
-            stream.run(block, 0)
-        for name, moment in moments.items():
+        with (observed := Observed(run.model, block, 0, full=False)):
+            states.run(block, 0)
+        for name, moment in observed.moments.items():
             total.setdefault(name, SecondMoment(len(moment.total))).merge(moment)
     expected = oracle(load_whole(folder), WINDOWS)
     first = {name.removeprefix("model.layers.0."): t for name, t in expected.items() if ".layers.0." in name}
@@ -174,9 +177,9 @@ def test_nan_weight_names_block_and_linear(name, mode, model_folder, tmp_path):
 def test_no_hook_is_left_behind(model_folder):
     model = StreamedModel(Checkpoint(str(model_folder())))
     block = model.load_block(0)
-    with observed_inputs(block) as moments:
+    with (observed := Observed(model, block, 0, full=False)):
         assert all(module._forward_pre_hooks for module in block.modules() if isinstance(module, nn.Linear))
-    assert len(moments) == 7
+    assert len(observed.moments) == 7
     assert not any(module._forward_pre_hooks for module in block.modules())
 
 
@@ -184,7 +187,7 @@ def test_no_hook_is_left_behind_after_an_exception(model_folder):
     model = StreamedModel(Checkpoint(str(model_folder())))
     block, stream = model.load_block(0), HiddenStates(model, WINDOWS, 2)
     block.mlp.down_proj.weight = nn.Parameter(torch.zeros(3, 3))
-    with pytest.raises(RuntimeError), observed_inputs(block):
+    with pytest.raises(RuntimeError), Observed(model, block, 0, full=False):
         stream.run(block, 0)
     assert not any(module._forward_pre_hooks for module in block.modules())
 
@@ -202,7 +205,7 @@ def test_running_for_hooks_alone_does_not_advance(model_folder):
 @pytest.mark.parametrize("mode", ["dense", "propagated"])
 def test_at_most_one_block_is_alive(mode, model_folder, tmp_path, monkeypatch):
     """Count the blocks with weights at the moment when another one is read."""
-    run = CompressionRun(Checkpoint(str(model_folder(num_blocks=4))), tmp_path / "run")
+    run = run_of(model_folder(num_blocks=4), tmp_path / "run", mode=mode)
     kind, load, alive = type(run.model.blocks[0]), StreamedModel.load_block, []
 
     def count() -> int:

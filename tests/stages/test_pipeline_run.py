@@ -20,6 +20,7 @@ from nowag_pl.data.tokens import tokens_digest
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.reports.build import build_report
+from nowag_pl.run.layout import MOMENTS
 from nowag_pl.stages import compression
 from nowag_pl.stages.compression import read_block
 from nowag_pl.stages.compression_run import CompressionRun
