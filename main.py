@@ -38,7 +38,6 @@ from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.preemption import Preemption, begin, received_signal
 from nowag_pl.lit.trainer import CHECKPOINT, CompressionTrainer, check_checkpoint
 from nowag_pl.reports.compare import compare
-from nowag_pl.stages.compression import describe
 
 CALLBACKS = {
     "preflight": ModelPreflight,
@@ -159,8 +158,8 @@ def _method_name(class_path: str, settings: dict[str, Any]) -> str:
     module, _, name = class_path.rpartition(".")
     make = getattr(import_module(module), name)
     try:
-        defaults, chosen = describe(make()), describe(make(**settings))
-    except (TypeError, ValueError):  # settings that do not fit are refused where they are used
+        defaults, chosen = make().describe(), make(**settings).describe()
+    except (AttributeError, TypeError, ValueError):  # settings that do not fit are refused where they are used
         defaults, chosen = {}, settings
     changed = {key: value for key, value in chosen.items() if value is not None and value != defaults.get(key)}
     return "-".join([name, *(f"{key}_{value}" for key, value in changed.items())])

@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.prose_llama import BATCH, KL_WINDOWS, NUM_SEQUENCES, SEQ_LEN, compressed_copy, evaluate
-from nowag_pl.compressors import Compressor, NoWagPruner, NoWagQuantizer, needs_full_second_moment
+from nowag_pl.compressors import Compressor, NoWagPruner, NoWagQuantizer
 from nowag_pl.compressors.budget import Budget
 from nowag_pl.data.python_docs import python_docs
 from nowag_pl.data.tokens import random_windows, tokenize, whole_windows
@@ -139,7 +139,7 @@ def measure_model(name: str, args: argparse.Namespace, console: Console) -> None
             for line in [line for line in lines if chosen and (line == "plain" or line in chosen)]:
                 compressor, mode, budget = lines[line]
                 if mode == "dense" and budget is None:
-                    moments = matrices if needs_full_second_moment(compressor) else squares
+                    moments = matrices if compressor.full_second_moment else squares
                     result, loss, seconds = compressed_copy(model, compressor, moments)
                 else:
                     result, loss, seconds = compressed_run(checkpoint, lines[line], drawn, seed)

@@ -7,12 +7,12 @@ from math import ceil
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from tiny_models import ROOT
 
 import main as command_line
 from nowag_pl import ArmorCompressor, MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner
-from nowag_pl.compressors.base import working_bytes
 from nowag_pl.compressors.budget import Budget
 from nowag_pl.data.sources import HubDataset
 from nowag_pl.pipeline import block_needs
@@ -263,7 +263,8 @@ def test_recipe_tells_the_memory_and_disk_of_the_formulas(recipe):
     quantizer, pruner = METHODS["nowag_vq_2bit_d7" if recipe.endswith("70b") else "nowag_vq_2bit"], NoWagPruner()
 
     def sizes(compressor) -> ModelSizes:
-        bits = [compressor.expected_bits_per_weight(shape, 16) * shape[0] * shape[1] for shape in shapes]
+        made = [compressor.empty(shape, torch.bfloat16) for shape in shapes]
+        bits = [each.bits_per_weight * rows * columns for each, (rows, columns) in zip(made, shapes, strict=True)]
         return ModelSizes(
             num_blocks=num_blocks,
             hidden=hidden,
@@ -277,8 +278,8 @@ def test_recipe_tells_the_memory_and_disk_of_the_formulas(recipe):
             compressed=round(num_blocks * sum(bits) / 8),
             others=2 * 2 * hidden * num_blocks,
             moments=4 * num_blocks * sum(columns for _, columns in shapes),
-            restoring=compressor.working_bytes_per_weight / 2,
-            compressing=max(working_bytes(compressor, shape) for shape in shapes),
+            restoring=max(each.restoring_bytes / (each.in_features * each.out_features) for each in made),
+            compressing=max(compressor.working_bytes(shape) for shape in shapes),
             full_moments=0,
         )
 

@@ -1,7 +1,7 @@
 """Compression methods: one linear in, one compressed module out."""
 
 from nowag_pl.compressors.armor import ArmorCompressor
-from nowag_pl.compressors.base import Compressor, needs_full_second_moment
+from nowag_pl.compressors.base import Compressor
 from nowag_pl.compressors.baselines import MagnitudePruner, WandaPruner
 from nowag_pl.compressors.nowag import NoWagPruner, NoWagQuantizer
 
@@ -12,5 +12,4 @@ __all__ = [
     "NoWagPruner",
     "NoWagQuantizer",
     "WandaPruner",
-    "needs_full_second_moment",
 ]

@@ -1,24 +1,23 @@
 """ARMOR (arXiv:2510.05528): a 2:4 core between two block-diagonal factors."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from nowag_pl.compressors.base import check_inputs
+from nowag_pl.compressors.base import Compressor, check_inputs, empty_settings
 from nowag_pl.functional.armor.block_diagonal import largest_block
 from nowag_pl.functional.armor.fit import Selection, fit_armor
 from nowag_pl.functional.armor.groups import supports_of
 from nowag_pl.functional.armor.objective import ArmorTarget, identity_factors
 from nowag_pl.functional.normalization import Normalized, normalize
 from nowag_pl.functional.pruning import check_pattern, check_row, keep_n_of_m, nowag_scores
-from nowag_pl.functional.storage.bits import armor_bits_per_weight
 from nowag_pl.modules import ArmorLinear
 
 
 @dataclass(frozen=True)
-class ArmorCompressor:
+class ArmorCompressor(Compressor):
     """ARMOR: `A S B` for the normalised weight, fitted from NoWag-P's N:M result by block coordinate descent.
 
     Args:
@@ -44,8 +43,6 @@ class ArmorCompressor:
     selection: Selection = "gradient"
     weighting: Literal["normalized", "output"] = "normalized"
     seed: int = 0
-    working_bytes_per_weight: ClassVar[float] = 64  # factors, gradients, Adam's moments, residuals and products
-    gradient_bytes_per_weight: ClassVar[float] = 5.5  # the core in float32, its mask, factors in 16 bits
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -75,12 +72,19 @@ class ArmorCompressor:
             largest_block(shape[1], self.block_size, multiple_of=self.pattern[1]),
         )
 
-    def expected_bits_per_weight(self, shape: tuple[int, int], value_bits: int) -> float:
-        """Return the storage of a fitted linear; see :class:`~nowag_pl.compressors.base.Foreseeing`."""
-        return armor_bits_per_weight(shape, *self.block_sizes(shape), self.pattern)
+    def empty(self, shape: tuple[int, int], dtype: torch.dtype, bias: bool = False) -> ArmorLinear:
+        """Return the fitted linear without values; see :class:`~nowag_pl.compressors.base.Compressor`."""
+        out_block, in_block = self.block_sizes(shape)
+        own = {"out_block": out_block, "in_block": in_block, "pattern": self.pattern}
+        with torch.device("meta"):
+            return ArmorLinear.empty({**empty_settings(shape, dtype, bias), **own})
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """Return the memory of factors, gradients, Adam's moments, residuals and products, in bytes."""
+        return 64 * shape[0] * shape[1]
 
     @torch.no_grad()
-    def compress(self, linear: nn.Linear, second_moment: Tensor) -> nn.Module:
+    def compress(self, linear: nn.Linear, second_moment: Tensor) -> ArmorLinear:
         """Fit one linear; see :class:`~nowag_pl.compressors.base.Compressor`."""
         check_inputs(linear, second_moment)
         sizes = self.block_sizes((linear.out_features, linear.in_features))

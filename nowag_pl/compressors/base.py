@@ -1,111 +1,103 @@
-"""The one contract of a compression method."""
+"""The base of every compression method."""
 
-from math import ceil
-from typing import Any, Protocol, runtime_checkable
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nowag_pl.functional.chunks import row_chunks
 from nowag_pl.functional.moments import mean_squares
+from nowag_pl.modules import CompressedLinear
+from nowag_pl.modules.compressed.base import dtype_name
+
+# Memory of a full second moment for each pair of inputs: H, H damped, and its factor or eigenvectors, made in float64.
+_FULL_BYTES_PER_PAIR = 48
+# Copies of the weight while kept weights or codes are fitted to its output.
+_FULL_BYTES_PER_WEIGHT = 48
 
 
-@runtime_checkable
-class Compressor(Protocol):
-    """Anything that turns a linear into a smaller one. Its `repr` names it in manifests and reports."""
+class Compressor(ABC):
+    """A method that turns a linear into a smaller one. Its `repr` names it in manifests and reports.
 
-    def compress(self, linear: nn.Linear, second_moment: Tensor) -> nn.Module:
+    Only :meth:`compress` must be written. The other members have defaults that hold for any method; a method that
+    knows better says so, and estimates of memory, disk and bits become exact.
+    """
+
+    @property
+    def full_second_moment(self) -> bool:
+        """Whether :meth:`compress` needs the matrix of x x^T, `[in, in]`, instead of mean squares."""
+        return False
+
+    @abstractmethod
+    def compress(self, linear: nn.Linear, second_moment: Tensor) -> CompressedLinear:
         """Compress one linear, which is left as it is.
 
         Args:
             linear: dense linear `[out, in]`, with or without bias.
-            second_moment: mean of the squared input of each column, `[in]`, float32.
-
-        Returns:
-            A :class:`~nowag_pl.modules.CompressedLinear`.
+            second_moment: mean of the squared input of each column, `[in]`, float32; the mean of x x^T, `[in, in]`,
+                where :attr:`full_second_moment` asks for it.
 
         Raises:
             ValueError: a weight or moment is not finite, or the settings do not fit the shape.
         """
 
+    def empty(self, shape: tuple[int, int], dtype: torch.dtype, bias: bool = False) -> CompressedLinear | None:
+        """Return the module that :meth:`compress` makes of a linear, on the meta device and without values.
 
-@runtime_checkable
-class Foreseeing(Protocol):
-    """A compressor that tells before it has seen a weight what it will make; not all do."""
-
-    working_bytes_per_weight: float
-    """Memory of a compression beside the linear and its result, in bytes per weight."""
-
-    def expected_bits_per_weight(self, shape: tuple[int, int], value_bits: int) -> float:
-        """Return the storage of a compressed linear.
+        Its `bits_per_weight`, `storage_bytes`, parameters and needs of memory are those of the result.
 
         Args:
             shape: (out, in).
-            value_bits: bits of a dense weight.
+            dtype: type of the dense weight.
+            bias: whether the linear has a bias.
+
+        Returns:
+            None where the module cannot be told before the weights are seen.
 
         Raises:
             ValueError: the settings do not fit the shape.
         """
+        return None
 
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """Return the memory that compressing one linear takes beside the linear and its result, in bytes.
 
-@runtime_checkable
-class Varying(Protocol):
-    """A compressor that offers settings among which a budget can choose; not all do."""
+        Args:
+            shape: (out, in).
+        """
+        return 32 * shape[0] * shape[1] + self.full_moment_bytes(shape)
+
+    def full_moment_bytes(self, shape: tuple[int, int]) -> int:
+        """Return the part of :meth:`working_bytes` that full second moments cause; 0 where they are not needed.
+
+        Args:
+            shape: (out, in).
+        """
+        rows, columns = shape
+        return self.full_second_moment * (_FULL_BYTES_PER_PAIR * columns**2 + _FULL_BYTES_PER_WEIGHT * rows * columns)
 
     def alternatives(self) -> list[dict[str, Any]]:
-        """Return fields and values, in which each alternative differs from this compressor; none if there is none."""
+        """Return other settings that a budget may choose, each as the fields that differ from this compressor's."""
+        return []
+
+    def describe(self) -> dict[str, Any]:
+        """Return class name and settings as JSON values, for the manifest."""
+        settings = dataclasses.asdict(self) if dataclasses.is_dataclass(self) else dict(vars(self))
+        return {"compressor": type(self).__name__, **settings}
 
 
-UNKNOWN_WORKING_BYTES = 32.0
-UNKNOWN_GRADIENT_BYTES = 16.0
-_FULL_BYTES_PER_PAIR = 48.0  # of inputs: H, damped, its factor or eigenvectors, made in float64
-_FULL_BYTES_PER_WEIGHT = 48.0  # copies of the weight while kept weights or codes are fitted to its output
-
-
-def expected_bits_per_weight(compressor: Compressor, shape: tuple[int, int], value_bits: int) -> float:
-    """Return what a compressor foresees, or the bits of a dense weight where it does not.
-
-    Raises:
-        ValueError: its settings do not fit the shape.
-    """
-    return compressor.expected_bits_per_weight(shape, value_bits) if isinstance(compressor, Foreseeing) else value_bits
-
-
-def working_bytes_per_weight(compressor: Compressor) -> float:
-    """Return what a compressor foresees, or 32 where it does not."""
-    return compressor.working_bytes_per_weight if isinstance(compressor, Foreseeing) else UNKNOWN_WORKING_BYTES
-
-
-def num_values(compressor: Compressor, shape: tuple[int, int]) -> int:
-    """Return how many values a compressed linear has to train; where it is not told, as many as 16 bits each allow."""
-    told = getattr(compressor, "num_values", None)
-    if told is not None:
-        return int(told(shape))
-    return ceil(expected_bits_per_weight(compressor, shape, 16) / 16 * shape[0] * shape[1])
-
-
-def gradient_bytes_per_weight(compressor: object) -> float:
-    """Return what a linear keeps of each restored weight for the gradients of its values; 16 where it is not told."""
-    return float(getattr(compressor, "gradient_bytes_per_weight", UNKNOWN_GRADIENT_BYTES))
-
-
-def working_bytes(compressor: Compressor, shape: tuple[int, int]) -> int:
-    """Return the memory of compressing one linear beside it and its result.
+def empty_settings(shape: tuple[int, int], dtype: torch.dtype, bias: bool) -> dict[str, Any]:
+    """Return the settings that the empty modules of all methods share.
 
     Args:
-        compressor: the method.
-        shape: (out, in); full second moments are `[in, in]`.
+        shape: (out, in).
+        dtype: type of the dense weight, and of its bias.
+        bias: whether there is one.
     """
-    rows, columns = shape
-    total = working_bytes_per_weight(compressor) * rows * columns
-    if needs_full_second_moment(compressor):
-        total += _FULL_BYTES_PER_PAIR * columns**2 + _FULL_BYTES_PER_WEIGHT * rows * columns
-    return round(total)
-
-
-def needs_full_second_moment(compressor: object) -> bool:
-    """Return whether a compressor must be given the matrix `[in, in]`."""
-    return bool(getattr(compressor, "full_second_moment", False))
+    name = dtype_name(dtype)
+    return {"in_features": shape[1], "out_features": shape[0], "bias": name if bias else None, "dtype": name}
 
 
 def check_inputs(linear: nn.Linear, second_moment: Tensor, full: bool = False) -> None:

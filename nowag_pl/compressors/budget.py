@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nowag_pl.compressors.base import Compressor, Varying, needs_full_second_moment
+from nowag_pl.compressors.base import Compressor
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Allocation:
     @property
     def full_second_moment(self) -> bool:
         """Whether a setting needs the matrix of x x^T."""
-        return any(map(needs_full_second_moment, self.settings))
+        return any(setting.full_second_moment for setting in self.settings)
 
     def of(self, index: int, name: str) -> Compressor:
         """Return the method for a linear of a block."""
@@ -55,8 +55,7 @@ def settings_of(compressor: Compressor, budget: Budget) -> list[Compressor]:
     Raises:
         ValueError: there are none, a candidate has a field that the compressor lacks, or a value is out of its range.
     """
-    offered = compressor.alternatives() if isinstance(compressor, Varying) else []
-    candidates = offered if budget.candidates is None else budget.candidates
+    candidates = compressor.alternatives() if budget.candidates is None else budget.candidates
     if not candidates:
         raise ValueError(
             f"Expected settings among which compression.budget can choose, but {compressor!r} offers none. Give "

@@ -7,13 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nowag_pl.compressors.base import check_inputs
+from nowag_pl.compressors.base import Compressor, check_inputs, empty_settings
 from nowag_pl.compressors.pruner import Pruner
 from nowag_pl.functional.alternating import alternating_keep
 from nowag_pl.functional.moments import damped_inverse_factor, mean_squares
 from nowag_pl.functional.normalization import norms
 from nowag_pl.functional.pruning import keep_structured, normalized_scores
-from nowag_pl.functional.storage.bits import vector_quantized_bits_per_weight
 from nowag_pl.functional.vq.feedback import refine
 from nowag_pl.functional.vq.kmeans import check_num_codewords, weighted_kmeans
 from nowag_pl.functional.vq.quantized import Quantized, SubvectorWeights, normalized_subvectors, subvectors
@@ -63,7 +62,7 @@ class NoWagPruner(Pruner):
         return self.update is not None
 
     @torch.no_grad()
-    def compress(self, linear: nn.Linear, second_moment: Tensor) -> nn.Module:
+    def compress(self, linear: nn.Linear, second_moment: Tensor) -> MaskedLinear:
         """Prune one linear; see :class:`~nowag_pl.compressors.base.Compressor`."""
         if self.update is None:
             return super().compress(linear, second_moment)
@@ -97,7 +96,7 @@ class NoWagPruner(Pruner):
 
 
 @dataclass(frozen=True)
-class NoWagQuantizer:
+class NoWagQuantizer(Compressor):
     """NoWag-VQ: weighted k-means over subvectors of the rows of the normalised weight.
 
     Args:
@@ -152,27 +151,19 @@ class NoWagQuantizer:
         """Whether the matrix of x x^T is needed."""
         return self.update is not None or self.refit_scales
 
-    @property
-    def working_bytes_per_weight(self) -> float:
-        """Points in float32, 1 byte for work in chunks, and for each subvector a distance and up to 4 codes."""
-        return 5 + 20 / self.subvector_dim
-
-    @property
-    def gradient_bytes_per_weight(self) -> float:
-        """The codewords, these times a scale, and the weight, in float32; the codes."""
-        return 12 + 4 / self.subvector_dim
-
-    def expected_bits_per_weight(self, shape: tuple[int, int], value_bits: int) -> float:
-        """Return the storage of a quantized linear; see :class:`~nowag_pl.compressors.base.Foreseeing`."""
+    def empty(self, shape: tuple[int, int], dtype: torch.dtype, bias: bool = False) -> VQLinear:
+        """Return the quantized linear without values; see :class:`~nowag_pl.compressors.base.Compressor`."""
         check_num_codewords(self.codebook_size, shape[0] * ceil(shape[1] / self.subvector_dim))
-        return vector_quantized_bits_per_weight(shape, self.subvector_dim, self.codebook_size)
+        own = {"subvector_dim": self.subvector_dim, "codebook_size": self.codebook_size}
+        with torch.device("meta"):
+            return VQLinear.empty({**empty_settings(shape, dtype, bias), **own})
 
-    def num_values(self, shape: tuple[int, int]) -> int:
-        """Return how many values of a quantized linear `(out, in)` can be trained: codewords and both scales."""
-        return self.codebook_size * self.subvector_dim + sum(shape)
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """Return the memory of points in float32, a distance and up to 4 codes of each subvector, and of chunks."""
+        return round((5 + 20 / self.subvector_dim) * shape[0] * shape[1]) + self.full_moment_bytes(shape)
 
     def alternatives(self) -> list[dict[str, Any]]:
-        """Return other codebooks, none larger; see :class:`~nowag_pl.compressors.base.Varying`.
+        """Return other codebooks, none larger.
 
         For this and the next two smaller lengths of a codeword, three sizes, each half of the one before, that cost at
         most one bit per weight more.
@@ -185,7 +176,7 @@ class NoWagQuantizer:
         return [each for each in others if replace(self, **each) != self]
 
     @torch.no_grad()
-    def compress(self, linear: nn.Linear, second_moment: Tensor) -> nn.Module:
+    def compress(self, linear: nn.Linear, second_moment: Tensor) -> VQLinear:
         """Quantize one linear; see :class:`~nowag_pl.compressors.base.Compressor`."""
         check_inputs(linear, second_moment, self.full_second_moment)
         quantized = self._quantize(linear, mean_squares(second_moment))

@@ -1,13 +1,13 @@
 """What the pruning methods share: settings, checks, and the module that they make."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nowag_pl.compressors.base import check_inputs
+from nowag_pl.compressors.base import Compressor, check_inputs, empty_settings
 from nowag_pl.functional.moments import mean_squares
 from nowag_pl.functional.pruning import (
     check_pattern,
@@ -16,14 +16,13 @@ from nowag_pl.functional.pruning import (
     keep_largest,
     keep_n_of_m,
 )
-from nowag_pl.functional.storage.bits import masked_bits_per_weight
 from nowag_pl.modules import MaskedLinear
 
 DEFAULT_SPARSITY = 0.5
 
 
 @dataclass(frozen=True)
-class Pruner(ABC):
+class Pruner(Compressor):
     """Remove the weights with the smallest scores.
 
     Args:
@@ -33,8 +32,6 @@ class Pruner(ABC):
 
     sparsity: float | None = None
     pattern: tuple[int, int] | None = None
-    working_bytes_per_weight: ClassVar[float] = 8  # scores in float32, the mask, intermediate results
-    gradient_bytes_per_weight: ClassVar[float] = 5  # the weight in float32, the mask
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -56,17 +53,23 @@ class Pruner(ABC):
             check_sparsity(self.sparsity)
 
     @torch.no_grad()
-    def compress(self, linear: nn.Linear, second_moment: Tensor) -> nn.Module:
+    def compress(self, linear: nn.Linear, second_moment: Tensor) -> MaskedLinear:
         """Prune one linear; see :class:`~nowag_pl.compressors.base.Compressor`."""
         check_inputs(linear, second_moment)
         keep = self.keep(self.scores(linear.weight, mean_squares(second_moment).to(linear.weight.device)))
         return MaskedLinear(linear.weight, keep, linear.bias, self.pattern)
 
-    def expected_bits_per_weight(self, shape: tuple[int, int], value_bits: int) -> float:
-        """Return the storage of a pruned linear; see :class:`~nowag_pl.compressors.base.Foreseeing`."""
+    def empty(self, shape: tuple[int, int], dtype: torch.dtype, bias: bool = False) -> MaskedLinear:
+        """Return the pruned linear without values; see :class:`~nowag_pl.compressors.base.Compressor`."""
         if self.pattern is not None:
             check_row(shape[1], self.pattern)
-        return masked_bits_per_weight(shape, self.num_kept(shape), value_bits, self.pattern)
+        own = {"num_kept": self.num_kept(shape), "pattern": self.pattern}
+        with torch.device("meta"):
+            return MaskedLinear.empty({**empty_settings(shape, dtype, bias), **own})
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """Return the memory of scores in float32, the mask and intermediate results, in bytes."""
+        return 8 * shape[0] * shape[1] + self.full_moment_bytes(shape)
 
     def num_kept(self, shape: tuple[int, int]) -> int:
         """Return how many weights of a linear `(out, in)` stay."""
@@ -76,12 +79,8 @@ class Pruner(ABC):
         assert self.sparsity is not None
         return num_weights - round(self.sparsity * num_weights)
 
-    def num_values(self, shape: tuple[int, int]) -> int:
-        """Return how many values of a pruned linear `(out, in)` can be trained."""
-        return self.num_kept(shape)
-
     def alternatives(self) -> list[dict[str, Any]]:
-        """Return other sparsities, up to 0.3 away; see :class:`~nowag_pl.compressors.base.Varying`."""
+        """Return other sparsities, up to 0.3 away, in steps of 0.1."""
         if self.sparsity is None:
             return []  # a pattern
         others = (round(self.sparsity + step / 10, 6) for step in (-3, -2, -1, 1, 2, 3))

@@ -11,9 +11,8 @@ from itertools import product
 from typing import Literal
 
 from nowag_pl.compressors import Compressor
-from nowag_pl.compressors.base import expected_bits_per_weight
 from nowag_pl.models.streaming import StreamedModel
-from nowag_pl.pipeline.sizes import ModelSizes
+from nowag_pl.pipeline.sizes import ModelSizes, compressed_bytes
 
 CHUNK_BYTES = 2**27  # intermediate results of work in chunks; distances of a chunk of points
 MEASURED_TOKENS = 4096  # whose logits are in memory together; 2 GB in float32 for a vocabulary of 128,000
@@ -122,13 +121,13 @@ def candidate_bytes(model: StreamedModel, settings: Sequence[Compressor]) -> lis
         model: a model whose weights need not be in memory.
         settings: the compressor itself and its candidates.
     """
-    value_bits, blocks = 8 * model.checkpoint.dtype.itemsize, []
+    blocks = []
     for index in range(len(model)):
         size = 0.0
         for linear, compressor in product(model.linears(index).values(), settings):
             with suppress(ValueError):
-                bits = expected_bits_per_weight(compressor, (linear.out_features, linear.in_features), value_bits)
-                size += bits / 8 * linear.weight.numel()
+                made = compressor.empty((linear.out_features, linear.in_features), model.checkpoint.dtype)
+                size += compressed_bytes(made, linear)
         blocks.append(round(size))
     return blocks
 

@@ -6,16 +6,6 @@ from typing import cast
 from torch import nn
 
 from nowag_pl.compressors import Compressor
-from nowag_pl.compressors.base import (
-    UNKNOWN_GRADIENT_BYTES,
-    UNKNOWN_WORKING_BYTES,
-    expected_bits_per_weight,
-    gradient_bytes_per_weight,
-    needs_full_second_moment,
-    num_values,
-    working_bytes,
-    working_bytes_per_weight,
-)
 from nowag_pl.models.assembly import empty_like_described
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel, find_blocks
@@ -77,23 +67,28 @@ class ModelSizes:
         shapes: list[tuple[int, int]] = []
         blocks: list[int] = []
         compressed: list[int] = []
-        others, full_moments = 0, 0
+        others, full_moments, values = 0, 0, 0
+        keeping = restoring = 0.0
         for index, block in enumerate(model.blocks):
             linears, size = model.linears(index), 0.0
             for name, linear in linears.items():
                 shape = (linear.out_features, linear.in_features)
                 try:
-                    bits = expected_bits_per_weight(compressor, shape, 8 * itemsize)
+                    made = compressor.empty(shape, model.checkpoint.dtype)
                 except ValueError as error:
                     raise ValueError(f"{model.block_name(index)}.{name}: {error}") from error
                 shapes.append(shape)
-                size += bits / 8 * linear.weight.numel()
+                size += compressed_bytes(made, linear)
+                values += linear.weight.numel() if made is None else sum(each.numel() for each in made.parameters())
+                keeping += 16 * linear.weight.numel() if made is None else made.gradient_bytes
+                per_weight = 16.0 if made is None else made.restoring_bytes / linear.weight.numel()
+                restoring = max(restoring, per_weight)
             whole = sum(parameter.numel() for parameter in block.parameters()) * itemsize
             rest = whole - sum(linear.weight.numel() for linear in linears.values()) * itemsize
             blocks.append(whole)
             compressed.append(round(size))
             others += rest
-            if needs_full_second_moment(compressor):  # linears may share theirs, which shapes do not tell
+            if compressor.full_second_moment:  # linears may share theirs, which shapes do not tell
                 full_moments = max(full_moments, sum(linear.in_features**2 for linear in linears.values()))
         return cls(
             num_blocks=len(blocks),
@@ -108,12 +103,12 @@ class ModelSizes:
             compressed=sum(compressed),
             others=others,
             moments=4 * sum(columns for _, columns in shapes),
-            restoring=working_bytes_per_weight(compressor) / 2,
-            compressing=max(working_bytes(compressor, shape) for shape in shapes),
+            restoring=restoring,
+            compressing=max(compressor.working_bytes(shape) for shape in shapes),
             full_moments=full_moments,
             weights=sum(rows * columns for rows, columns in shapes),
-            values=sum(num_values(compressor, shape) for shape in shapes),
-            keeping=gradient_bytes_per_weight(compressor),
+            values=values,
+            keeping=keeping / sum(rows * columns for rows, columns in shapes),
         )
 
     @classmethod
@@ -148,12 +143,12 @@ class ModelSizes:
             compressed=sum(linear.storage_bytes for linear in made),
             others=(block_values - compressed_values) * itemsize,
             moments=0,
-            restoring=UNKNOWN_WORKING_BYTES / 4,
+            restoring=max((each.restoring_bytes / _num_weights(each) for each in made), default=0.0),
             compressing=0,
             full_moments=0,
-            weights=sum(linear.in_features * linear.out_features for linear in made),
+            weights=sum(map(_num_weights, made)),
             values=compressed_values,
-            keeping=UNKNOWN_GRADIENT_BYTES,
+            keeping=sum(linear.gradient_bytes for linear in made) / max(sum(map(_num_weights, made)), 1),
         )
 
     @property
@@ -168,3 +163,12 @@ class ModelSizes:
     def activations(self, num_tokens: int) -> int:
         """Return what a block holds beside its weights while that many tokens pass it."""
         return num_tokens * (4 * self.itemsize * self.hidden + (3 * self.itemsize + 8) * self.widest)
+
+
+def compressed_bytes(made: CompressedLinear | None, linear: nn.Linear) -> float:
+    """Return the size of a compressed linear without its bias; that of the dense one where it cannot be told."""
+    return linear.weight.nbytes if made is None else made.bits_per_weight / 8 * linear.weight.numel()
+
+
+def _num_weights(linear: CompressedLinear) -> int:
+    return linear.in_features * linear.out_features

@@ -1,7 +1,6 @@
 """Compression: every linear of every block by one method, a block at a time."""
 
 import copy
-import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nowag_pl.compressors import Compressor, needs_full_second_moment
+from nowag_pl.compressors import Compressor
 from nowag_pl.compressors.budget import Allocation
 from nowag_pl.functional.correction import corrected_weight
 from nowag_pl.functional.moments import mean_squares
@@ -27,12 +26,6 @@ from nowag_pl.stages.hidden import HiddenStream
 
 STAGE = "compressed"
 Results = dict[str, tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]]  # storage, description, statistics
-
-
-def describe(compressor: Compressor) -> dict[str, Any]:
-    """Return class name and settings of a compressor as JSON values, for the manifest."""
-    settings = dataclasses.asdict(compressor) if dataclasses.is_dataclass(compressor) else dict(vars(compressor))
-    return {"compressor": type(compressor).__name__, **settings}
 
 
 def compress(
@@ -93,7 +86,7 @@ def _process_block(
         if stream is None:
             moments, _ = store.read(calibration.STAGE, index)
         else:
-            full = needs_full_second_moment(compressor)
+            full = compressor.full_second_moment
             moments = calibration.calibrate_block(model, stream, block, index, store, advance=False, full=full)
         _compress_block(model, block, index, compressor, moments, store, report)
     if stream is not None:
@@ -169,7 +162,7 @@ def _compress_corrected(
         drift = gather_drift(model, index, (dense, block), streams, group, store.ranks)
         gathered = time.perf_counter()
         squares |= {name: mean_squares(drift.second_moment).clone() for name in group}
-        full = needs_full_second_moment(compressor)
+        full = compressor.full_second_moment
         moments = dict.fromkeys(group, drift.second_moment if full else mean_squares(drift.second_moment))
 
         def correct(name: str, linear: nn.Linear, drift: Drift = drift) -> nn.Linear:
@@ -307,7 +300,7 @@ def measure(linear: nn.Linear, compressed: CompressedLinear, second_moment: Tens
         "sparsity": compressed.sparsity,
         "bytes": compressed.storage_bytes,
     }
-    if hasattr(compressed, "codebook_use"):
+    if compressed.codebook_use is not None:
         statistics["codebook_use"] = compressed.codebook_use
     return statistics
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nowag_pl.compressors import Compressor, needs_full_second_moment
+from nowag_pl.compressors import Compressor
 from nowag_pl.compressors.budget import Budget, settings_of, titles
 from nowag_pl.data.tokens import tokens_digest
 from nowag_pl.files import read_json
@@ -111,7 +111,7 @@ class CompressionRun:
         """
         if self._windows is None:
             raise RuntimeError("Expected calibrate before compress.")
-        described = compression.describe(compressor)
+        described = compressor.describe()
         self.method = repr(compressor)
         if budget is not None:
             settings = settings_of(compressor, budget)
@@ -127,7 +127,7 @@ class CompressionRun:
                     self.model, settings, self._windows, budget.num_sequences, self.store, self._batch_size, self._mode
                 )
             return
-        full = needs_full_second_moment(compressor)
+        full = compressor.full_second_moment
         stream = calibration.calibration_stream(
             self.model, self._windows, self.store, compression.STAGE, self._batch_size, self._mode, full
         )

@@ -1,9 +1,8 @@
 """Settings of one method, and what is said where there is nothing to choose from."""
 
 import pytest
-from torch import nn
 
-from nowag_pl.compressors import ArmorCompressor, MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner
+from nowag_pl.compressors import ArmorCompressor, Compressor, MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner
 from nowag_pl.compressors.budget import Budget, settings_of, titles
 
 
@@ -80,9 +79,9 @@ def test_value_of_another_type_is_named_with_its_candidate():
 
 
 def test_method_without_fields_is_refused():
-    class Custom:
+    class Custom(Compressor):
         def compress(self, linear, second_moment):
-            return nn.Identity()
+            raise NotImplementedError
 
     with pytest.raises(ValueError, match=r"Expected a dataclass with compression\.budget, but got Custom\."):
         settings_of(Custom(), Budget([{"sparsity": 0.5}]))

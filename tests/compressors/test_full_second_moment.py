@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from nowag_pl import NoWagPruner, NoWagQuantizer, SecondMoment
-from nowag_pl.compressors import Compressor, WandaPruner, needs_full_second_moment
+from nowag_pl.compressors import Compressor, WandaPruner
 from nowag_pl.functional.moments import output_error
 
 QUANTIZER = {"subvector_dim": 3, "codebook_size": 8}
@@ -44,13 +44,13 @@ def make_linear(bias=True, dtype=torch.float32, out_features=16, in_features=12)
 @parametrize
 def test_asks_for_the_matrix_and_keeps_the_protocol(name):
     assert isinstance(BETTER[name], Compressor)
-    assert needs_full_second_moment(BETTER[name])
+    assert BETTER[name].full_second_moment
     assert eval(repr(BETTER[name])) == BETTER[name]
 
 
 @pytest.mark.parametrize("compressor", [*PLAIN.values(), WandaPruner(), NoWagQuantizer(weighting="output", restarts=2)])
 def test_others_do_not_ask_and_take_either(compressor):
-    assert not needs_full_second_moment(compressor)
+    assert not compressor.full_second_moment
     if isinstance(compressor, NoWagQuantizer):
         compressor = NoWagQuantizer(**QUANTIZER)
     linear, matrix = make_linear()

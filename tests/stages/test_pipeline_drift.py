@@ -10,6 +10,7 @@ from tiny_models import artefacts, copy_model, edit_tensors, load_whole
 from torch import nn
 
 from nowag_pl import NoWagPruner, NoWagQuantizer
+from nowag_pl.compressors import Compressor
 from nowag_pl.functional.correction import RIDGE
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
@@ -83,7 +84,7 @@ def test_linear_that_is_not_called_is_named(model_folder):
         find_groups(model, block, 1)
 
 
-class Noting:
+class Noting(Compressor):
     """Prune, and note what was given."""
 
     def __init__(self):

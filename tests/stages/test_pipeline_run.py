@@ -14,6 +14,7 @@ from test_pipeline_moments import WINDOWS, Alone, calibrated
 from tiny_models import artefacts, load_whole, random_tokens
 
 from nowag_pl import ArmorCompressor, NoWagPruner, NoWagQuantizer
+from nowag_pl.compressors import Compressor
 from nowag_pl.data.tokens import tokens_digest
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
@@ -220,7 +221,7 @@ def test_compressing_before_calibrating_is_refused(model_folder, tmp_path):
 
 
 def test_compressor_of_ones_own_is_taken(model_folder, tmp_path):
-    class Second:
+    class Second(Compressor):
         """Keep every second weight."""
 
         def compress(self, linear, second_moment):

@@ -109,6 +109,16 @@ class ArmorLinear(CompressedLinear):
         return 1 - self.pattern[0] / self.pattern[1]
 
     @property
+    def gradient_bytes(self) -> int:
+        """The core in float32, its mask, and factors in 16 bits."""
+        return round(5.5 * self.in_features * self.out_features)
+
+    @property
+    def restoring_bytes(self) -> int:
+        """The core in float32, its mask, and the products with both factors."""
+        return 32 * self.in_features * self.out_features
+
+    @property
     def stored_dtypes(self) -> dict[str, torch.dtype]:
         """Values and factors in 16 bits."""
         names = ("out_factor", "in_factor", "values")

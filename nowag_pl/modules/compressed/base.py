@@ -88,6 +88,27 @@ class CompressedLinear(nn.Module, ABC):
         """Bytes of :meth:`storage` without the bias, which is not compressed."""
         return sum(tensor.nbytes for name, tensor in self.storage().items() if name != "bias")
 
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes that a forward pass keeps of the restored weight for the gradients of the parameters.
+
+        They are counted without the activations, for parameters in float32; 16 a weight where a subclass does not say.
+        """
+        return 16 * self.in_features * self.out_features
+
+    @property
+    def restoring_bytes(self) -> int:
+        """Bytes that restoring the weight takes beside what is stored and the weight itself.
+
+        8 a weight where a subclass does not say.
+        """
+        return 8 * self.in_features * self.out_features
+
+    @property
+    def codebook_use(self) -> float | None:
+        """Fraction of the codewords that are in use; None where there is no codebook."""
+        return None
+
     def description(self) -> dict[str, Any]:
         """Return class name and settings as JSON values."""
         return {"class": type(self).__name__, **self.settings()}

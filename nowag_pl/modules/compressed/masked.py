@@ -71,6 +71,16 @@ class MaskedLinear(CompressedLinear):
         return 1 - len(self.values) / (self.out_features * self.in_features)
 
     @property
+    def gradient_bytes(self) -> int:
+        """The weight in float32, and the mask."""
+        return 5 * self.in_features * self.out_features
+
+    @property
+    def restoring_bytes(self) -> int:
+        """The mask, and intermediate results."""
+        return 4 * self.in_features * self.out_features
+
+    @property
     def stored_dtypes(self) -> dict[str, torch.dtype]:
         """Kept values in the type of the weight they come from."""
         return {**super().stored_dtypes, "values": self.dtype}

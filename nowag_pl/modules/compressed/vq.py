@@ -1,6 +1,6 @@
 """A vector-quantized linear: codebook, codes and the two scales of the normalisation."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import ceil
 from typing import Any
 
@@ -13,7 +13,7 @@ from nowag_pl.functional.storage.bits import vector_quantized_bits_per_weight
 from nowag_pl.functional.storage.packing import code_bits, pack, unpack
 from nowag_pl.functional.vq.matmul import vq_matmul
 from nowag_pl.functional.vq.quantized import Quantized
-from nowag_pl.modules.compressed.base import dtype_name, rounded_to
+from nowag_pl.modules.compressed.base import CompressedLinear, dtype_name, rounded_to
 from nowag_pl.modules.compressed.coded import CodedLinear
 
 _STORED_DTYPE = torch.float16  # more of its 16 bits are mantissa; norms and unit vectors need little range
@@ -51,19 +51,29 @@ class VQLinear(CodedLinear):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(len(in_scale), len(out_scale), bias)
-        self.codebook_size, self.subvector_dim = codebook.shape
-        self._codes_shape = (self.out_features, ceil(self.in_features / self.subvector_dim))
-        if codes.shape != self._codes_shape:
-            raise ValueError(f"Expected codes of shape {self._codes_shape}, but got {tuple(codes.shape)}.")
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook_size:
+        num_codewords, dim = codebook.shape
+        shape = (self.out_features, ceil(self.in_features / dim))
+        if codes.shape != shape:
+            raise ValueError(f"Expected codes of shape {shape}, but got {tuple(codes.shape)}.")
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < num_codewords:
             raise ValueError(
-                f"Expected codes in [0, {self.codebook_size}), but got {int(codes.min())} to {int(codes.max())}."
+                f"Expected codes in [0, {num_codewords}), but got {int(codes.min())} to {int(codes.max())}."
             )
+        values = [_round(each) for each in (codebook, in_scale, out_scale)]
+        self._hold(values, pack(codes.flatten(), code_bits(num_codewords)), dtype)
+
+    def _hold(self, values: Sequence[Tensor], codes: Tensor, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.codebook = nn.Parameter(_round(codebook))
-        self.in_scale = nn.Parameter(_round(in_scale))
-        self.out_scale = nn.Parameter(_round(out_scale))
-        self.register_buffer("codes", pack(codes.flatten(), code_bits(self.codebook_size)))
+        codebook, in_scale, out_scale = values
+        self.codebook_size, self.subvector_dim = codebook.shape
+        self.codebook = nn.Parameter(codebook)
+        self.in_scale = nn.Parameter(in_scale)
+        self.out_scale = nn.Parameter(out_scale)
+        self.register_buffer("codes", codes)
+
+    @property
+    def _codes_shape(self) -> tuple[int, int]:
+        return self.out_features, ceil(self.in_features / self.subvector_dim)
 
     @property
     def unpacked_codes(self) -> Tensor:
@@ -106,6 +116,16 @@ class VQLinear(CodedLinear):
             used[codes] = True
         return int(used.sum()) / self.codebook_size
 
+    @property
+    def gradient_bytes(self) -> int:
+        """The codewords, these times a scale, and the weight, in float32; the codes."""
+        return round((12 + 4 / self.subvector_dim) * self.in_features * self.out_features)
+
+    @property
+    def restoring_bytes(self) -> int:
+        """The codes, and some rows of the weight in float32 at a time."""
+        return round((2.5 + 10 / self.subvector_dim) * self.in_features * self.out_features)
+
     def settings(self) -> dict[str, Any]:
         """Return shapes and types."""
         return {
@@ -121,15 +141,13 @@ class VQLinear(CodedLinear):
     def empty(cls, settings: Mapping[str, Any]) -> "VQLinear":
         """Return a module with the right shapes and zeros."""
         in_features, out_features = settings["in_features"], settings["out_features"]
-        dim = settings["subvector_dim"]
-        return cls(
-            torch.zeros(settings["codebook_size"], dim),
-            torch.zeros(out_features, ceil(in_features / dim), dtype=torch.int32),
-            torch.zeros(in_features),
-            torch.zeros(out_features),
-            cls.empty_bias(settings),
-            getattr(torch, settings["dtype"]),
-        )
+        num_codewords, dim = settings["codebook_size"], settings["subvector_dim"]
+        num_bits = out_features * ceil(in_features / dim) * code_bits(num_codewords)
+        values = [torch.zeros(shape) for shape in ((num_codewords, dim), (in_features,), (out_features,))]
+        linear = cls.__new__(cls)  # codes need not be packed to be replaced
+        CompressedLinear.__init__(linear, in_features, out_features, cls.empty_bias(settings))
+        linear._hold(values, torch.zeros(ceil(num_bits / 8), dtype=torch.uint8), getattr(torch, settings["dtype"]))
+        return linear
 
     @property
     def stored_dtypes(self) -> dict[str, torch.dtype]:

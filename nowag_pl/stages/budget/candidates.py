@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from nowag_pl.compressors import Compressor, needs_full_second_moment
-from nowag_pl.compressors.base import expected_bits_per_weight
+from nowag_pl.compressors import Compressor
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear
 from nowag_pl.run.progress import Report, block_progress
@@ -34,7 +33,7 @@ def write_candidates(
     """
     missing = store.missing(STAGE, len(model))
     last = max(missing, default=-1)
-    full = any(map(needs_full_second_moment, settings))
+    full = any(setting.full_second_moment for setting in settings)
     with block_progress("Compressing with all settings", last + 1, store.ranks.is_zero, model.device) as report:
         for index in range(last + 1):
             if index in missing:
@@ -79,7 +78,7 @@ def _compress(
 def _fits(compressor: Compressor, linear: nn.Linear) -> bool:
     """Tell whether a compressor's settings fit the shape of a linear, as far as it can say."""
     try:
-        expected_bits_per_weight(compressor, (linear.out_features, linear.in_features), 8 * linear.weight.itemsize)
+        compressor.empty((linear.out_features, linear.in_features), linear.weight.dtype)
     except ValueError:
         return False
     return True

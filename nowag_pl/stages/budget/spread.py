@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nowag_pl.compressors import Compressor, needs_full_second_moment
+from nowag_pl.compressors import Compressor
 from nowag_pl.compressors.budget import Allocation, titles
 from nowag_pl.files import read_json, write_json
 from nowag_pl.functional.allocation import allocate
@@ -61,7 +61,7 @@ def compress_within_budget(
     if not store.missing(compression.STAGE, len(model)):
         return
 
-    full = any(map(needs_full_second_moment, settings))
+    full = any(setting.full_second_moment for setting in settings)
 
     def stream(into: ArtefactStore, stage: str) -> HiddenStream | None:
         return calibration.calibration_stream(model, windows, into, stage, batch_size, mode, full)
