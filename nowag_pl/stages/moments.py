@@ -256,8 +256,20 @@ class Observed:
                 self.moments[name] = self._empty(name)
             self.moments[name].update(activations)
 
+    def shared(self, ranks: Ranks) -> dict[str, SecondMoment]:
+        """Return the second moments of this rank; linears with the same input have the same object.
+
+        The ranks agree on who shares with whom, so that all of them must call.
+        """
+        leaders = {name: leader for shared in ranks.gather(self._leaders) for name, leader in shared.items()}
+        for name in self._linears:
+            # A rank without sequences has seen none.
+            if leaders.get(name, name) == name and name not in self.moments:
+                self.moments[name] = self._empty(name)
+        return {name: self.moments[leaders.get(name, name)] for name in self._linears}
+
     def compute(self, ranks: Ranks) -> tuple[dict[str, Tensor], int]:
-        """Reduce over the ranks, which agree on who shares with whom; all of them must call.
+        """Reduce over the ranks; all of them must call.
 
         Returns:
             Second moment of each linear by its name in the block, `[in]`, or `[in, in]` if full, float32 in host
@@ -266,19 +278,16 @@ class Observed:
         Raises:
             ValueError: an activation is NaN or infinite; the message names block and linear.
         """
-        leaders = {name: leader for shared in ranks.gather(self._leaders) for name, leader in shared.items()}
-        computed: dict[str, Tensor] = {}
+        moments = self.shared(ranks)
+        computed: dict[SecondMoment, Tensor] = {}
         num_tokens = 0
-        for name in self._linears:
-            if leaders.get(name, name) != name:
-                continue
-            # A rank without sequences has seen none.
-            moment = self.moments.get(name) or self._empty(name)
-            moment.all_reduce()
-            num_tokens = int(moment.num_tokens)
-            with naming(f"{self._title}.{name}"):
-                computed[name] = moment.compute().cpu()
-        return {name: computed[leaders.get(name, name)] for name in self._linears}, num_tokens
+        for name, moment in moments.items():
+            if moment not in computed:
+                moment.all_reduce()
+                num_tokens = int(moment.num_tokens)
+                with naming(f"{self._title}.{name}"):
+                    computed[moment] = moment.compute().cpu()
+        return {name: computed[moment] for name, moment in moments.items()}, num_tokens
 
 
 def check_finite_weights(model: StreamedModel, block: nn.Module, index: int) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from rank_threads import on_ranks
-from stage_runs import WINDOWS, calibrated, compress
+from stage_runs import WINDOWS, run_of
 from test_pipeline_moments import oracle
 from test_pipeline_run import everything
 from tiny_models import artefacts, load_whole
@@ -14,9 +14,8 @@ from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.run.layout import MOMENTS
 from nowag_pl.run.ranks import Ranks
-from nowag_pl.stages import calibration
 from nowag_pl.stages.hidden import HiddenStates
-from nowag_pl.stages.moments import full_second_moments
+from nowag_pl.stages.moments import Observed
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -25,8 +24,10 @@ QUANTIZER = NoWagQuantizer(4, 32, max_iters=4, update="feedback", rounds=2, refi
 
 
 def gathered(model: StreamedModel, index: int, windows: Tensor, ranks: Ranks):
-    stream, block = HiddenStates(model, ranks.share(windows), 2), model.load_block(index)
-    return full_second_moments(block, lambda: stream.run(block, index), ranks), block
+    states, block = HiddenStates(model, ranks.share(windows), 2), model.load_block(index)
+    with (observed := Observed(model, block, index, full=True)):
+        states.run(block, index)
+    return observed.shared(ranks), block
 
 
 def test_matrices_have_the_oracles_diagonal_and_are_shared(model_folder):
@@ -54,24 +55,20 @@ def test_rank_without_sequences_shares_like_the_others(model_folder):
     assert all(torch.equal(busy[name].total, alone[name].total) for name in alone)
 
 
-def test_sharing_that_changes_between_calls_is_refused():
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
-
-        def forward(self, hidden, shared):
-            return self.first(hidden) + self.second(hidden if shared else hidden + 1)
-
-    block = Block()
-
-    def run():
-        block(torch.ones(1, 3, 2), True)
-        block(torch.ones(1, 3, 2), False)
-
-    with pytest.raises(RuntimeError, match="Expected second to share its input with first in every call"):
-        full_second_moments(block, run, Ranks())
-    assert not block.first._forward_pre_hooks
+def test_sharing_that_changes_between_calls_is_refused(model_folder):
+    model = StreamedModel(Checkpoint(str(model_folder())))
+    observed, shared, alone = (
+        Observed(model, model.load_block(0), 0, full=True),
+        torch.ones(1, 3, 32),
+        torch.ones(1, 3, 32),
+    )
+    observed.observe("self_attn.q_proj", shared)
+    observed.observe("self_attn.k_proj", shared)
+    observed.observe("self_attn.q_proj", shared)
+    with pytest.raises(
+        RuntimeError, match=r"self_attn\.k_proj to share its input with self_attn\.q_proj in every call"
+    ):
+        observed.observe("self_attn.k_proj", alone)
 
 
 @pytest.mark.parametrize("compressor", [PRUNER, QUANTIZER], ids=["pruner", "quantizer"])
@@ -94,21 +91,22 @@ def test_written_moments_are_mean_squares(mode, model_folder, tmp_path):
             assert tensor.dim() == 1
 
 
-def test_matrices_are_gathered_for_those_that_ask(model_folder, tmp_path, monkeypatch):
-    calls = []
-    gather = calibration.gather
+@pytest.mark.parametrize(("compressor", "full"), [(NoWagPruner(), [False] * 3), (PRUNER, [True] * 3)])
+def test_second_moments_are_gathered_once_and_as_matrices_for_those_that_ask(
+    compressor, full, model_folder, tmp_path, monkeypatch
+):
+    gathered, init = [], Observed.__init__
 
-    def noting(*arguments, **named):
-        calls.append(named.get("full", arguments[-1]))
-        return gather(*arguments, **named)
+    def noting(self, model, block, index, full):
+        gathered.append(full)
+        init(self, model, block, index, full)
 
-    monkeypatch.setattr(calibration, "gather", noting)
-    run = calibrated(model_folder(), tmp_path / "run")
-    assert calls == [False] * 3
-    compress(run, NoWagPruner())
-    assert calls == [False] * 3
-    compress(calibrated(model_folder(), tmp_path / "other"), PRUNER)
-    assert calls == [False] * 6 + [True] * 3
+    monkeypatch.setattr(Observed, "__init__", noting)
+    run = run_of(model_folder(), tmp_path / "run", compressor)
+    run.calibrate(WINDOWS)
+    run.compress()
+    assert gathered == full
+    assert run.store.missing(MOMENTS, 3) == []
 
 
 def test_options_are_part_of_the_manifest(model_folder, tmp_path):

@@ -24,6 +24,8 @@ from nowag_pl.run.layout import CANDIDATES
 from nowag_pl.stages import compression
 from nowag_pl.stages.budget import candidates, sensitivity
 from nowag_pl.stages.budget import spread as spreading
+from nowag_pl.stages.budget.candidates import Choices
+from nowag_pl.stages.moments import StoredMoments
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -43,7 +45,7 @@ def budgeted(folder, run_dir, compressor=PRUNER, budget=BUDGET, **settings):
 def with_candidates(folder, run_dir, compressor=PRUNER):
     """Return a run with candidates and sensitivities, and the settings."""
     run, settings = calibrated(folder, run_dir), settings_of(compressor, BUDGET)
-    candidates.write_candidates(run.model, settings, run.store, None)
+    candidates.write_candidates(run.model, run.store, StoredMoments(run.model, run.store), Choices(settings))
     sensitivity.write_sensitivities(run.model, WINDOWS[:NUM_SEQUENCES], run.store, 2)
     return run, settings
 

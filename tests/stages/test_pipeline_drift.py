@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from stage_runs import WINDOWS, calibrated, compress
+from stage_runs import WINDOWS, calibrated, compress, run_of
 from test_pipeline_moments import moments_of
 from test_pipeline_run import everything
 from tiny_models import artefacts, copy_model, edit_tensors, load_whole
@@ -17,7 +17,6 @@ from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import MaskedLinear
 from nowag_pl.stages import compression
-from nowag_pl.stages.compression_run import CompressionRun
 from nowag_pl.stages.correction import Point, captured, find_groups
 
 pytest_plugins = ["tiny_fixtures"]
@@ -214,7 +213,7 @@ def test_infinite_activation_names_block_and_linear(model_folder, tmp_path):
 
 def test_dense_weights_are_in_memory_once(model_folder, tmp_path):
     """Count the bytes of the parameters of blocks when the first and the last linear of block 1 are compressed."""
-    run = CompressionRun(Checkpoint(str(model_folder())), tmp_path / "run")
+    run = run_of(model_folder(), tmp_path / "run", mode="corrected")
     kind = type(run.model.blocks[0])
     seen = {}
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from stage_runs import compress
+from stage_runs import compress, run_of
 from tiny_models import random_tokens
 
 from nowag_pl import ArmorCompressor, NoWagPruner, NoWagQuantizer
@@ -23,7 +23,7 @@ COMPRESSORS = {
 
 @pytest.fixture(params=COMPRESSORS)
 def run(request, model_folder, tmp_path) -> CompressionRun:
-    run = CompressionRun(Checkpoint(str(model_folder("qwen2"))), tmp_path / "run")
+    run = run_of(model_folder("qwen2"), tmp_path / "run")
     run.calibrate(random_tokens(3))
     compress(run, COMPRESSORS[request.param])
     return run

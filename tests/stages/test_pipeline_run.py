@@ -10,7 +10,7 @@ from math import log
 import pytest
 import torch
 from rank_threads import on_ranks
-from stage_runs import WINDOWS, calibrated, compress
+from stage_runs import WINDOWS, calibrated, compress, plan_of, run_of
 from test_pipeline_moments import Alone
 from tiny_models import artefacts, load_whole, random_tokens
 
@@ -131,10 +131,7 @@ def test_two_ranks_fit_the_factors_that_one_fits(model_folder, tmp_path):
     shutil.copytree(tmp_path / "one" / "moments", tmp_path / "two" / "moments")
     shutil.copy(tmp_path / "one" / "manifest.json", tmp_path / "two")
 
-    def compress(ranks):
-        compress(calibrated(model_folder("qwen2"), tmp_path / "two", ranks=ranks), compressor)
-
-    on_ranks(2, compress)
+    on_ranks(2, lambda ranks: compress(calibrated(model_folder("qwen2"), tmp_path / "two", ranks=ranks), compressor))
     assert artefacts(tmp_path / "one") == artefacts(tmp_path / "two")
 
 
@@ -171,9 +168,8 @@ def test_other_settings_are_refused_and_named(change, name, model_folder, tmp_pa
 
 def test_other_calibration_seed_is_refused_and_named(model_folder, tmp_path):
     calibrated(model_folder(), tmp_path / "run")
-    run = CompressionRun(Checkpoint(str(model_folder())), tmp_path / "run")
     with pytest.raises(ValueError, match=r"calibration\.seed = 0, not 3"):
-        run.calibrate(WINDOWS, "dense", 3, 3)
+        calibrated(model_folder(), tmp_path / "run", seed=3)
 
 
 @pytest.mark.parametrize("checkpoint", ["other weights", "other configuration", "other type"])
@@ -183,17 +179,17 @@ def test_other_model_is_refused(checkpoint, model_folder, tmp_path):
         "other configuration": lambda: Checkpoint(str(model_folder(rms_norm_eps=1e-5))),
         "other type": lambda: Checkpoint(str(model_folder()), "bfloat16"),
     }[checkpoint]()
-    CompressionRun(Checkpoint(str(model_folder())), tmp_path / "run")
+    run_of(model_folder(), tmp_path / "run")
     name = r"model\.dtype = 'float32', not 'bfloat16'" if checkpoint == "other type" else r"model\.fingerprint"
     with pytest.raises(ValueError, match=name):
-        CompressionRun(other, tmp_path / "run")
+        CompressionRun(other, tmp_path / "run", plan_of())
 
 
 def test_same_model_elsewhere_is_taken(model_folder, tmp_path):
     from tiny_models import copy_model
 
-    CompressionRun(Checkpoint(str(model_folder())), tmp_path / "run")
-    CompressionRun(Checkpoint(str(copy_model(model_folder(), tmp_path / "copy"))), tmp_path / "run")
+    run_of(model_folder(), tmp_path / "run")
+    run_of(copy_model(model_folder(), tmp_path / "copy"), tmp_path / "run")
 
 
 def test_batch_size_may_change_between_runs(model_folder, tmp_path):
@@ -219,7 +215,7 @@ def test_other_format_of_run_dir_is_refused(model_folder, tmp_path):
 
 def test_compressing_before_calibrating_is_refused(model_folder, tmp_path):
     with pytest.raises(RuntimeError, match="calibrate before compress"):
-        CompressionRun(Checkpoint(str(model_folder())), tmp_path / "run").compress(NoWagPruner())
+        run_of(model_folder(), tmp_path / "run").compress()
 
 
 def test_compressor_of_ones_own_is_taken(model_folder, tmp_path):
