@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from nowag_pl.compressors import Compressor, MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner
 from nowag_pl.data.tokens import random_windows, tokenize, whole_windows
 from nowag_pl.functional.predictions.divergence import kl_divergence, negative_log_likelihood
-from nowag_pl.models.checkpoint import Checkpoint, set_module
-from nowag_pl.models.streaming import StreamedModel, find_linears
+from nowag_pl.models.checkpoint import Checkpoint
+from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.stages.compression import measure
 from nowag_pl.stages.hidden import HiddenStream, observed_inputs
 
@@ -75,7 +75,7 @@ def compressed_copy(model: Any, compressor: Compressor, moments: list[dict[str, 
             losses.append(measure(linear, compressed, moments[index][name])["loss"])
             dense = nn.Linear(linear.in_features, linear.out_features, bias=False)
             dense.weight.copy_(compressed.weight)
-            set_module(result.model.layers[index], name, dense)
+            result.model.layers[index].set_submodule(name, dense)
     return result, sum(losses) / len(losses), seconds
 
 

@@ -82,7 +82,7 @@ class CompressionRun:
         """
         return StreamedModel(self.checkpoint, self.device, selection_of(self.plan.compression))
 
-    @cached_property
+    @property
     def assignment(self) -> Assignment:
         """The method of every linear, before a budget chooses.
 

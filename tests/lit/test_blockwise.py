@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
-from stage_runs import compress
+from stage_runs import compress, plan_of
 from tiny_models import artefacts, load_whole, random_tokens
 from torch import nn
 
@@ -50,7 +50,7 @@ def finetuned(model_folder, own_signals, tmp_path):
     """Compress and finetune in a run directory; go on where it stands."""
 
     def make(name="run", family="qwen2", compressor="pruner", train=TRAIN, folder=None, trainer=None, **settings):
-        run = CompressionRun(Checkpoint(str(folder or model_folder(family))), tmp_path / name)
+        run = CompressionRun(Checkpoint(str(folder or model_folder(family))), tmp_path / name, plan_of())
         run.calibrate(TRAIN)
         compress(run, ALL_COMPRESSORS[compressor])
         trainer = {"accelerator": "cpu"} | (trainer or {})

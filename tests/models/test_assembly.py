@@ -8,8 +8,9 @@ from tiny_models import FAMILIES, copy_model, edit_tensors, load_whole, random_t
 
 from nowag_pl import ArmorCompressor, NoWagPruner, NoWagQuantizer
 from nowag_pl.models.assembly import assemble
-from nowag_pl.models.checkpoint import Checkpoint, set_module
-from nowag_pl.models.streaming import StreamedModel, find_linears
+from nowag_pl.models.checkpoint import Checkpoint
+from nowag_pl.models.selection import find_linears
+from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear
 
 pytest_plugins = ["tiny_fixtures"]
@@ -64,7 +65,7 @@ def test_some_linears_may_stay_dense(model_folder):
     name = "model.layers.1.self_attn.v_proj"
     linears = {name: compressed_linears(folder, NoWagPruner())[name]}
     expected = load_whole(folder)
-    set_module(expected, name, copy.deepcopy(linears[name]))
+    expected.set_submodule(name, copy.deepcopy(linears[name]))
     assert torch.equal(logits(assemble(Checkpoint(str(folder)), linears)), logits(expected))
 
 

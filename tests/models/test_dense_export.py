@@ -12,9 +12,9 @@ from tiny_models import FAMILIES, load_whole, subprocess_environment
 
 from nowag_pl import save_compressed, save_dense
 from nowag_pl.models.assembly import assemble
-from nowag_pl.models.checkpoint import Checkpoint, set_module
-from nowag_pl.models.format.saving import compressed_linears as linears_of
+from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.format.saving import is_compressed, save_streamed
+from nowag_pl.models.state import compressed_linears as linears_of
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import MaskedLinear
 
@@ -106,7 +106,7 @@ def test_streamed_export_holds_the_same_tensors(method, family, tied, dense, mod
         block, prefix = streamed.load_block(index), f"{streamed.block_name(index)}."
         for name, linear in linears_of(model).items():
             if name.startswith(prefix):
-                set_module(block, name.removeprefix(prefix), linear)
+                block.set_submodule(name.removeprefix(prefix), linear)
         return block
 
     save_streamed(streamed, load_block, tmp_path / "streamed", dense)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import copy_model, edit_tensors, load_whole, random_tokens, save_tiny_model
 
-from nowag_pl.models.checkpoint import EMBEDDED, Checkpoint, resolve_folder, set_module
+from nowag_pl.models.checkpoint import EMBEDDED, Checkpoint, resolve_folder
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -199,8 +199,8 @@ def test_multimodal_model_is_refused(own_model):
 def test_set_module_replaces_by_dotted_name():
     model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU()))
     new = torch.nn.Identity()
-    set_module(model, "0.1", new)
-    set_module(model, "extra", new)
+    model.set_submodule("0.1", new)
+    model.set_submodule("extra", new)
     assert model[0][1] is new
     assert model.extra is new
 

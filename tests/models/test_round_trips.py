@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from nowag_pl import ArmorCompressor, NoWagPruner, NoWagQuantizer, load_compressed, save_compressed, save_dense
-from nowag_pl.models.checkpoint import set_module
-from nowag_pl.models.format.saving import compressed_linears
-from nowag_pl.models.streaming import find_linears
+from nowag_pl.models.selection import find_linears
+from nowag_pl.models.state import compressed_linears
 from nowag_pl.modules import ArmorLinear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -63,7 +62,7 @@ def compressed_models(draw, kind):
     left = draw(st.sampled_from([None, "layers.0.mlp.up_proj"]))
     for name, linear in linears.items():
         if name != left:
-            set_module(model.model, name, compressor.compress(linear, torch.rand(linear.in_features) + 0.1))
+            model.model.set_submodule(name, compressor.compress(linear, torch.rand(linear.in_features) + 0.1))
     return model
 
 
@@ -86,7 +85,7 @@ def assert_comes_back(model, folder, max_shard_bytes=20_000):
     assert dense.dtype == model.dtype
     for name, linear in linears.items():
         assert torch.equal(dense.get_submodule(name).weight, linear.weight), name
-        set_module(model, name, dense.get_submodule(name))
+        model.set_submodule(name, dense.get_submodule(name))
     by_factors = any(isinstance(linear, ArmorLinear) for linear in linears.values())  # rounded in other places
     assert torch.equal(dense(tokens).logits, model(tokens).logits if by_factors else expected)
 

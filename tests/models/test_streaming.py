@@ -7,7 +7,8 @@ from torch import nn
 
 from nowag_pl.models import streaming
 from nowag_pl.models.checkpoint import Checkpoint
-from nowag_pl.models.streaming import StreamedModel, find_blocks, find_linears
+from nowag_pl.models.selection import find_linears
+from nowag_pl.models.streaming import StreamedModel, find_blocks
 
 pytest_plugins = ["tiny_fixtures"]
 

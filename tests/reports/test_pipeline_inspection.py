@@ -1,6 +1,6 @@
 import pytest
 import torch
-from stage_runs import compress
+from stage_runs import compress, plan_of
 from tiny_models import random_tokens
 from torch import nn
 
@@ -16,7 +16,7 @@ pytest_plugins = ["tiny_fixtures"]
 
 @pytest.fixture
 def run(model_folder, tmp_path):
-    run = CompressionRun(Checkpoint(str(model_folder())), tmp_path / "run")
+    run = CompressionRun(Checkpoint(str(model_folder())), tmp_path / "run", plan_of())
     run.calibrate(random_tokens(4))
     return run
 

@@ -65,9 +65,7 @@ def test_sharing_that_changes_between_calls_is_refused(model_folder):
     observed.observe("self_attn.q_proj", shared)
     observed.observe("self_attn.k_proj", shared)
     observed.observe("self_attn.q_proj", shared)
-    with pytest.raises(
-        RuntimeError, match=r"self_attn\.k_proj to share its input with self_attn\.q_proj in every call"
-    ):
+    with pytest.raises(RuntimeError, match=r"k_proj to share its input with self_attn\.q_proj in every"):
         observed.observe("self_attn.k_proj", alone)
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from stage_runs import compress, run_of
+from stage_runs import compress, plan_of, run_of
 from tiny_models import random_tokens
 
 from nowag_pl import ArmorCompressor, NoWagPruner, NoWagQuantizer
 from nowag_pl.models.checkpoint import Checkpoint
-from nowag_pl.models.format.saving import stored_state
+from nowag_pl.models.state import stored_state
 from nowag_pl.stages import compression
 from nowag_pl.stages import finetuned as finetuning
 from nowag_pl.stages.compression_run import CompressionRun
@@ -97,6 +97,6 @@ def test_linear_of_another_shape_or_kind_is_told(run):
 
 
 def test_finetuning_before_compressing_is_refused(model_folder, tmp_path):
-    run = CompressionRun(Checkpoint(str(model_folder())), tmp_path / "other")
+    run = CompressionRun(Checkpoint(str(model_folder())), tmp_path / "other", plan_of())
     with pytest.raises(RuntimeError, match="compress before finetuning"):
         run.claim_finetuning(random_tokens(1), random_tokens(1), None)

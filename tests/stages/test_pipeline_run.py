@@ -322,7 +322,7 @@ def test_loss_falls_with_more_bits(model_folder, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_reference_logits_are_the_dense_models(family, model_folder, tmp_path):
     folder = model_folder(family, tied=True)
-    reference = CompressionRun(Checkpoint(str(folder)), tmp_path / "run").reference(EVALUATION, 2)
+    reference = CompressionRun(Checkpoint(str(folder)), tmp_path / "run", plan_of()).reference(EVALUATION, 2)
     whole = load_whole(folder)
     for name, windows in EVALUATION.items():
         indices = torch.tensor([2, 0])
@@ -338,7 +338,7 @@ def test_reference_is_the_same_on_every_rank_and_on_one(num_windows, model_folde
         expected = whole(windows["one"]).logits
 
     def reference(ranks=None):
-        run = CompressionRun(Checkpoint(str(model_folder())), tmp_path / "run", ranks=ranks)
+        run = CompressionRun(Checkpoint(str(model_folder())), tmp_path / "run", plan_of(), ranks=ranks)
         return run.reference(windows, 2)
 
     for each in (*on_ranks(2, reference), reference()):
@@ -347,7 +347,7 @@ def test_reference_is_the_same_on_every_rank_and_on_one(num_windows, model_folde
 
 
 def test_reference_of_another_text_is_computed_anew(model_folder, tmp_path):
-    run = CompressionRun(Checkpoint(str(model_folder())), tmp_path / "run")
+    run = CompressionRun(Checkpoint(str(model_folder())), tmp_path / "run", plan_of())
     run.reference({"text": EVALUATION["one"]}, 2)
     windows = EVALUATION["one"].flip(0)
     with torch.no_grad():
@@ -357,7 +357,7 @@ def test_reference_of_another_text_is_computed_anew(model_folder, tmp_path):
 
 
 def test_linears_are_shared_out_over_the_ranks_once_each(model_folder):
-    from nowag_pl.models.streaming import find_linears
+    from nowag_pl.models.selection import find_linears
 
     linears = find_linears(StreamedModel(Checkpoint(str(model_folder()))).load_block(0))
     shares = [compression._share(linears, Alone(rank, 3)) for rank in range(3)]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from rank_threads import on_ranks
+from stage_runs import plan_of
 from tiny_models import load_whole, random_tokens
 
 from nowag_pl.functional.predictions.distillation import distillation_loss, top_distillation_loss, top_log_probabilities
@@ -23,7 +24,7 @@ def student_logits(num_windows: int) -> torch.Tensor:
 @pytest.fixture
 def teacher(model_folder, tmp_path):
     def make(distillation, ranks=None):
-        return CompressionRun(Checkpoint(str(model_folder())), tmp_path / "run", ranks=ranks).teacher(
+        return CompressionRun(Checkpoint(str(model_folder())), tmp_path / "run", plan_of(), ranks=ranks).teacher(
             WINDOWS, distillation
         )
 
