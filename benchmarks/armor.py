@@ -32,7 +32,7 @@ from benchmarks.prose_llama import (
 from nowag_pl import ArmorCompressor, NoWagPruner
 from nowag_pl.data.python_docs import python_docs
 from nowag_pl.data.tokens import random_windows, tokenize, whole_windows
-from nowag_pl.functional.armor.fit import fit_armor
+from nowag_pl.functional.armor.fit import ArmorSettings, fit_armor
 from nowag_pl.functional.armor.objective import ArmorTarget, identity_factors, reconstruct
 from nowag_pl.functional.normalization import normalize
 from nowag_pl.functional.pruning import keep_n_of_m, nowag_scores
@@ -143,7 +143,9 @@ def timings(size: int, block: int) -> tuple[float, float, float, float]:
 
     seconds: list[list[float]] = [[], [], []]
     for _ in range(ROUNDS):  # in turn, so that a busy moment of the machine meets all
-        seconds[0].append(timed(lambda: fit_armor(target, start, (2, 4), generator, ITERATIONS, 1e-2)) / ITERATIONS)
+        seconds[0].append(
+            timed(lambda: fit_armor(target, start, ArmorSettings((2, 4), ITERATIONS, 1e-2), generator)) / ITERATIONS
+        )
         seconds[1].append(timed(product))
         seconds[2].append(timed(dense_product))
     iteration, blocks, dense = map(statistics.median, seconds)

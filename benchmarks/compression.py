@@ -21,7 +21,7 @@ from benchmarks.kmeans import problem
 from benchmarks.naive import lloyd, prune
 from nowag_pl import NoWagPruner, NoWagQuantizer
 from nowag_pl.functional.pruning import keep_largest, keep_n_of_m, normalized_scores
-from nowag_pl.functional.vq.kmeans import weighted_kmeans
+from nowag_pl.functional.vq.kmeans import KMeansSettings, weighted_kmeans
 from nowag_pl.functional.vq.kmeans_start import kmeans_plus_plus
 from nowag_pl.modules import MaskedLinear
 
@@ -82,7 +82,9 @@ def quantization(size: int, codewords: int) -> tuple[str, dict[str, float], str]
     generator = torch.Generator().manual_seed(0)
     start = kmeans_plus_plus(points, weights, codewords, generator)
     functions: dict[str, Callable[[], Any]] = {
-        "ours": lambda: weighted_kmeans(points, weights, codewords, generator, LLOYD_ITERATIONS, codebook=start),
+        "ours": lambda: weighted_kmeans(
+            points, weights, KMeansSettings(codewords, LLOYD_ITERATIONS), generator, codebook=start
+        ),
         "k-means++ start": lambda: kmeans_plus_plus(points, weights, codewords, generator),
         "naive": lambda: lloyd(points, weights, start, LLOYD_ITERATIONS),
     }

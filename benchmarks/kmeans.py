@@ -20,7 +20,7 @@ from rich.table import Table
 
 from benchmarks.naive import lloyd
 from nowag_pl.functional.normalization import normalize, norms
-from nowag_pl.functional.vq.kmeans import weighted_kmeans
+from nowag_pl.functional.vq.kmeans import KMeansSettings, weighted_kmeans
 from nowag_pl.functional.vq.kmeans_start import kmeans_plus_plus
 from nowag_pl.functional.vq.nearest import CPU_CHUNK_ELEMENTS
 from nowag_pl.functional.vq.quantized import SubvectorWeights, normalized_subvectors, subvectors
@@ -96,10 +96,12 @@ def quantize_block(args: argparse.Namespace) -> Table:
         second_moment = torch.exp(2 * torch.randn(columns, generator=generator)).to(args.device)
         weights = SubvectorWeights(subvectors(second_moment[None], args.dim))
         arguments = (points, weights, args.codewords, generator)
-        weighted_kmeans(*arguments, 1, codebook=points[: args.codewords].clone())  # compiles
+        settings = KMeansSettings(args.codewords, args.iterations)
+        once = KMeansSettings(args.codewords, max_iters=1)
+        weighted_kmeans(points, weights, once, generator, points[: args.codewords].clone())  # compiles
         start, seconds, _ = timed(lambda: synchronized(lambda: kmeans_plus_plus(*arguments)))  # noqa: B023
         start_seconds += seconds
-        fit, seconds, _ = timed(lambda: weighted_kmeans(*arguments, args.iterations, codebook=start))  # noqa: B023
+        fit, seconds, _ = timed(lambda: weighted_kmeans(points, weights, settings, generator, start))  # noqa: B023
         fit_seconds += seconds
         operations += (fit.num_iters + 1) * len(points) * args.codewords * 4 * args.dim
     rows_of_table = [("k-means++ starts", start_seconds, None), ("iterations", fit_seconds, operations)]
@@ -140,16 +142,22 @@ def main() -> None:
     points, weights = problem(args.size, args.dim, args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     small = points[:COMPILE_POINTS], weights[:COMPILE_POINTS]
-    compiled = timed(lambda: weighted_kmeans(*small, min(args.codewords, len(small[0])), generator, 0))
+    compiled = timed(lambda: weighted_kmeans(*small, KMeansSettings(min(args.codewords, len(small[0])), 0), generator))
     start, start_wall, start_cpu = timed(lambda: kmeans_plus_plus(points, weights, args.codewords, generator))
     products, fits = [], []
     for _ in range(ROUNDS):  # in turn, so that a busy moment of the machine meets both
         products.append(timed(lambda: distance_product(points, weights, start))[1:])
-        fits.append(timed(lambda: weighted_kmeans(points, weights, args.codewords, generator, 3, codebook=start))[1:])
+        fits.append(
+            timed(
+                lambda: weighted_kmeans(points, weights, KMeansSettings(args.codewords, 3), generator, codebook=start)
+            )[1:]
+        )
     product_wall, product_cpu = torch.tensor(products).median(dim=0).values.tolist()
     iteration_wall, iteration_cpu = (torch.tensor(fits).median(dim=0).values / 4).tolist()  # 3 updates, 4 assignments
     ours, our_wall, our_cpu = timed(
-        lambda: weighted_kmeans(points, weights, args.codewords, generator, args.iterations, codebook=start)
+        lambda: weighted_kmeans(
+            points, weights, KMeansSettings(args.codewords, args.iterations), generator, codebook=start
+        )
     )
     our_loss = exact_loss(points, weights, ours.codebook, ours.codes)
     table = Table(

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nowag_pl.functional.storage.packing import code_bits, pack
+from nowag_pl.functional.storage.packing import pack
+from nowag_pl.kernels.bits import code_bits
 
 
 class Problem(NamedTuple):

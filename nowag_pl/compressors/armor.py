@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from nowag_pl.compressors.base import Compressor, check_inputs, empty_settings
 from nowag_pl.functional.armor.block_diagonal import largest_block
-from nowag_pl.functional.armor.fit import Selection, fit_armor
+from nowag_pl.functional.armor.fit import ArmorSettings, Selection, fit_armor
 from nowag_pl.functional.armor.groups import supports_of
 from nowag_pl.functional.armor.objective import ArmorTarget, identity_factors
-from nowag_pl.functional.normalization import Normalized, normalize
-from nowag_pl.functional.pruning import check_pattern, check_row, keep_n_of_m, nowag_scores
+from nowag_pl.functional.normalization import Normalized, normalize, with_mean_one
+from nowag_pl.functional.patterns import check_pattern, check_row
+from nowag_pl.functional.pruning import keep_n_of_m, nowag_scores
 from nowag_pl.modules import ArmorLinear
 
 
@@ -91,16 +92,10 @@ class ArmorCompressor(Compressor):
         normalized = normalize(linear.weight)
         second_moment = second_moment.to(linear.weight.device)
         keep = keep_n_of_m(nowag_scores(normalized.weight, second_moment), self.pattern)
-        fit = fit_armor(
-            self._target(normalized, second_moment),
-            identity_factors(normalized.weight, keep, *sizes),
-            self.pattern,
-            torch.Generator().manual_seed(self.seed),
-            self.max_iters,
-            self.learning_rate,
-            self.tolerance,
-            self.selection,
-        )
+        settings = ArmorSettings(self.pattern, self.max_iters, self.learning_rate, self.tolerance, self.selection)
+        generator = torch.Generator().manual_seed(self.seed)
+        start = identity_factors(normalized.weight, keep, *sizes)
+        fit = fit_armor(self._target(normalized, second_moment), start, settings, generator)
         out_factor, in_factor = fit.factors.out_factor, fit.factors.in_factor
         scaled = fit.factors._replace(
             out_factor=out_factor * normalized.out_scale.view(*out_factor.shape[:2], 1),
@@ -113,8 +108,4 @@ class ArmorCompressor(Compressor):
         row_weights, column_weights = torch.ones_like(normalized.out_scale), second_moment
         if self.weighting == "output":
             row_weights, column_weights = normalized.out_scale.square(), second_moment * normalized.in_scale.square()
-        return ArmorTarget(normalized.weight, _average_one(row_weights), _average_one(column_weights))
-
-
-def _average_one(weights: Tensor) -> Tensor:
-    return weights / weights.mean().clamp(min=torch.finfo(weights.dtype).tiny)
+        return ArmorTarget(normalized.weight, with_mean_one(row_weights), with_mean_one(column_weights))

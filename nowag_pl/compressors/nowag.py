@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from nowag_pl.compressors.base import Compressor, check_inputs, empty_settings
 from nowag_pl.compressors.pruner import Pruner
 from nowag_pl.functional.alternating import alternating_keep
+from nowag_pl.functional.least_squares import refit_kept
 from nowag_pl.functional.moments import damped_inverse_factor, mean_squares
-from nowag_pl.functional.normalization import norms
+from nowag_pl.functional.normalization import norms, with_mean_one
 from nowag_pl.functional.pruning import keep_structured, normalized_scores
-from nowag_pl.functional.vq.feedback import refine
-from nowag_pl.functional.vq.kmeans import check_num_codewords, weighted_kmeans
+from nowag_pl.functional.vq.kmeans import KMeansSettings, check_num_codewords, weighted_kmeans
 from nowag_pl.functional.vq.quantized import Quantized, SubvectorWeights, normalized_subvectors, subvectors
-from nowag_pl.functional.vq.refit import refit_kept
+from nowag_pl.functional.vq.refine import Refinement, refine
 from nowag_pl.modules import MaskedLinear, VQLinear
 
 DAMPING = 0.01
@@ -182,8 +182,8 @@ class NoWagQuantizer(Compressor):
         quantized = self._quantize(linear, mean_squares(second_moment))
         if self.full_second_moment:
             matrix = second_moment.to(linear.weight.device)
-            settings = (self.update, self.rounds, self.refit_scales, self.damping)
-            quantized = refine(linear.weight, quantized, matrix, *settings)
+            settings = Refinement(self.update, self.rounds, self.refit_scales, self.damping)
+            quantized = refine(linear.weight, quantized, matrix, settings)
         return VQLinear(*quantized, linear.bias, linear.weight.dtype)
 
     def _quantize(self, linear: nn.Linear, second_moment: Tensor) -> Quantized:
@@ -192,10 +192,8 @@ class NoWagQuantizer(Compressor):
         points = normalized_subvectors(linear.weight, in_scale, out_scale, self.subvector_dim)  # [out * groups, d]
         weights = self._weights(in_scale, out_scale, second_moment.to(in_scale.device))
         generator = torch.Generator().manual_seed(self.seed)
-        fits = (
-            weighted_kmeans(points, weights, self.codebook_size, generator, self.max_iters, self.tolerance)
-            for _ in range(self.restarts)
-        )
+        settings = KMeansSettings(self.codebook_size, self.max_iters, self.tolerance)
+        fits = (weighted_kmeans(points, weights, settings, generator) for _ in range(self.restarts))
         fit = min(fits, key=lambda fit: fit.loss)
         codes = fit.codes.view(linear.out_features, -1)
         return Quantized(fit.codebook, codes, in_scale, out_scale)
@@ -204,13 +202,8 @@ class NoWagQuantizer(Compressor):
         """Return the weight of each coordinate in the k-means objective, up to a factor."""
         if self.weighting == "normalized":
             return SubvectorWeights(subvectors(second_moment[None], self.subvector_dim))
-        columns = _with_mean_1(second_moment * in_scale.square())
-        return SubvectorWeights(subvectors(columns[None], self.subvector_dim), _with_mean_1(out_scale.square()))
-
-
-def _with_mean_1(values: Tensor) -> Tensor:
-    """Return non-negative values divided by their mean; zeros as they are."""
-    return values / values.mean().clamp(min=torch.finfo(values.dtype).tiny)
+        columns = with_mean_one(second_moment * in_scale.square())
+        return SubvectorWeights(subvectors(columns[None], self.subvector_dim), with_mean_one(out_scale.square()))
 
 
 def _check_damping(damping: float) -> None:

@@ -9,13 +9,8 @@ from torch import Tensor, nn
 
 from nowag_pl.compressors.base import Compressor, check_inputs, empty_settings
 from nowag_pl.functional.moments import mean_squares
-from nowag_pl.functional.pruning import (
-    check_pattern,
-    check_row,
-    check_sparsity,
-    keep_largest,
-    keep_n_of_m,
-)
+from nowag_pl.functional.patterns import check_pattern, check_row
+from nowag_pl.functional.pruning import check_sparsity, keep_largest, keep_n_of_m
 from nowag_pl.modules import MaskedLinear
 
 DEFAULT_SPARSITY = 0.5

@@ -11,7 +11,7 @@ from torch import Tensor
 DAMPING_TRIALS = 4  # each with ten times the damping of the one before
 
 
-def mean_squares(second_moment: Tensor) -> Float[Tensor, "in"]:
+def mean_squares(second_moment: Tensor) -> Float[Tensor, " in"]:
     """Return h, the mean squares `[in]`, of second moments that are h or the matrix `[in, in]` with the diagonal h."""
     return second_moment.diagonal() if second_moment.dim() == 2 else second_moment
 
@@ -20,7 +20,7 @@ def output_error(
     weight: Float[Tensor, "out in"],
     reconstruction: Float[Tensor, "out in"],
     second_moment: Float[Tensor, "in in"],
-) -> Float[Tensor, "out"]:
+) -> Float[Tensor, " out"]:
     """Return the mean squared error of each output over the tokens that made the second moments.
 
     Args:

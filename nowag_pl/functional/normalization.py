@@ -14,8 +14,8 @@ class Normalized(NamedTuple):
     """A normalised weight and what restores it."""
 
     weight: Float[Tensor, "out in"]
-    in_scale: Float[Tensor, "in"]
-    out_scale: Float[Tensor, "out"]
+    in_scale: Float[Tensor, " in"]
+    out_scale: Float[Tensor, " out"]
 
 
 def normalize(weight: Float[Tensor, "out in"]) -> Normalized:
@@ -41,7 +41,7 @@ def normalize(weight: Float[Tensor, "out in"]) -> Normalized:
     return Normalized(normalized, in_scale, out_scale)
 
 
-def norms(weight: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "in"], Float[Tensor, "out"]]:
+def norms(weight: Float[Tensor, "out in"]) -> tuple[Float[Tensor, " in"], Float[Tensor, " out"]]:
     """Return r1 and r2 of :func:`normalize`, without the normalised weight.
 
     Args:
@@ -52,7 +52,7 @@ def norms(weight: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "in"], Float[T
     """
     in_scale = column_norms(weight)
     out_scale = in_scale.new_empty(len(weight))
-    compiled = is_for_numba(weight)
+    compiled = is_for_numba(weight.device, weight.numel())
     for rows in row_chunks(*weight.shape):
         if compiled:
             from nowag_pl.kernels.cpu.normalization import write_row_norms
@@ -64,14 +64,14 @@ def norms(weight: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "in"], Float[T
     return in_scale, out_scale
 
 
-def column_norms(weight: Float[Tensor, "out in"]) -> Float[Tensor, "in"]:
+def column_norms(weight: Float[Tensor, "out in"]) -> Float[Tensor, " in"]:
     """Return r1 of :func:`normalize`, float32.
 
     Args:
         weight: matrix of any floating type.
     """
     squares = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
-    compiled = is_for_numba(weight)
+    compiled = is_for_numba(weight.device, weight.numel())
     for rows in row_chunks(*weight.shape):  # in float64, so that squares cannot overflow
         if compiled:
             from nowag_pl.kernels.cpu.normalization import add_squares
@@ -83,7 +83,7 @@ def column_norms(weight: Float[Tensor, "out in"]) -> Float[Tensor, "in"]:
 
 
 def normalize_rows(
-    weight: Float[Tensor, "rows in"], in_scale: Float[Tensor, "in"], out_scale: Float[Tensor, "rows"]
+    weight: Float[Tensor, "rows in"], in_scale: Float[Tensor, " in"], out_scale: Float[Tensor, " rows"]
 ) -> Float[Tensor, "rows in"]:
     """Return some rows of the normalised weight, float32.
 
@@ -96,7 +96,7 @@ def normalize_rows(
 
 
 def denormalize(
-    weight: Float[Tensor, "out in"], in_scale: Float[Tensor, "in"], out_scale: Float[Tensor, "out"]
+    weight: Float[Tensor, "out in"], in_scale: Float[Tensor, " in"], out_scale: Float[Tensor, " out"]
 ) -> Float[Tensor, "out in"]:
     """Undo :func:`normalize`: `W[i, j] = r2_i W_bar[i, j] r1_j`.
 
@@ -106,6 +106,15 @@ def denormalize(
         out_scale: r2.
     """
     return weight * in_scale * out_scale[:, None]
+
+
+def with_mean_one(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Return values divided by their mean; zeros as they are.
+
+    Args:
+        values: not negative.
+    """
+    return values / values.mean().clamp(min=torch.finfo(values.dtype).tiny)
 
 
 def _nonzero(values: Tensor) -> Tensor:

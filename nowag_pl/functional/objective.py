@@ -11,7 +11,7 @@ from nowag_pl.functional.normalization import normalize_rows, norms
 def normalized_loss(
     weight: Float[Tensor, "out in"],
     reconstruction: Float[Tensor, "out in"],
-    second_moment: Float[Tensor, "in"],
+    second_moment: Float[Tensor, " in"],
 ) -> float:
     """Return `sum_ij h_j (W_bar_ij - W_bar_hat_ij)^2` divided by its value at `W_bar_hat = 0`.
 
@@ -35,7 +35,7 @@ def normalized_loss(
 def reconstruction_loss(
     weight: Float[Tensor, "out in"],
     reconstruction: Float[Tensor, "out in"],
-    second_moment: Float[Tensor, "in"],
+    second_moment: Float[Tensor, " in"],
 ) -> float:
     """Return :func:`normalized_loss` of matrices that are not normalised, a chunk of rows in memory at a time.
 

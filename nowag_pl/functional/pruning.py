@@ -12,11 +12,12 @@ from torch import Tensor
 from nowag_pl.functional import chunks
 from nowag_pl.functional.chunks import empty_like, fill_rows, row_chunks
 from nowag_pl.functional.normalization import column_norms, normalize_rows, norms
+from nowag_pl.functional.patterns import check_pattern, check_row
 from nowag_pl.functional.thresholds import kth_smallest, mark_largest
 from nowag_pl.kernels.dispatch import is_for_numba
 
 
-def nowag_scores(weight: Float[Tensor, "out in"], second_moment: Float[Tensor, "in"]) -> Float[Tensor, "out in"]:
+def nowag_scores(weight: Float[Tensor, "out in"], second_moment: Float[Tensor, " in"]) -> Float[Tensor, "out in"]:
     """Return NoWag-P's importance `h_j W_bar_ij^2`.
 
     Args:
@@ -26,7 +27,7 @@ def nowag_scores(weight: Float[Tensor, "out in"], second_moment: Float[Tensor, "
     return weight.float().square() * second_moment
 
 
-def normalized_scores(weight: Float[Tensor, "out in"], second_moment: Float[Tensor, "in"]) -> Float[Tensor, "out in"]:
+def normalized_scores(weight: Float[Tensor, "out in"], second_moment: Float[Tensor, " in"]) -> Float[Tensor, "out in"]:
     """Return :func:`nowag_scores` of a weight that is not normalised yet; the normalised weight is not held.
 
     Args:
@@ -34,7 +35,7 @@ def normalized_scores(weight: Float[Tensor, "out in"], second_moment: Float[Tens
         second_moment: h, mean of the squared input of each column.
     """
     scores = empty_like(weight, torch.float32)
-    if is_for_numba(weight):
+    if is_for_numba(weight.device, weight.numel()):
         from nowag_pl.kernels.cpu.normalization import write_scores
 
         in_scale = column_norms(weight)
@@ -47,7 +48,7 @@ def normalized_scores(weight: Float[Tensor, "out in"], second_moment: Float[Tens
     )
 
 
-def wanda_scores(weight: Float[Tensor, "out in"], second_moment: Float[Tensor, "in"]) -> Float[Tensor, "out in"]:
+def wanda_scores(weight: Float[Tensor, "out in"], second_moment: Float[Tensor, " in"]) -> Float[Tensor, "out in"]:
     """Return Wanda's importance `|W_ij| sqrt(h_j)`.
 
     Args:
@@ -111,7 +112,7 @@ def keep_n_of_m(scores: Float[Tensor, "out in"], pattern: tuple[int, int]) -> Bo
     check_pattern(pattern)
     check_row(scores.shape[1], pattern)
     num_kept, group_size = pattern
-    if is_for_numba(scores):
+    if is_for_numba(scores.device, scores.numel()):
         from nowag_pl.kernels.cpu.pruning import GROUP_SIZES, mark_groups
 
         if group_size in GROUP_SIZES:
@@ -175,14 +176,14 @@ def keep_structured(scores: Float[Tensor, "out in"], sparsity: float, dim: int) 
     return (keep[:, None] if dim == 0 else keep[None, :]).expand(scores.shape).contiguous()
 
 
-def kept_values(weight: Shaped[Tensor, "out in"], keep: Bool[Tensor, "out in"]) -> Shaped[Tensor, "num_kept"]:
+def kept_values(weight: Shaped[Tensor, "out in"], keep: Bool[Tensor, "out in"]) -> Shaped[Tensor, " num_kept"]:
     """Return the weights that a mask keeps, in row-major order.
 
     Args:
         weight: dense weight.
         keep: mask, True where a weight is kept.
     """
-    if is_for_numba(weight):
+    if is_for_numba(weight.device, weight.numel()):
         from nowag_pl.kernels.cpu.pruning import pick
 
         return pick(weight.flatten(), keep.flatten())
@@ -199,21 +200,3 @@ def check_sparsity(sparsity: float) -> None:
     """Raise ValueError unless 0 <= sparsity < 1."""
     if not 0 <= sparsity < 1:
         raise ValueError(f"Expected sparsity (the fraction removed) in [0, 1), but got {sparsity}.")
-
-
-def check_row(num_columns: int, pattern: tuple[int, int]) -> None:
-    """Raise ValueError unless the groups of a pattern (N, M) fill a row."""
-    if num_columns % pattern[1]:
-        raise ValueError(
-            f"Expected a number of input features divisible by {pattern[1]} for the pattern {pattern[0]}:{pattern[1]}, "
-            f"but got {num_columns}."
-        )
-
-
-def check_pattern(pattern: tuple[int, int]) -> None:
-    """Raise ValueError unless the pattern is (N, M) with 1 <= N <= M."""
-    num_kept, group_size = pattern
-    if not 1 <= num_kept <= group_size:
-        raise ValueError(
-            f"Expected a pattern (N, M), N kept of every M weights, with 1 <= N <= M, but got {tuple(pattern)}."
-        )

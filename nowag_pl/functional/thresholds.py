@@ -13,7 +13,7 @@ SAMPLE_SIZE = 2**16
 SAMPLE_MARGIN = 512  # ranks in the sample, at least four standard deviations
 
 
-def mark_largest(values: Float[Tensor, "n"], num_removed: int, keep: Bool[Tensor, "n"]) -> bool:
+def mark_largest(values: Float[Tensor, " n"], num_removed: int, keep: Bool[Tensor, " n"]) -> bool:
     """Write the mask of the largest of many values on a CPU, reading them once.
 
     A sample tells two values that the threshold lies between. Only those between them are looked at again.
@@ -62,7 +62,7 @@ def mark_largest(values: Float[Tensor, "n"], num_removed: int, keep: Bool[Tensor
     return True
 
 
-def kth_smallest(values: Float[Tensor, "n"], k: int) -> Float[Tensor, ""]:
+def kth_smallest(values: Float[Tensor, " n"], k: int) -> Float[Tensor, ""]:
     """Return the k-th smallest of many values, counted from 1, without sorting or copying them.
 
     The bits of floating-point numbers are in the order of the numbers: how often each value of their upper 16 bits

@@ -44,7 +44,7 @@ def log_scale(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return values.double().clamp(min=largest * 10.0**-_DECADES).log10().to(values.dtype)
 
 
-def sample(values: Float[Tensor, "*shape"], count: int) -> Float[Tensor, "few"]:
+def sample(values: Float[Tensor, "*shape"], count: int) -> Float[Tensor, " few"]:
     """Return at most `count` values at even distances in row-major order.
 
     Args:
@@ -60,7 +60,7 @@ def sample(values: Float[Tensor, "*shape"], count: int) -> Float[Tensor, "few"]:
     return flat[even_indices(len(flat), count)]
 
 
-def even_indices(length: int, count: int) -> Int[Tensor, "few"]:
+def even_indices(length: int, count: int) -> Int[Tensor, " few"]:
     """Return at most `count` indices under `length`, increasing, at even distances, the first among them.
 
     Args:
@@ -73,7 +73,7 @@ def even_indices(length: int, count: int) -> Int[Tensor, "few"]:
 
 def principal_axes(
     points: Float[Tensor, "n d"], num_axes: int = 2
-) -> tuple[Float[Tensor, "d"], Float[Tensor, "d axes"]]:
+) -> tuple[Float[Tensor, " d"], Float[Tensor, "d axes"]]:
     """Return the centre of points and the directions of their largest variance (principal component analysis).
 
     Args:

@@ -1,34 +1,50 @@
-"""Packages that make some computations faster and may be missing."""
+"""Which computations run in compiled kernels: one rule of device, size and installed package."""
 
 import logging
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import Literal
 
-from torch import Tensor
+import torch
 
-NUMBA_MIN_ELEMENTS = 2**20  # of a matrix, above which compiling pays off
+Work = Literal["elements", "distances", "codes"]
+
+# Amounts of work from which compiling pays off: elements of a matrix, distances of one search, codes to look up.
+PAYS_FROM: dict[Work, int] = {"elements": 2**20, "distances": 2**22, "codes": 1}
 
 _log = logging.getLogger(__name__)
 
 
-@lru_cache
-def has_module(name: str) -> bool:
-    """Tell whether a package that makes this faster is installed; if not, say once how to get it.
+def is_for_numba(device: torch.device, amount: int, work: Work = "elements") -> bool:
+    """Tell whether a computation runs in loops that Numba compiles: on a CPU, if it is large, and Numba is installed.
 
     Args:
-        name: "numba" or "triton".
+        device: where the tensors are.
+        amount: how much work there is.
+        work: what is counted.
+    """
+    return device.type == "cpu" and amount >= PAYS_FROM[work] and has_module("numba")
+
+
+def is_for_triton(device: torch.device) -> bool:
+    """Tell whether a computation runs in Triton kernels: on CUDA, if Triton is installed.
+
+    Args:
+        device: where the tensors are.
+    """
+    return device.type == "cuda" and has_module("triton")
+
+
+@lru_cache
+def has_module(name: Literal["numba", "triton"]) -> bool:
+    """Tell whether a package of kernels is installed; if not, say once how to get it.
+
+    Args:
+        name: the package.
     """
     found = find_spec(name) is not None
     if not found:
-        extra = "pip install triton" if name == "triton" else "pip install numba"
-        _log.warning("%s is not installed: compression and vector-quantized linears run more slowly (%s)", name, extra)
+        _log.warning(
+            "%s is not installed: compression and vector-quantized linears run more slowly (pip install %s)", name, name
+        )
     return found
-
-
-def is_for_numba(matrix: Tensor) -> bool:
-    """Tell whether a matrix is to be worked on by compiled loops: it is on a CPU, large, and Numba is there.
-
-    Args:
-        matrix: of any type.
-    """
-    return matrix.device.type == "cpu" and matrix.numel() >= NUMBA_MIN_ELEMENTS and has_module("numba")

@@ -4,11 +4,10 @@ from nowag_pl.modules.compressed.armor import ArmorLinear
 from nowag_pl.modules.compressed.base import CompressedLinear
 from nowag_pl.modules.compressed.masked import MaskedLinear
 from nowag_pl.modules.compressed.vq import VQLinear
-from nowag_pl.modules.cross_moment import CrossMoment
+from nowag_pl.modules.moments import CrossMoment, SecondMoment
 from nowag_pl.modules.running.acceleration import accelerate
 from nowag_pl.modules.running.lookup import LookupLinear
 from nowag_pl.modules.running.semi_structured import SemiStructuredArmorLinear, SemiStructuredLinear
-from nowag_pl.modules.second_moment import SecondMoment
 
 __all__ = [
     "ArmorLinear",

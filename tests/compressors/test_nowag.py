@@ -10,7 +10,7 @@ from torch import nn
 from nowag_pl.compressors import NoWagPruner, NoWagQuantizer
 from nowag_pl.functional.normalization import normalize
 from nowag_pl.functional.objective import normalized_loss
-from nowag_pl.functional.vq.kmeans import weighted_kmeans
+from nowag_pl.functional.vq.kmeans import KMeansSettings, weighted_kmeans
 from nowag_pl.functional.vq.quantized import subvectors
 
 
@@ -151,7 +151,9 @@ def test_quantizer_works_on_the_subvectors_of_the_padded_normalized_weight(weigh
         weights = second_moment * (in_scale * out_scale[:, None]).square()
         weights = weights / weights.mean()
     generator = torch.Generator().manual_seed(4)
-    fit = weighted_kmeans(subvectors(normalized, 3), subvectors(weights, 3), 5, generator, tolerance=5e-4)
+    fit = weighted_kmeans(
+        subvectors(normalized, 3), subvectors(weights, 3), KMeansSettings(5, tolerance=5e-4), generator
+    )
     assert torch.equal(compressed.unpacked_codes.flatten(), fit.codes)
     torch.testing.assert_close(compressed.codebook.detach(), fit.codebook.half().float(), rtol=2e-3, atol=1e-5)
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nowag_pl.functional.patterns import check_pattern
 from nowag_pl.functional.pruning import (
-    check_pattern,
     check_sparsity,
     keep_largest,
     keep_n_of_m,

@@ -2,19 +2,19 @@ import logging
 
 import pytest
 
-from nowag_pl.kernels import dispatch as optional
+from nowag_pl.kernels import dispatch
 
 
 @pytest.mark.parametrize(("name", "command"), [("numba", "pip install numba"), ("triton", "pip install triton")])
 def test_a_missing_package_is_named_once(name, command, monkeypatch, caplog):
-    monkeypatch.setattr(optional, "find_spec", lambda name: None)
-    optional.has_module.cache_clear()
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    dispatch.has_module.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
-            assert not optional.has_module(name)
-            assert not optional.has_module(name)
+            assert not dispatch.has_module(name)
+            assert not dispatch.has_module(name)
     finally:
-        optional.has_module.cache_clear()
+        dispatch.has_module.cache_clear()
     assert [record.getMessage() for record in caplog.records] == [
         f"{name} is not installed: compression and vector-quantized linears run more slowly ({command})"
     ]

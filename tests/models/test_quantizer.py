@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nowag_pl import accelerate, load_compressed, save_compressed
-from nowag_pl.functional.vq.matmul import has_module
+from nowag_pl.kernels.dispatch import has_module
 from nowag_pl.models.assembly import assemble
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.format import registration

@@ -10,7 +10,7 @@ from torch import nn
 from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorCUTLASS
 
 from nowag_pl import accelerate
-from nowag_pl.functional.vq import matmul as vq_matmul
+from nowag_pl.kernels import dispatch
 from nowag_pl.modules import (
     ArmorLinear,
     CompressedLinear,
@@ -22,7 +22,7 @@ from nowag_pl.modules import (
 )
 from nowag_pl.modules.running import acceleration
 
-needs_numba = pytest.mark.skipif(not vq_matmul.has_module("numba"), reason="Numba is an extra")
+needs_numba = pytest.mark.skipif(not dispatch.has_module("numba"), reason="Numba is an extra")
 
 
 def masked(rows=64, columns=128, pattern=(2, 4), dtype=torch.bfloat16, bias=True, device="cpu"):
@@ -56,11 +56,11 @@ def sparse_cores(monkeypatch):
     monkeypatch.setattr(SparseSemiStructuredTensor, "_FORCE_CUTLASS", True)
     monkeypatch.setattr(cutlass, "_validate_device_dim_dtype_shape", classmethod(lambda cls, weight: None))
     monkeypatch.setattr(cutlass, "_mm", multiply)
-    original = acceleration.semi_structured_obstacle
+    original = acceleration.reason_against_semi_structured
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(
         acceleration,
-        "semi_structured_obstacle",
+        "reason_against_semi_structured",
         lambda shape, pattern, dtype, _: original(shape, pattern, dtype, torch.device("cuda")),
     )
     return products
@@ -234,7 +234,7 @@ def test_a_quantized_linear_passes_gradients_on(generator):
 
 
 def test_without_numba_quantized_linears_stay(monkeypatch, caplog):
-    monkeypatch.setattr(vq_matmul, "has_module", lambda name: False)
+    monkeypatch.setattr(dispatch, "has_module", lambda name: False)
     model = nn.Sequential(quantized()).eval()
     assert accelerate(model) == 0
     assert isinstance(model[0], VQLinear)

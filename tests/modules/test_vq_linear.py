@@ -14,10 +14,11 @@ from largest_tensor import LargestTensor
 from nowag_pl.functional import chunks
 from nowag_pl.functional.vq import matmul as vq_matmul
 from nowag_pl.functional.vq.matmul import CPU_MAX_TOKENS
+from nowag_pl.kernels import dispatch
 from nowag_pl.modules import CompressedLinear, VQLinear
 
 DTYPES = [torch.float32, torch.bfloat16]
-needs_numba = pytest.mark.skipif(not vq_matmul.has_module("numba"), reason="Numba is an extra")
+needs_numba = pytest.mark.skipif(not dispatch.has_module("numba"), reason="Numba is an extra")
 
 
 def make(rows=5, columns=7, dim=3, size=6, dtype=torch.float32, bias=True):
@@ -185,7 +186,7 @@ def test_few_tokens_never_reconstruct_the_weight(dtype, bias, shape, numba, gene
     bias_values = None if module.bias is None else module.bias.float()
     expected = F.linear(activations.float(), module.weight.float(), bias_values)
     if not numba:
-        monkeypatch.setattr(vq_matmul, "has_module", lambda name: False)
+        monkeypatch.setattr(dispatch, "has_module", lambda name: False)
     with torch.no_grad(), without_weight(monkeypatch, module):
         output = module(activations)
     assert output.dtype == dtype

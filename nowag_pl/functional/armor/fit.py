@@ -5,6 +5,7 @@ step, Adam on A, B and the kept values of S, and a *discrete* step (:mod:`nowag_
 gives one group of every pair of an A-block and a B-block its best support. Neither raises the objective.
 """
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -31,31 +32,39 @@ class ArmorFit(NamedTuple):
     losses: list[float]
 
 
-@torch.no_grad()
-def fit_armor(
-    target: ArmorTarget,
-    start: ArmorFactors,
-    pattern: tuple[int, int],
-    generator: torch.Generator,
-    max_iters: int,
-    learning_rate: float,
-    tolerance: float = 0.0,
-    selection: Selection = "gradient",
-) -> ArmorFit:
-    """Lower the objective from a start.
+@dataclass(frozen=True)
+class ArmorSettings:
+    """How factors and core are fitted.
 
-    The learning rate falls to zero along a cosine over `max_iters`. A continuous step that would raise the objective is
-    not taken: Adam forgets its moments and goes on with half of the rate.
-
-    Args:
-        target: what is approximated, and what its errors count.
-        start: factors to start from.
+    Attributes:
         pattern: (N, M) of the core; M divides the blocks of B.
-        generator: draws the groups; on the CPU.
         max_iters: iterations at the most.
         learning_rate: of Adam on A and B; that of S is scaled as :class:`_Descent` says.
         tolerance: stop when 50 iterations lower the objective by less than this fraction; 0 to go on while it falls.
         selection: draw groups in proportion to the squared gradient of the objective, or evenly.
+    """
+
+    pattern: tuple[int, int]
+    max_iters: int
+    learning_rate: float
+    tolerance: float = 0.0
+    selection: Selection = "gradient"
+
+
+@torch.no_grad()
+def fit_armor(
+    target: ArmorTarget, start: ArmorFactors, settings: ArmorSettings, generator: torch.Generator
+) -> ArmorFit:
+    """Lower the objective from a start.
+
+    The learning rate falls to zero along a cosine. A continuous step that would raise the objective is not taken: Adam
+    forgets its moments and goes on with half of the rate.
+
+    Args:
+        target: what is approximated, and what its errors count.
+        start: factors to start from.
+        settings: pattern, steps, and when to stop.
+        generator: draws the groups; on the CPU.
 
     Returns:
         Factors whose objective is not above that of the start, and the objective on the way.
@@ -63,11 +72,12 @@ def fit_armor(
     Raises:
         ValueError: the pattern has more than 256 supports.
     """
-    supports = supports_of(pattern).to(target.weight.device)
-    descent = _Descent(start, learning_rate, max_iters)
+    group_size = settings.pattern[1]
+    supports = supports_of(settings.pattern).to(target.weight.device)
+    descent = _Descent(start, settings.learning_rate, settings.max_iters)
     factors, residual = start, target.weight - reconstruct(start)
     losses = [loss := target.loss(residual)]
-    for iteration in range(1, max_iters + 1):
+    for iteration in range(1, settings.max_iters + 1):
         gradients = gradients_of(target, factors, residual)
         moved = descent.step(factors, gradients)
         moved_residual = target.weight - reconstruct(moved)
@@ -75,12 +85,13 @@ def fit_armor(
             factors, residual = moved, moved_residual
         else:
             descent.slow_down()
-        by_gradient = gradients.core if selection == "gradient" else None
-        groups = choose_groups(factors, pattern[1], generator, by_gradient)
-        del gradients, moved, moved_residual, by_gradient  # they are large
-        factors, residual = improve_groups(target, factors, residual, groups, supports, pattern[1])
+        by_gradient = gradients.core if settings.selection == "gradient" else None
+        groups = choose_groups(factors, group_size, generator, by_gradient)
+        # They are large, and not needed by the discrete step.
+        del gradients, moved, moved_residual, by_gradient
+        factors, residual = improve_groups(target, factors, residual, groups, supports, group_size)
         losses.append(loss := target.loss(residual))
-        if iteration % CHECK_ITERS == 0 and loss >= (1 - tolerance) * losses[-1 - CHECK_ITERS]:
+        if iteration % CHECK_ITERS == 0 and loss >= (1 - settings.tolerance) * losses[-1 - CHECK_ITERS]:
             break
     return ArmorFit(factors, losses)
 

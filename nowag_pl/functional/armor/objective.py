@@ -13,8 +13,8 @@ class ArmorTarget(NamedTuple):
     """What is approximated, and what its errors count."""
 
     weight: Float[Tensor, "out in"]  # W_bar
-    row_weights: Float[Tensor, "out"]  # u
-    column_weights: Float[Tensor, "in"]  # h
+    row_weights: Float[Tensor, " out"]  # u
+    column_weights: Float[Tensor, " in"]  # h
 
     def loss(self, residual: Float[Tensor, "out in"]) -> float:
         """Return the objective of a residual `W_bar - A S B`; sums over columns are float64."""

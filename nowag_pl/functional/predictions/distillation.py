@@ -14,7 +14,7 @@ def distillation_loss(
     teacher_logits: Float[Tensor, "tokens vocabulary"],
     logits: Float[Tensor, "tokens vocabulary"],
     temperature: float = 1.0,
-) -> Float[Tensor, "tokens"]:
+) -> Float[Tensor, " tokens"]:
     """Return `T^2 KL(softmax(teacher / T) || softmax(student / T))` of each token, in nats.
 
     Args:
@@ -52,7 +52,7 @@ def top_distillation_loss(
     teacher_tokens: Int[Tensor, "tokens top_k"],
     logits: Float[Tensor, "tokens vocabulary"],
     temperature: float = 1.0,
-) -> Float[Tensor, "tokens"]:
+) -> Float[Tensor, " tokens"]:
     """Return the loss of :func:`distillation_loss` with all tokens but the teacher's likeliest lumped into one.
 
     It never exceeds the full divergence, and equals it where `top_k` is the vocabulary.

@@ -14,7 +14,7 @@ CHUNK_POSITIONS = 1024
 
 def negative_log_likelihood(
     logits: Float[Tensor, "tokens vocabulary"],
-    targets: Int[Tensor, "tokens"],
+    targets: Int[Tensor, " tokens"],
     chunk_positions: int = CHUNK_POSITIONS,
 ) -> Float[Tensor, ""]:
     """Sum the negative log likelihood of `targets`.

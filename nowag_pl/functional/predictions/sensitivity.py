@@ -30,7 +30,9 @@ def predicted_divergence(change: Float[Tensor, "... out"], gradient: Float[Tenso
     return (change.float() * gradient.float()).square().sum(dim=-1).sum(dtype=torch.float64) / 2
 
 
-def drawn_labels(logits: Float[Tensor, "tokens vocabulary"], uniform: Float[Tensor, "tokens"]) -> Int[Tensor, "tokens"]:
+def drawn_labels(
+    logits: Float[Tensor, "tokens vocabulary"], uniform: Float[Tensor, " tokens"]
+) -> Int[Tensor, " tokens"]:
     """Draw a token at each position from the predicted distribution.
 
     Args:
@@ -49,7 +51,7 @@ def drawn_labels(logits: Float[Tensor, "tokens vocabulary"], uniform: Float[Tens
 
 
 def label_gradient(
-    logits: Float[Tensor, "tokens vocabulary"], labels: Int[Tensor, "tokens"]
+    logits: Float[Tensor, "tokens vocabulary"], labels: Int[Tensor, " tokens"]
 ) -> Float[Tensor, "tokens vocabulary"]:
     """Return the gradient of the summed negative log likelihood of labels in the logits, in their type.
 

@@ -2,7 +2,8 @@
 
 from math import ceil
 
-from nowag_pl.functional.storage.packing import code_bits, pattern_bits
+from nowag_pl.functional.storage.packing import pattern_bits
+from nowag_pl.kernels.bits import code_bits
 
 
 def masked_bits_per_weight(

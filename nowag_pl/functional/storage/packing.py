@@ -14,25 +14,17 @@ from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 from nowag_pl.functional import chunks
+from nowag_pl.functional.patterns import check_row
+from nowag_pl.kernels.bits import code_bits
 from nowag_pl.kernels.dispatch import is_for_numba
 
 _SLOTS = 8  # eight values of b bits fill b bytes
 MAX_BITS = 24
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes: views in which values of any type are moved
-MAX_TABLE_GROUP = 16  # wider groups are stored as plain bits
+# Wider groups are stored as plain bits.
+MAX_TABLE_GROUP = 16
 
 
-def code_bits(num_codes: int) -> int:
-    """Return the bits that hold any of `num_codes` values: `ceil(log2(num_codes))`.
-
-    Example:
-        >>> code_bits(4096), code_bits(6), code_bits(1)
-        (12, 3, 0)
-    """
-    return (num_codes - 1).bit_length()
-
-
-def pack(values: Int[Tensor, "n"] | UInt8[Tensor, "n"], bits: int) -> UInt8[Tensor, "bytes"]:
+def pack(values: Int[Tensor, " n"] | UInt8[Tensor, " n"], bits: int) -> UInt8[Tensor, " bytes"]:
     """Pack integers into bytes.
 
     Args:
@@ -68,7 +60,7 @@ def _pack_part(values: Tensor, bits: int) -> Tensor:
     return packed.to(torch.uint8).flatten()[: ceil(len(values) * bits / 8)]
 
 
-def unpack(packed: UInt8[Tensor, "bytes"], bits: int, count: int) -> Int[Tensor, "n"]:
+def unpack(packed: UInt8[Tensor, " bytes"], bits: int, count: int) -> Int[Tensor, " n"]:
     """Undo :func:`pack`.
 
     Args:
@@ -129,7 +121,7 @@ def pattern_bits(pattern: tuple[int, int]) -> int:
     return group_size if group_size > MAX_TABLE_GROUP else code_bits(comb(group_size, num_kept))
 
 
-def pack_keep(keep: Bool[Tensor, "out in"], pattern: tuple[int, int] | None = None) -> UInt8[Tensor, "bytes"]:
+def pack_keep(keep: Bool[Tensor, "out in"], pattern: tuple[int, int] | None = None) -> UInt8[Tensor, " bytes"]:
     """Pack a mask: one bit per weight, or :func:`pattern_bits` per group of an N:M pattern.
 
     Args:
@@ -141,7 +133,7 @@ def pack_keep(keep: Bool[Tensor, "out in"], pattern: tuple[int, int] | None = No
     """
     if pattern is None:
         return _pack_flags(keep)
-    _check_row(keep.shape[1], pattern)
+    check_row(keep.shape[1], pattern)
     packed = _pack_groups(keep.reshape(-1, pattern[1]), pattern)
     if packed is None:
         raise ValueError(f"Expected a mask with {pattern[0]} kept of every {pattern[1]} weights.")
@@ -162,7 +154,7 @@ def _pack_groups(groups: Tensor, pattern: tuple[int, int]) -> Tensor | None:
         follows = all((part.sum(dim=1) == pattern[0]).all() for part in parts)
         return _pack_flags(groups) if follows else None
     number_of = _pattern_tables(pattern)[1].to(groups.device)
-    if is_for_numba(groups):
+    if is_for_numba(groups.device, groups.numel()):
         from nowag_pl.kernels.cpu.pruning import pack_numbers
 
         return pack_numbers(groups, number_of, bits)
@@ -177,7 +169,7 @@ def _pack_groups(groups: Tensor, pattern: tuple[int, int]) -> Tensor | None:
 
 
 def unpack_keep(
-    packed: UInt8[Tensor, "bytes"], shape: tuple[int, int], pattern: tuple[int, int] | None = None
+    packed: UInt8[Tensor, " bytes"], shape: tuple[int, int], pattern: tuple[int, int] | None = None
 ) -> Bool[Tensor, "out in"]:
     """Undo :func:`pack_keep`.
 
@@ -191,7 +183,7 @@ def unpack_keep(
     """
     count = shape[0] * shape[1]
     if pattern is not None:
-        _check_row(shape[1], pattern)
+        check_row(shape[1], pattern)
     keep = torch.empty(shape, dtype=torch.bool, device=packed.device)
     if pattern is None or pattern[1] > MAX_TABLE_GROUP:
         weights = keep.view(-1)
@@ -218,11 +210,6 @@ def _pattern_tables(pattern: tuple[int, int]) -> tuple[Tensor, Tensor]:
 def _part_size(weights_per_value: int = 1) -> int:
     """Return how many values are packed at a time; their bits fill whole bytes."""
     return max(chunks.CHUNK_ELEMENTS // weights_per_value // _SLOTS, 1) * _SLOTS
-
-
-def _check_row(num_columns: int, pattern: tuple[int, int]) -> None:
-    if num_columns % pattern[1]:
-        raise ValueError(f"Expected rows divisible by {pattern[1]} for the pattern {pattern}, but got {num_columns}.")
 
 
 def _check_bits(bits: int) -> None:

@@ -12,7 +12,7 @@ MULTIPLE = 64  # of rows and columns; enough for either backend of torch.sparse
 MIN_CAPABILITY = (8, 0)
 
 
-def semi_structured_obstacle(
+def reason_against_semi_structured(
     shape: tuple[int, int], pattern: tuple[int, int] | None, dtype: torch.dtype, device: torch.device
 ) -> str | None:
     """Return why a weight cannot be multiplied in its 2:4 form, or None if it can.
@@ -25,7 +25,7 @@ def semi_structured_obstacle(
 
     Example:
         >>> import torch
-        >>> semi_structured_obstacle((64, 64), (4, 8), torch.float16, torch.device("cpu"))
+        >>> reason_against_semi_structured((64, 64), (4, 8), torch.float16, torch.device("cpu"))
         'pattern (4, 8) instead of (2, 4)'
     """
     if pattern != PATTERN:
@@ -44,7 +44,7 @@ def semi_structured(weight: Tensor) -> Tensor:
     """Return a weight in its 2:4 form, which `torch.nn.functional.linear` takes; it gives no gradients.
 
     Args:
-        weight: `[out, in]` without :func:`semi_structured_obstacle`.
+        weight: `[out, in]` without :func:`reason_against_semi_structured`.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The PyTorch API of SparseSemiStructuredTensor is in prototype")

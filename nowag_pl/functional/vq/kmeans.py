@@ -6,6 +6,7 @@ points at a time, and their weighted sums are taken while it is there.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ class KMeansResult(NamedTuple):
     """A codebook and the codeword of every point."""
 
     codebook: Float[Tensor, "k d"]
-    codes: Int[Tensor, "n"]
+    codes: Int[Tensor, " n"]
     loss: float
     num_iters: int
 
@@ -59,31 +60,42 @@ class _Assignment(NamedTuple):
     loss: float
 
 
+@dataclass(frozen=True)
+class KMeansSettings:
+    """How large a codebook is, and how long it is fitted.
+
+    Attributes:
+        num_codewords: k, at most the number of points.
+        max_iters: updates of the codebook at the most.
+        tolerance: least relative gain of the loss to go on; 0 to go on until the codes settle.
+        chunk_size: points whose k distances are in memory at a time. None: :func:`nearest.chunk_points`.
+    """
+
+    num_codewords: int
+    max_iters: int = 100
+    tolerance: float = 0.0
+    chunk_size: int | None = None
+
+
 def weighted_kmeans(
     points: Float[Tensor, "n d"],
     weights: Float[Tensor, "n d"] | SubvectorWeights,
-    num_codewords: int,
+    settings: KMeansSettings,
     generator: torch.Generator,
-    max_iters: int = 100,
-    tolerance: float = 0.0,
     codebook: Float[Tensor, "k d"] | None = None,
-    chunk_size: int | None = None,
 ) -> KMeansResult:
     """Fit a codebook and codes.
 
-    Iterations stop when no code changes, when the loss falls by less than `tolerance` of itself, or after
-    `max_iters`. Codewords that no point uses are put on the worst represented points.
+    Iterations stop when no code changes, when the loss falls by less than the tolerance, or after the most that the
+    settings allow. Codewords that no point uses are put on the worst represented points.
 
     Args:
         points: points, float32.
         weights: non-negative weight of each coordinate of each point, float32, or what gives those of some points.
             Where a codeword's points have no weight in a coordinate, that coordinate does not move.
-        num_codewords: k, at most n.
+        settings: size of the codebook, and when to stop.
         generator: source of randomness of the k-means++ start, on the CPU.
-        max_iters: updates of the codebook at the most.
-        tolerance: least relative gain of the loss to go on; 0 to go on until the codes settle.
         codebook: start from these codewords instead of k-means++.
-        chunk_size: points whose k distances are in memory at a time. None: :func:`nearest.chunk_points`.
 
     Returns:
         Codebook `[k, d]`, codes `[n]` (int32), the loss of exactly this pair, and the updates that led to it.
@@ -91,25 +103,27 @@ def weighted_kmeans(
     Raises:
         ValueError: there are fewer points than codewords, or the given codebook has another shape.
     """
+    num_codewords, tolerance = settings.num_codewords, settings.tolerance
     check_num_codewords(num_codewords, len(points))
     if codebook is not None and codebook.shape != (num_codewords, points.shape[1]):
         raise ValueError(
             f"Expected a codebook of shape {(num_codewords, points.shape[1])}, but got {tuple(codebook.shape)}."
         )
-    if chunk_size is None:
-        chunk_size = chunk_points(num_codewords, points.shape[1], points.device)
     if codebook is None:
         codebook = kmeans_plus_plus(points, weights, num_codewords, generator)
+    chunk_size = settings.chunk_size or chunk_points(num_codewords, points.shape[1], points.device)
     prepared = _Points(points, weights, chunk_size)
     current = _assign(prepared, codebook)
     best = KMeansResult(codebook, current.codes, current.loss, 0)
-    for iteration in range(1, max_iters + 1):
+    for iteration in range(1, settings.max_iters + 1):
         codebook = _update(prepared, current, codebook)
         previous_codes, previous_loss = current.codes, current.loss
-        del current  # it is large
+        # It is large, and not needed while the next one is made.
+        del current
         current = _assign(prepared, codebook)
         gain = previous_loss - current.loss
-        if current.loss <= best.loss:  # near the end, rounding can let it rise
+        # Near the end, rounding can let the loss rise.
+        if current.loss <= best.loss:
             best = KMeansResult(codebook, current.codes, current.loss, iteration)
         if torch.equal(current.codes, previous_codes) or (tolerance > 0 and gain <= tolerance * previous_loss):
             break
@@ -149,7 +163,7 @@ def _add_by_code(sums: Tensor, codes: Tensor, features: Tensor) -> None:
         add_sorted(sums, codes, features)
 
 
-def add_sorted(sums: Float[Tensor, "k m"], codes: Int[Tensor, "n"], features: Float[Tensor, "n m"]) -> None:
+def add_sorted(sums: Float[Tensor, "k m"], codes: Int[Tensor, " n"], features: Float[Tensor, "n m"]) -> None:
     """Add features to the sums of their codes, one code after the other.
 
     Args:

@@ -56,11 +56,11 @@ def kmeans_plus_plus(
 def _draw(
     points: Float[Tensor, "n d"],
     features: Float[Tensor, "n width"],
-    offset: Float[Tensor, "n"],
-    distances: Float[Tensor, "n"],
+    offset: Float[Tensor, " n"],
+    distances: Float[Tensor, " n"],
     count: int,
     generator: torch.Generator,
-) -> Int[Tensor, "kept"]:
+) -> Int[Tensor, " kept"]:
     """Draw candidates by distances that leave each other out, and return those that the others let through."""
     draws = torch.rand(2, count, generator=generator, dtype=torch.float64)
     cumulative = distances.cpu().cumsum(0, dtype=torch.float64)  # on CUDA sums differ from time to time

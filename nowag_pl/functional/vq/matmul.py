@@ -17,12 +17,13 @@ from functools import partial
 from math import ceil
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, Integer, UInt8
 from torch import Tensor
 
-from nowag_pl.functional.storage.packing import code_bits, unpack
-from nowag_pl.kernels.dispatch import has_module
+from nowag_pl.functional.storage.packing import unpack
+from nowag_pl.functional.vq.quantized import grouped
+from nowag_pl.kernels.bits import code_bits
+from nowag_pl.kernels.dispatch import is_for_numba, is_for_triton
 
 CPU_MAX_TOKENS = 64  # faster beyond, too (benchmarks/README.md), but what is measured there stays exact
 CPU_MAX_LOOKUP_TOKENS = 4  # from columns; measured, benchmarks/README.md
@@ -41,16 +42,16 @@ def is_for_few_tokens(num_tokens: int, device: torch.device) -> bool:
         device: where they are.
     """
     if device.type == "cuda":
-        return num_tokens <= CUDA_MAX_TOKENS and has_module("triton")
+        return num_tokens <= CUDA_MAX_TOKENS and is_for_triton(device)
     return num_tokens <= CPU_MAX_TOKENS
 
 
 def vq_matmul(
     activations: Float[Tensor, "*batch in"],
-    codes: UInt8[Tensor, "bytes"],
+    codes: UInt8[Tensor, " bytes"],
     codebook: Float[Tensor, "k d"],
-    in_scale: Float[Tensor, "in"],
-    out_scale: Float[Tensor, "out"],
+    in_scale: Float[Tensor, " in"],
+    out_scale: Float[Tensor, " out"],
 ) -> Float[Tensor, "*batch out"]:
     """Multiply activations by the transposed weight that codes, codebook and scales stand for. Gives no gradients.
 
@@ -65,11 +66,11 @@ def vq_matmul(
         The product in the type of the activations.
     """
     tokens = activations.reshape(-1, activations.shape[-1])  # [tokens, in]
-    if tokens.is_cuda and has_module("triton"):
+    if is_for_triton(tokens.device):
         from nowag_pl.kernels.cuda.vq import fused_matmul
 
         output = fused_matmul(tokens, codes, codebook, in_scale, out_scale)
-    elif len(tokens) == 1 and _is_looked_up(tokens, codebook, out_scale):
+    elif len(tokens) == 1 and reason_against_lookup(len(codebook), len(out_scale), tokens.device) is None:
         output = _by_lookup(tokens, codes, codebook, in_scale, out_scale)
     else:
         output = _by_tiles(tokens, codebook, in_scale, out_scale, partial(_decode, codes))
@@ -97,8 +98,8 @@ def columns_matmul(
     activations: Float[Tensor, "*batch in"],
     columns: Integer[Tensor, "groups out"],
     codebook: Float[Tensor, "k d"],
-    in_scale: Float[Tensor, "in"],
-    out_scale: Float[Tensor, "out"],
+    in_scale: Float[Tensor, " in"],
+    out_scale: Float[Tensor, " out"],
 ) -> Float[Tensor, "*batch out"]:
     """Return what :func:`vq_matmul` does, on a CPU with Numba.
 
@@ -116,38 +117,38 @@ def columns_matmul(
 
     tokens = activations.reshape(-1, activations.shape[-1])  # [tokens, in]
     if len(tokens) <= CPU_MAX_LOOKUP_TOKENS:
-        groups = _grouped(tokens * in_scale, codebook.shape[1]).float()
+        groups = grouped(tokens * in_scale, codebook.shape[1]).float()
         output = (sum_column_lookups(columns, codebook.float(), groups) * out_scale).to(tokens.dtype)
     else:
         output = _by_tiles(tokens, codebook, in_scale, out_scale, partial(decode_columns, columns))
     return output.view(*activations.shape[:-1], len(out_scale))
 
 
-def lookup_obstacle(num_codewords: int, num_rows: int) -> str | None:
-    """Return why products of a weight are not to be looked up on a CPU, or None if they are.
+def reason_against_lookup(num_codewords: int, num_rows: int, device: torch.device) -> str | None:
+    """Return why products with a weight are not looked up (:mod:`nowag_pl.kernels.cpu.vq`), or None if they are.
 
     Args:
         num_codewords: size of the codebook.
         num_rows: rows of the weight.
+        device: where the weight is.
 
     Example:
-        >>> lookup_obstacle(4096, 64)
+        >>> import torch
+        >>> reason_against_lookup(4096, 64, torch.device("cpu"))
         'more than 4 codewords a row'
     """
+    if device.type != "cpu":
+        return f"on {device.type}, not on a CPU"
     if not 1 < num_codewords <= MAX_LOOKUP_RATIO * num_rows:
         return f"more than {MAX_LOOKUP_RATIO} codewords a row" if num_codewords > 1 else "a single codeword"
-    return None if has_module("numba") else "Numba is not installed"
-
-
-def _is_looked_up(tokens: Tensor, codebook: Tensor, out_scale: Tensor) -> bool:
-    return tokens.device.type == "cpu" and lookup_obstacle(len(codebook), len(out_scale)) is None
+    return None if is_for_numba(device, num_rows, "codes") else "Numba is not installed"
 
 
 def _by_lookup(token: Tensor, codes: Tensor, codebook: Tensor, in_scale: Tensor, out_scale: Tensor) -> Tensor:
     """Multiply one token `[1, in]`, in float32."""
     from nowag_pl.kernels.cpu.vq import sum_lookups
 
-    groups = _grouped(token[0] * in_scale, codebook.shape[1])
+    groups = grouped(token[0] * in_scale, codebook.shape[1])
     sums = sum_lookups(codes, codebook.float(), groups.float(), len(out_scale))
     return (sums * out_scale)[None].to(token.dtype)
 
@@ -155,7 +156,7 @@ def _by_lookup(token: Tensor, codes: Tensor, codebook: Tensor, in_scale: Tensor,
 def _by_tiles(tokens: Tensor, codebook: Tensor, in_scale: Tensor, out_scale: Tensor, decoded: _Decode) -> Tensor:
     """Decode and multiply some rows at a time; in bfloat16 if the tokens are, or else in float32."""
     dtype = torch.bfloat16 if tokens.dtype == torch.bfloat16 else torch.float32
-    groups = _grouped(tokens * in_scale, codebook.shape[1]).to(dtype)  # [tokens, groups, d]
+    groups = grouped(tokens * in_scale, codebook.shape[1]).to(dtype)  # [tokens, groups, d]
     inputs, codewords = groups.flatten(1), codebook.to(dtype).contiguous()
     num_rows, num_groups = len(out_scale), groups.shape[1]
     num_tile_rows = max(TILE_BYTES // (num_groups * codewords[0].nbytes) // 8, 1) * 8  # a tile starts with a whole byte
@@ -168,17 +169,12 @@ def _by_tiles(tokens: Tensor, codebook: Tensor, in_scale: Tensor, out_scale: Ten
     return (torch.cat(products, dim=1) * out_scale).to(tokens.dtype)
 
 
-def _grouped(values: Tensor, dim: int) -> Tensor:
-    """Cut `[..., in]` into `[..., groups, d]`, padded with zeros."""
-    return F.pad(values, (0, -values.shape[-1] % dim)).unflatten(-1, (-1, dim))
-
-
 def _decode(codes: Tensor, codebook: Tensor, start: int, tile: Tensor) -> None:
     """Write rows from `start` on, a multiple of 8, of the normalised weight; the last columns may be padding."""
     subvectors = tile.view(-1, codebook.shape[1])
     num_groups, bits = len(subvectors) // len(tile), code_bits(len(codebook))
     first, stop = start * num_groups, start * num_groups + len(subvectors)
-    if codes.device.type == "cpu" and bits and has_module("numba"):
+    if bits and is_for_numba(codes.device, len(subvectors), "codes"):
         from nowag_pl.kernels.cpu.vq import decode
 
         decode(codes, codebook, first, subvectors)

@@ -12,12 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nowag_pl.kernels.dispatch import has_module
+from nowag_pl.kernels.dispatch import is_for_numba, is_for_triton
 
 CPU_CHUNK_ELEMENTS = 2**18  # distances at a time: 1 MiB, which stays in the cache of one core
 CUDA_CHUNK_ELEMENTS = 2**25  # 128 MiB
 ROW_BLOCKS = 64
-NUMBA_MIN_DISTANCES = 2**22  # of one search, above which compiling pays off
 NUMBA_MAX_DIM = 16  # its instructions are as many
 TRITON_MAX_DIM = 32  # its tiles fit into registers and shared memory
 
@@ -53,8 +52,12 @@ def chunk_points(num_codewords: int, dim: int, device: torch.device) -> int:
         dim: d.
         device: where the points are.
     """
-    elements = CPU_CHUNK_ELEMENTS if device.type == "cpu" else CUDA_CHUNK_ELEMENTS
-    return max(elements // max(num_codewords, 2 * dim), 1)
+    return max(chunk_elements(device) // max(num_codewords, 2 * dim), 1)
+
+
+def chunk_elements(device: torch.device) -> int:
+    """Return how many distances are computed at a time on a device."""
+    return CPU_CHUNK_ELEMENTS if device.type == "cpu" else CUDA_CHUNK_ELEMENTS
 
 
 def search(
@@ -70,12 +73,13 @@ def search(
     if chunk_size is None:
         chunk_size = chunk_points(len(codebook), codebook.shape[1], codebook.device)
     right = codeword_features(codebook).contiguous()
-    if is_for_numba(codebook, num_points, NUMBA_MIN_DISTANCES):
+    num_distances = len(codebook) * num_points
+    if codebook.shape[1] <= NUMBA_MAX_DIM and is_for_numba(codebook.device, num_distances, "distances"):
         from nowag_pl.kernels.cpu.kmeans import codeword_registers, find_nearest
 
         registers = codeword_registers(right)
         return lambda left, codes, distances: find_nearest(left, registers, codes, distances)
-    if codebook.is_cuda and codebook.shape[1] <= TRITON_MAX_DIM and has_module("triton"):
+    if codebook.shape[1] <= TRITON_MAX_DIM and is_for_triton(codebook.device):
         from nowag_pl.kernels.cuda import kmeans as kmeans_triton
 
         return lambda left, codes, distances: kmeans_triton.find_nearest(left, right, codes, distances)
@@ -88,19 +92,6 @@ def search(
             distances[start : start + chunk_size], codes[start : start + chunk_size] = row_minima(chunk)
 
     return by_products
-
-
-def is_for_numba(vectors: Float[Tensor, "n d"], num_others: int, min_distances: int) -> bool:
-    """Tell whether distances are to be computed by Numba.
-
-    Args:
-        vectors: points or codewords.
-        num_others: how many vectors there are to be compared with each.
-        min_distances: how many distances pay for compiling.
-    """
-    num_vectors, dim = vectors.shape
-    is_large = num_vectors * num_others >= min_distances
-    return vectors.device.type == "cpu" and dim <= NUMBA_MAX_DIM and is_large and has_module("numba")
 
 
 def row_minima(matrix: Tensor) -> tuple[Tensor, Tensor]:

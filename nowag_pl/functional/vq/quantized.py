@@ -1,7 +1,6 @@
 """A vector-quantized weight and its subvectors (NoWag-VQ, arXiv:2504.14569)."""
 
 from dataclasses import dataclass
-from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -18,18 +17,50 @@ class Quantized(NamedTuple):
 
     codebook: Float[Tensor, "k d"]
     codes: Int[Tensor, "out groups"]
-    in_scale: Float[Tensor, "in"]
-    out_scale: Float[Tensor, "out"]
+    in_scale: Float[Tensor, " in"]
+    out_scale: Float[Tensor, " out"]
+
+    @property
+    def normalized(self) -> Tensor:
+        """The reconstruction of the normalised weight, `[out, in]`."""
+        return joined(self.codebook[self.codes], len(self.in_scale))
 
     @property
     def weight(self) -> Tensor:
         """The reconstruction `[out, in]`."""
-        normalized = self.codebook[self.codes].flatten(1)[:, : len(self.in_scale)]
-        return denormalize(normalized, self.in_scale, self.out_scale)
+        return denormalize(self.normalized, self.in_scale, self.out_scale)
+
+    def codewords(self, columns: slice) -> Tensor:
+        """Return the codewords as they stand in some columns, `[k, width]`, without the scales of the rows.
+
+        Args:
+            columns: one group of columns; the last one of a row may be narrower than the codewords.
+        """
+        return self.codebook[:, : columns.stop - columns.start] * self.in_scale[columns]
+
+
+def grouped(values: Float[Tensor, "*rows in"], dim: int) -> Float[Tensor, "*rows groups d"]:
+    """Cut each row into subvectors; the last of a row is filled up with zeros.
+
+    Args:
+        values: rows.
+        dim: d.
+    """
+    return F.pad(values, (0, -values.shape[-1] % dim)).unflatten(-1, (-1, dim))
+
+
+def joined(groups: Float[Tensor, "out groups d"], num_features: int) -> Float[Tensor, "out in"]:
+    """Undo :func:`grouped`.
+
+    Args:
+        groups: subvectors of each row.
+        num_features: length of a row without the zeros at its end.
+    """
+    return groups.flatten(1)[:, :num_features]
 
 
 def subvectors(matrix: Float[Tensor, "out in"], dim: int) -> Float[Tensor, "n d"]:
-    """Cut each row into subvectors; the last of a row is filled up with zeros.
+    """Return the subvectors of all rows (:func:`grouped`), one after the other.
 
     Args:
         matrix: `[out, in]`.
@@ -43,12 +74,11 @@ def subvectors(matrix: Float[Tensor, "out in"], dim: int) -> Float[Tensor, "n d"
         >>> subvectors(torch.ones(1, 3), 2).tolist()
         [[1.0, 1.0], [1.0, 0.0]]
     """
-    num_features = matrix.shape[1]
-    return F.pad(matrix, (0, ceil(num_features / dim) * dim - num_features)).view(-1, dim)
+    return grouped(matrix, dim).flatten(0, 1)
 
 
 def normalized_subvectors(
-    weight: Float[Tensor, "out in"], in_scale: Float[Tensor, "in"], out_scale: Float[Tensor, "out"], dim: int
+    weight: Float[Tensor, "out in"], in_scale: Float[Tensor, " in"], out_scale: Float[Tensor, " out"], dim: int
 ) -> Float[Tensor, "n d"]:
     """Return the :func:`subvectors` of the normalised weight, of which no other copy is made.
 
@@ -59,11 +89,9 @@ def normalized_subvectors(
         dim: d.
     """
     num_rows, num_features = weight.shape
-    padding = -num_features % dim
-    padded = in_scale.new_empty(num_rows, num_features + padding)
-    return fill_rows(
-        padded, lambda rows: F.pad(normalize_rows(weight[rows], in_scale, out_scale[rows]), (0, padding))
-    ).view(-1, dim)
+    padded = in_scale.new_empty(num_rows, num_features + -num_features % dim)
+    fill_rows(padded, lambda rows: grouped(normalize_rows(weight[rows], in_scale, out_scale[rows]), dim).flatten(1))
+    return padded.view(-1, dim)
 
 
 @dataclass(frozen=True)
@@ -82,7 +110,7 @@ class SubvectorWeights:
     """
 
     columns: Float[Tensor, "groups d"]
-    rows: Float[Tensor, "out"] | None = None
+    rows: Float[Tensor, " out"] | None = None
 
     def __getitem__(self, selected: slice | Tensor) -> Float[Tensor, "m d"]:
         """Return the weights of some subvectors, counted row by row.
@@ -95,8 +123,3 @@ class SubvectorWeights:
             selected = torch.arange(selected.start, selected.stop, device=self.columns.device)
         weights = self.columns[selected % num_groups]
         return weights if self.rows is None else weights * self.rows[selected // num_groups, None]
-
-
-def columns(num_features: int, dim: int) -> list[tuple[int, int]]:
-    """Return where each subvector starts and stops in a row, without what fills it up."""
-    return [(start, min(start + dim, num_features)) for start in range(0, num_features, dim)]

@@ -44,8 +44,8 @@ def codeword_registers(codeword_features: Float[Tensor, "width k"]) -> Float[Ten
 def find_nearest(
     features: Float[Tensor, "n width"],
     registers: Float[Tensor, "registers width lanes"],
-    codes: Int[Tensor, "n"],
-    distances: Float[Tensor, "n"],
+    codes: Int[Tensor, " n"],
+    distances: Float[Tensor, " n"],
 ) -> None:
     """Write the codeword with the smallest product for each point; of equal ones, the first.
 

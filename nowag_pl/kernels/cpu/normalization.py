@@ -16,7 +16,7 @@ _ROWS = 4  # that a sum of squares meets at a time
 _compiled = numba.njit(nogil=True, error_model="numpy")
 
 
-def add_squares(weight: Float[Tensor, "rows in"], squares: Float[Tensor, "in"]) -> None:
+def add_squares(weight: Float[Tensor, "rows in"], squares: Float[Tensor, " in"]) -> None:
     """Add the squares of some rows to the sums of their columns.
 
     Args:
@@ -28,7 +28,7 @@ def add_squares(weight: Float[Tensor, "rows in"], squares: Float[Tensor, "in"]) 
 
 
 def write_row_norms(
-    weight: Float[Tensor, "rows in"], in_scale: Float[Tensor, "in"], out: Float[Tensor, "rows"]
+    weight: Float[Tensor, "rows in"], in_scale: Float[Tensor, " in"], out: Float[Tensor, " rows"]
 ) -> None:
     """Write the norms of rows divided by `in_scale`, 1 where they are zero.
 
@@ -43,8 +43,8 @@ def write_row_norms(
 
 def write_scores(
     weight: Float[Tensor, "rows in"],
-    in_scale: Float[Tensor, "in"],
-    second_moment: Float[Tensor, "in"],
+    in_scale: Float[Tensor, " in"],
+    second_moment: Float[Tensor, " in"],
     out: Float[Tensor, "rows in"],
 ) -> None:
     """Write the importance `h_j W_bar_ij^2` of the weights of some rows.

@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor
 
-from nowag_pl.functional.chunks import empty_like
-from nowag_pl.functional.storage.packing import INTEGERS
+from nowag_pl.kernels.bits import INTEGERS
 from nowag_pl.kernels.cpu.threads import in_threads
 
 _BLOCK = 2**14  # weights, which stay in the caches of a core
@@ -28,14 +27,14 @@ def mark_groups(scores: Float[Tensor, "out in"], num_kept: int, size: int) -> Bo
         num_kept: N.
         size: M, 4 or 8.
     """
-    keep = empty_like(scores, torch.bool)
+    keep = torch.empty(scores.shape, dtype=torch.bool)
     values, words = scores.flatten().numpy(), keep.view(-1).numpy().view(_WORDS[size])
     mark = _group_kernel(num_kept, size)
     in_threads(lambda first, last: mark(values[first * size : last * size], words[first:last]), 0, len(words))
     return keep
 
 
-def pick(values: Shaped[Tensor, "n"], keep: Bool[Tensor, "n"]) -> Shaped[Tensor, "num_kept"]:
+def pick(values: Shaped[Tensor, " n"], keep: Bool[Tensor, " n"]) -> Shaped[Tensor, " num_kept"]:
     """Return the values that a mask keeps.
 
     Args:
@@ -52,8 +51,8 @@ def pick(values: Shaped[Tensor, "n"], keep: Bool[Tensor, "n"]) -> Shaped[Tensor,
 
 
 def pack_numbers(
-    keep: Bool[Tensor, "groups m"], number_of: Int[Tensor, "masks"], bits: int
-) -> UInt8[Tensor, "bytes"] | None:
+    keep: Bool[Tensor, "groups m"], number_of: Int[Tensor, " masks"], bits: int
+) -> UInt8[Tensor, " bytes"] | None:
     """Return the numbers of all groups' masks, each with as many bits; None if one has no number.
 
     Args:

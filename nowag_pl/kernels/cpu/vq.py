@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from nowag_pl.functional.storage.packing import INTEGERS, code_bits
+from nowag_pl.kernels.bits import INTEGERS, code_bits
 from nowag_pl.kernels.cpu.threads import in_threads
 
 _BLOCK_BYTES = 2**20  # products at a time, so that they stay in the cache of a core
@@ -38,8 +38,8 @@ class _Part(NamedTuple):
 
 
 def sum_lookups(
-    codes: UInt8[Tensor, "bytes"], codebook: Float[Tensor, "k d"], groups: Float[Tensor, "groups d"], num_rows: int
-) -> Float[Tensor, "out"]:
+    codes: UInt8[Tensor, " bytes"], codebook: Float[Tensor, "k d"], groups: Float[Tensor, "groups d"], num_rows: int
+) -> Float[Tensor, " out"]:
     """Return the sums `y_i = sum_g c[code_ig] . x_g`.
 
     Each thread takes some of the groups: the products of a block of them with all codewords, then these of all rows.
@@ -85,7 +85,7 @@ def codeword_chunks(codebook: Float[Tensor, "k d"]) -> np.ndarray:
 
 
 def decode(
-    codes: UInt8[Tensor, "bytes"], codebook: Float[Tensor, "k d"], start: int, out: Float[Tensor, "n d"]
+    codes: UInt8[Tensor, " bytes"], codebook: Float[Tensor, "k d"], start: int, out: Float[Tensor, "n d"]
 ) -> None:
     """Write the codewords of `n` codes from `start` on.
 
@@ -162,7 +162,7 @@ def _lookup_kernel(bits: int) -> Callable[..., None]:
     per_window, mask = 64 // bits, np.uint64(2**bits - 1)
 
     @compiled
-    def add_lookups(
+    def add_lookups(  # noqa: PLR0913
         words: np.ndarray,
         first_bit: int,
         start: int,

@@ -22,8 +22,8 @@ _ERROR = 2.0**-18  # of a product of three TF32 parts, as a share of the sum of 
 def find_nearest(
     features: Float[Tensor, "n width"],
     codeword_features: Float[Tensor, "width k"],
-    codes: Int[Tensor, "n"],
-    distances: Float[Tensor, "n"],
+    codes: Int[Tensor, " n"],
+    distances: Float[Tensor, " n"],
 ) -> None:
     """Write the codeword with the smallest product for each point; of equal ones, the first.
 
@@ -44,9 +44,9 @@ def find_nearest(
 def find_by_tensor_cores(
     features: Float[Tensor, "n width"],
     codeword_features: Float[Tensor, "width k"],
-    codes: Int[Tensor, "n"],
-    distances: Float[Tensor, "n"],
-) -> Bool[Tensor, "n"]:
+    codes: Int[Tensor, " n"],
+    distances: Float[Tensor, " n"],
+) -> Bool[Tensor, " n"]:
     """Do as :func:`find_nearest`, but return which points have two codewords that are too close to tell apart.
 
     Args:

@@ -13,7 +13,7 @@ import triton.language as tl
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from nowag_pl.functional.storage.packing import code_bits
+from nowag_pl.kernels.bits import code_bits
 
 _TOKENS = 64  # at most, of one program
 _MIN_DOT = 16  # what tl.dot takes
@@ -22,10 +22,10 @@ _ROWS, _GROUPS = 16, 32
 
 def fused_matmul(
     tokens: Float[Tensor, "tokens in"],
-    codes: UInt8[Tensor, "bytes"],
+    codes: UInt8[Tensor, " bytes"],
     codebook: Float[Tensor, "k d"],
-    in_scale: Float[Tensor, "in"],
-    out_scale: Float[Tensor, "out"],
+    in_scale: Float[Tensor, " in"],
+    out_scale: Float[Tensor, " out"],
 ) -> Float[Tensor, "tokens out"]:
     """Multiply as :func:`nowag_pl.functional.vq.matmul.vq_matmul` does.
 

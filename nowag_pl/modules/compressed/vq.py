@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from nowag_pl.functional.chunks import CHUNK_ELEMENTS, fill_rows
 from nowag_pl.functional.normalization import denormalize
 from nowag_pl.functional.storage.bits import vector_quantized_bits_per_weight
-from nowag_pl.functional.storage.packing import code_bits, pack, unpack
+from nowag_pl.functional.storage.packing import pack, unpack
 from nowag_pl.functional.vq.matmul import vq_matmul
-from nowag_pl.functional.vq.quantized import Quantized
+from nowag_pl.functional.vq.quantized import Quantized, joined
+from nowag_pl.kernels.bits import code_bits
 from nowag_pl.modules.compressed.base import CompressedLinear, dtype_name, rounded_to
 from nowag_pl.modules.compressed.coded import CodedLinear
 
@@ -84,7 +85,7 @@ class VQLinear(CodedLinear):
     @property
     def normalized_weight(self) -> Tensor:
         """The quantized normalised weight `[out, in]`."""
-        return self.codebook[self.unpacked_codes].flatten(1)[:, : self.in_features]
+        return joined(self.codebook[self.unpacked_codes], self.in_features)
 
     @property
     def weight(self) -> Tensor:

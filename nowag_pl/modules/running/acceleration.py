@@ -5,13 +5,13 @@ from collections import Counter
 
 from torch import nn
 
-from nowag_pl.functional.storage.semi_structured import semi_structured_obstacle
-from nowag_pl.functional.vq.matmul import lookup_obstacle
+from nowag_pl.functional.storage.semi_structured import reason_against_semi_structured
+from nowag_pl.functional.vq.matmul import reason_against_lookup
 from nowag_pl.modules.compressed.armor import ArmorLinear
 from nowag_pl.modules.compressed.base import CompressedLinear
 from nowag_pl.modules.compressed.masked import MaskedLinear
 from nowag_pl.modules.compressed.vq import VQLinear
-from nowag_pl.modules.running.base import RunningForm
+from nowag_pl.modules.running.base import RunningLinear
 from nowag_pl.modules.running.lookup import LookupLinear
 from nowag_pl.modules.running.semi_structured import SemiStructuredArmorLinear, SemiStructuredLinear
 
@@ -42,45 +42,39 @@ def accelerate(model: nn.Module) -> int:
         raise RuntimeError(
             "Expected a model in evaluation mode, but got one in training mode. Call model.eval() first."
         )
-    forms: dict[nn.Module, RunningForm | str] = {}  # a linear may be in several places
+    # By linear, of which the same one may be in several places.
+    forms: dict[nn.Module, RunningLinear | str] = {}
     for name, linear in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(linear, CompressedLinear):
             continue
         if linear not in forms:
             forms[linear] = _running_form(linear) if name else "linears stay: they are the model itself"
         form = forms[linear]
-        if isinstance(form, RunningForm):
+        if isinstance(form, RunningLinear):
             model.set_submodule(name, form)
-    obstacles = Counter(form for form in forms.values() if isinstance(form, str))
-    for obstacle, count in obstacles.items():
-        _log.warning("%d %s", count, obstacle)
-    return len(forms) - obstacles.total()
+    reasons = Counter(form for form in forms.values() if isinstance(form, str))
+    for reason, count in reasons.items():
+        _log.warning("%d %s", count, reason)
+    return len(forms) - reasons.total()
 
 
-def _running_form(linear: CompressedLinear) -> RunningForm | str:
+def _running_form(linear: CompressedLinear) -> RunningLinear | str:
     """Return what a linear is replaced by, or why it is not, for a message."""
     match linear:
         case MaskedLinear():
-            obstacle = _semi_structured_obstacle(linear)
-            return f"pruned linears run densely: {obstacle}" if obstacle else SemiStructuredLinear(linear)
+            reason = _reason_against_sparse(linear)
+            return f"pruned linears run densely: {reason}" if reason else SemiStructuredLinear(linear)
         case ArmorLinear():
-            obstacle = _semi_structured_obstacle(linear)
-            return f"ARMOR linears run with a dense core: {obstacle}" if obstacle else SemiStructuredArmorLinear(linear)
+            reason = _reason_against_sparse(linear)
+            return f"ARMOR linears run with a dense core: {reason}" if reason else SemiStructuredArmorLinear(linear)
         case VQLinear():
-            obstacle = _lookup_obstacle(linear)
-            return f"quantized linears run from packed codes: {obstacle}" if obstacle else LookupLinear(linear)
-        case RunningForm():
+            reason = reason_against_lookup(linear.codebook_size, linear.out_features, linear.codes.device)
+            return f"quantized linears run from packed codes: {reason}" if reason else LookupLinear(linear)
+        case RunningLinear():
             return "linears stay: they are in their running form already"
     return f"linears stay: a {type(linear).__name__} has no running form"
 
 
-def _semi_structured_obstacle(linear: MaskedLinear | ArmorLinear) -> str | None:
+def _reason_against_sparse(linear: MaskedLinear | ArmorLinear) -> str | None:
     shape = (linear.out_features, linear.in_features)
-    return semi_structured_obstacle(shape, linear.pattern, linear.dtype, linear.values.device)
-
-
-def _lookup_obstacle(linear: VQLinear) -> str | None:
-    device = linear.codes.device.type
-    if device != "cpu":
-        return f"on {device}, not on a CPU"
-    return lookup_obstacle(linear.codebook_size, linear.out_features)
+    return reason_against_semi_structured(shape, linear.pattern, linear.dtype, linear.values.device)

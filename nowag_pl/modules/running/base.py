@@ -10,7 +10,7 @@ from torch import Tensor
 from nowag_pl.modules.compressed.base import CompressedLinear
 
 
-class RunningForm(CompressedLinear):
+class RunningLinear(CompressedLinear):
     """A compressed linear for running only: it holds what the hardware multiplies best.
 
     Description, state dict and storage are those of the linear that it stands for, so that a model is saved as before.

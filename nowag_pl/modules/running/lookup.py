@@ -7,21 +7,22 @@ import torch
 from torch import Tensor, nn
 
 from nowag_pl.functional.chunks import fill_rows
-from nowag_pl.functional.storage.packing import code_bits, pack
+from nowag_pl.functional.storage.packing import pack
 from nowag_pl.functional.vq.matmul import code_columns, columns_matmul
 from nowag_pl.functional.vq.quantized import Quantized
+from nowag_pl.kernels.bits import code_bits
 from nowag_pl.modules.compressed.coded import CodedLinear
 from nowag_pl.modules.compressed.vq import VQLinear
-from nowag_pl.modules.running.base import RunningForm
+from nowag_pl.modules.running.base import RunningLinear
 
 
-class LookupLinear(RunningForm, CodedLinear):
+class LookupLinear(RunningLinear, CodedLinear):
     """A :class:`VQLinear` for running on a CPU only: a code takes one byte or two, and codes lie column by column.
 
     That is `8 / d` or `16 / d` bits a weight in memory; in storage codes are packed as before.
 
     Args:
-        linear: the linear, for which :func:`~nowag_pl.functional.vq.matmul.lookup_obstacle` finds no obstacle.
+        linear: the linear, for which :func:`~nowag_pl.functional.vq.matmul.reason_against_lookup` finds none.
     """
 
     columns: Tensor

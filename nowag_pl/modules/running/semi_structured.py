@@ -12,17 +12,17 @@ from nowag_pl.functional.storage.packing import unpack_keep
 from nowag_pl.functional.storage.semi_structured import PATTERN, semi_structured
 from nowag_pl.modules.compressed.armor import ArmorLinear
 from nowag_pl.modules.compressed.masked import MaskedLinear
-from nowag_pl.modules.running.base import RunningForm
+from nowag_pl.modules.running.base import RunningLinear
 
 
-class SemiStructuredForm(RunningForm):
+class SemiStructuredBase(RunningLinear):
     """A linear for running only that holds its 2:4 matrix in the form that sparse tensor cores multiply.
 
     In memory a group of four takes four bits for its mask instead of three.
 
     Args:
         linear: the linear, for which
-            :func:`~nowag_pl.functional.storage.semi_structured.semi_structured_obstacle` finds no obstacle.
+            :func:`~nowag_pl.functional.storage.semi_structured.reason_against_semi_structured` finds none.
         matrix: its 2:4 matrix `[out, in]`.
     """
 
@@ -45,7 +45,7 @@ class SemiStructuredForm(RunningForm):
         return self.semi_structured if dtype == self.dtype else self.semi_structured.to_dense().to(dtype)
 
 
-class SemiStructuredLinear(SemiStructuredForm):
+class SemiStructuredLinear(SemiStructuredBase):
     """A :class:`MaskedLinear` of pattern 2:4 on sparse tensor cores.
 
     Args:
@@ -75,7 +75,7 @@ class SemiStructuredLinear(SemiStructuredForm):
         return F.linear(activations, self.matrix_for(activations.dtype), bias)
 
 
-class SemiStructuredArmorLinear(SemiStructuredForm):
+class SemiStructuredArmorLinear(SemiStructuredBase):
     """An :class:`ArmorLinear` whose 2:4 core is on sparse tensor cores, between its block-diagonal factors.
 
     Args:

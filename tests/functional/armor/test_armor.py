@@ -6,7 +6,7 @@ from armor_problems import random_problem, scalar_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nowag_pl.functional.armor.fit import CHECK_ITERS, fit_armor
+from nowag_pl.functional.armor.fit import CHECK_ITERS, ArmorSettings, fit_armor
 from nowag_pl.functional.armor.groups import choose_groups, improve_groups, supports_of
 from nowag_pl.functional.armor.objective import gradients_of, identity_factors, reconstruct
 
@@ -33,7 +33,7 @@ def test_loss_never_rises_and_is_that_of_the_factors(learning_rate, pattern, sel
     target, _ = random_problem(seed=seed)
     start = start_of(target, pattern)
     before = [tensor.clone() for tensor in start]
-    fit = fit_armor(target, start, pattern, seeded(seed), 12, learning_rate, selection=selection)
+    fit = fit_armor(target, start, ArmorSettings(pattern, 12, learning_rate, selection=selection), seeded(seed))
     assert all(after <= loss * (1 + 1e-6) for loss, after in pairwise(fit.losses))
     assert fit.losses[0] == pytest.approx(scalar_loss(target, target.weight * start.keep), rel=1e-5)
     assert fit.losses[-1] == pytest.approx(scalar_loss(target, reconstruct(fit.factors)), rel=1e-3)
@@ -56,7 +56,7 @@ def test_first_iteration_is_a_step_of_adam_and_a_discrete_step():
     groups = choose_groups(start, 4, seeded(), gradients.core)
     residual = target.weight - reconstruct(moved)
     expected, _ = improve_groups(target, moved, residual, groups, supports_of((2, 4)), 4)
-    actual = fit_armor(target, start, (2, 4), seeded(), 1, rate).factors
+    actual = fit_armor(target, start, ArmorSettings((2, 4), 1, rate), seeded()).factors
     for tensor, wanted in zip(actual, expected, strict=True):
         torch.testing.assert_close(tensor, wanted, rtol=1e-4, atol=1e-5)
 
@@ -64,7 +64,7 @@ def test_first_iteration_is_a_step_of_adam_and_a_discrete_step():
 def test_both_steps_help():
     target, _ = random_problem(24, 32, seed=1)
     start = start_of(target)
-    both, discrete = (fit_armor(target, start, (2, 4), seeded(), 200, rate) for rate in (2e-2, 0.0))
+    both, discrete = (fit_armor(target, start, ArmorSettings((2, 4), 200, rate), seeded()) for rate in (2e-2, 0.0))
     assert both.losses[-1] < 0.5 * both.losses[0]
     assert both.losses[-1] < 0.8 * discrete.losses[-1]
     assert (both.factors.keep != start.keep).any()
@@ -73,20 +73,20 @@ def test_both_steps_help():
 
 def test_rate_that_is_too_high_recovers():
     target, _ = random_problem(24, 32, seed=1)
-    losses = fit_armor(target, start_of(target), (2, 4), seeded(), 200, 10.0).losses
+    losses = fit_armor(target, start_of(target), ArmorSettings((2, 4), 200, 10.0), seeded()).losses
     assert losses[-1] < 0.7 * losses[0]
 
 
 @pytest.mark.parametrize(("tolerance", "num_iters"), [(0.0, 400), (0.999, CHECK_ITERS)])
 def test_small_gain_stops(tolerance, num_iters):
     target, _ = random_problem(24, 32)
-    fit = fit_armor(target, start_of(target), (2, 4), seeded(), 400, 1e-3, tolerance)
+    fit = fit_armor(target, start_of(target), ArmorSettings((2, 4), 400, 1e-3, tolerance), seeded())
     assert len(fit.losses) == num_iters + 1
 
 
 def test_gain_is_that_of_the_last_iterations():
     target, _ = random_problem(24, 32)
-    losses = fit_armor(target, start_of(target), (2, 4), seeded(), 2000, 2e-2, 0.05).losses
+    losses = fit_armor(target, start_of(target), ArmorSettings((2, 4), 2000, 2e-2, 0.05), seeded()).losses
     gains = [1 - losses[n] / losses[n - CHECK_ITERS] for n in range(CHECK_ITERS, len(losses), CHECK_ITERS)]
     assert gains[-1] <= 0.05
     assert all(gain > 0.05 for gain in gains[:-1])
@@ -97,7 +97,7 @@ def test_gain_is_that_of_the_last_iterations():
 def test_no_iterations_give_the_start():
     target, _ = random_problem()
     start = start_of(target)
-    fit = fit_armor(target, start, (2, 4), seeded(), 0, 1e-2)
+    fit = fit_armor(target, start, ArmorSettings((2, 4), 0, 1e-2), seeded())
     assert len(fit.losses) == 1
     assert all(torch.equal(tensor, kept) for tensor, kept in zip(fit.factors, start, strict=True))
 
@@ -105,7 +105,7 @@ def test_no_iterations_give_the_start():
 def test_seed_decides_all_and_global_random_state_is_left_alone():
     target, _ = random_problem(24, 32)
     start, state = start_of(target), torch.get_rng_state()
-    first, same, other = (fit_armor(target, start, (2, 4), seeded(seed), 20, 1e-2) for seed in (3, 3, 4))
+    first, same, other = (fit_armor(target, start, ArmorSettings((2, 4), 20, 1e-2), seeded(seed)) for seed in (3, 3, 4))
     assert first.losses == same.losses
     assert all(torch.equal(one, two) for one, two in zip(first.factors, same.factors, strict=True))
     assert not torch.equal(first.factors.core, other.factors.core)
@@ -116,6 +116,6 @@ def test_seed_decides_all_and_global_random_state_is_left_alone():
 def test_nothing_to_approximate_costs_nothing(dead):
     target, _ = random_problem()
     target = target._replace(**{dead: torch.zeros_like(getattr(target, dead))})
-    fit = fit_armor(target, start_of(target), (2, 4), seeded(), 100, 1e-2)
+    fit = fit_armor(target, start_of(target), ArmorSettings((2, 4), 100, 1e-2), seeded())
     assert fit.losses == [0.0] * (CHECK_ITERS + 1)
     assert all(tensor.isfinite().all() for tensor in fit.factors)

@@ -5,10 +5,11 @@ import pytest
 import torch
 from test_feedback import problem, total
 
-from nowag_pl.functional.alternating import alternating_codes, alternating_keep
+from nowag_pl.functional.alternating import alternating_keep
+from nowag_pl.functional.least_squares import refit_kept
 from nowag_pl.functional.moments import damp, output_error
 from nowag_pl.functional.pruning import keep_largest, keep_n_of_m
-from nowag_pl.functional.vq.refit import refit_kept
+from nowag_pl.functional.vq.codes import alternating_codes
 
 
 def half(scores):

@@ -3,11 +3,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nowag_pl.functional.feedback import column_blocks
 from nowag_pl.functional.moments import damp, damped_inverse_factor, output_error
 from nowag_pl.functional.normalization import normalize
-from nowag_pl.functional.vq.feedback import feedback_codes, refine, sweep_codes
-from nowag_pl.functional.vq.kmeans import weighted_kmeans
-from nowag_pl.functional.vq.quantized import Quantized, columns, subvectors
+from nowag_pl.functional.vq.codes import feedback_codes, sweep_codes
+from nowag_pl.functional.vq.kmeans import KMeansSettings, weighted_kmeans
+from nowag_pl.functional.vq.quantized import Quantized, subvectors
+from nowag_pl.functional.vq.refine import Refinement, refine
 
 
 def problem(out_features=4, in_features=6, dim=2, num_codewords=3, seed=0, num_tokens=40):
@@ -18,7 +20,7 @@ def problem(out_features=4, in_features=6, dim=2, num_codewords=3, seed=0, num_t
     weight = torch.randn(out_features, in_features, generator=generator)
     normalized = normalize(weight)
     points = subvectors(normalized.weight, dim)
-    fit = weighted_kmeans(points, torch.ones_like(points), num_codewords, generator, max_iters=5)
+    fit = weighted_kmeans(points, torch.ones_like(points), KMeansSettings(num_codewords, max_iters=5), generator)
     codes = fit.codes.view(out_features, -1)
     quantized = Quantized(fit.codebook, codes, normalized.in_scale, normalized.out_scale)
     return weight, tokens.T @ tokens / num_tokens, quantized
@@ -70,7 +72,7 @@ def test_without_correlation_feedback_is_the_nearest_codeword():
 def test_sweep_takes_the_best_code_of_each_column_given_the_others(in_features, dim):
     weight, matrix, quantized = problem(4, in_features, dim)
     codes = quantized.codes.clone()
-    for group in range(len(columns(in_features, dim))):
+    for group in range(len(column_blocks(in_features, dim))):
         for i in range(4):
             errors = []
             for k in range(len(quantized.codebook)):
@@ -103,7 +105,7 @@ def test_sweeps_never_raise_the_error(seed, in_features, dim):
 def test_refined_is_never_worse_and_costs_no_more_bits(seed, update, rounds, scales):
     weight, matrix, quantized = problem(6, 7, 3, 4, seed)
     damped = damp(matrix, 0.05)
-    refined = refine(weight, quantized, matrix, update, rounds, scales, 0.05)
+    refined = refine(weight, quantized, matrix, Refinement(update, rounds, scales, 0.05))
     assert total(weight, refined, damped) <= total(weight, quantized, damped)
     assert [part.shape for part in refined] == [part.shape for part in quantized]
     if not scales:
@@ -115,7 +117,7 @@ def test_more_rounds_and_refitted_scales_help():
     weight, matrix, quantized = problem(24, 18, 3, 8)
     damped = damp(matrix, 0.01)
     errors = [
-        total(weight, refine(weight, quantized, matrix, "feedback", rounds, scales, 0.01), damped)
+        total(weight, refine(weight, quantized, matrix, Refinement("feedback", rounds, scales, 0.01)), damped)
         for rounds, scales in [(1, False), (4, False), (4, True)]
     ]
     assert errors[0] < 0.7 * total(weight, quantized, damped)
@@ -125,7 +127,7 @@ def test_more_rounds_and_refitted_scales_help():
 def test_arguments_stay():
     weight, matrix, quantized = problem()
     before = [tensor.clone() for tensor in (weight, matrix, *quantized)]
-    refine(weight, quantized, matrix, "alternating", 2, True, 0.01)
+    refine(weight, quantized, matrix, Refinement("alternating", 2, True, 0.01))
     assert all(map(torch.equal, before, (weight, matrix, *quantized)))
 
 
@@ -134,5 +136,5 @@ def test_row_and_column_of_zeros_stay_finite():
     weight[2] = 0
     matrix[3] = matrix[:, 3] = 0
     for update in ("feedback", "alternating"):
-        refined = refine(weight, quantized, matrix, update, 3, True, 0.01)
+        refined = refine(weight, quantized, matrix, Refinement(update, 3, True, 0.01))
         assert all(part.isfinite().all() for part in refined)

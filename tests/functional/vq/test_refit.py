@@ -4,8 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_feedback import problem, total
 
+from nowag_pl.functional.least_squares import refit_kept
 from nowag_pl.functional.moments import output_error
-from nowag_pl.functional.vq.refit import refit_codebook, refit_in_scale, refit_kept, refit_out_scale
+from nowag_pl.functional.vq.refit import refit_codebook, refit_in_scale, refit_out_scale
 
 
 def masked(out_features, in_features, seed):
@@ -48,7 +49,7 @@ def test_dead_channels_keep_their_weights():
 
 def test_out_scale_is_the_minimum_of_each_row():
     weight, matrix, quantized = problem(5, 7, 3)
-    fitted = quantized._replace(out_scale=refit_out_scale(weight, *quantized, matrix))
+    fitted = quantized._replace(out_scale=refit_out_scale(weight, quantized, matrix))
     errors = output_error(weight, fitted.weight, matrix)
     for factor in (0.98, 1.02):
         moved = fitted._replace(out_scale=fitted.out_scale * factor)
@@ -57,7 +58,7 @@ def test_out_scale_is_the_minimum_of_each_row():
 
 def test_in_scale_is_near_the_minimum():
     weight, matrix, quantized = problem(8, 6, 2, 4)
-    fitted = quantized._replace(in_scale=refit_in_scale(weight, *quantized, matrix))
+    fitted = quantized._replace(in_scale=refit_in_scale(weight, quantized, matrix))
     scale = quantized.in_scale.double().requires_grad_()
     codewords = quantized.codebook.double()[quantized.codes].flatten(1)[:, :6] * quantized.out_scale.double()[:, None]
     root = torch.linalg.cholesky(matrix.double())  # |(w - q) root|^2 is the error
@@ -73,7 +74,7 @@ def test_in_scale_is_near_the_minimum():
 def test_codebook_comes_to_the_least_squares():
     weight, matrix, quantized = problem(9, 7, 3, 3)
     for _ in range(8):
-        quantized = quantized._replace(codebook=refit_codebook(weight, *quantized, matrix))
+        quantized = quantized._replace(codebook=refit_codebook(weight, quantized, matrix))
     root = torch.linalg.cholesky(matrix.double())
     columns = []
     for k in range(3):
@@ -88,7 +89,7 @@ def test_codebook_comes_to_the_least_squares():
 def test_unused_codewords_stay():
     weight, matrix, quantized = problem(4, 6, 2, 3)
     quantized = quantized._replace(codes=quantized.codes.clamp(max=1))
-    codebook = refit_codebook(weight, *quantized, matrix)
+    codebook = refit_codebook(weight, quantized, matrix)
     assert torch.equal(codebook[2], quantized.codebook[2])
     assert not torch.equal(codebook[:2], quantized.codebook[:2])
 
@@ -99,5 +100,5 @@ def test_unused_codewords_stay():
 def test_no_fit_raises_the_error(fit, seed):
     weight, matrix, quantized = problem(6, 7, 3, 4, seed)
     name = {refit_out_scale: "out_scale", refit_in_scale: "in_scale", refit_codebook: "codebook"}[fit]
-    fitted = quantized._replace(**{name: fit(weight, *quantized, matrix)})
+    fitted = quantized._replace(**{name: fit(weight, quantized, matrix)})
     assert total(weight, fitted, matrix) <= total(weight, quantized, matrix) * (1 + 1e-5)

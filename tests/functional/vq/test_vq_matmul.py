@@ -6,13 +6,14 @@ from vq_oracle import problem
 
 from nowag_pl.functional.vq import matmul as module
 from nowag_pl.functional.vq.matmul import CPU_MAX_TOKENS, CUDA_MAX_TOKENS, is_for_few_tokens, vq_matmul
+from nowag_pl.kernels import dispatch
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 @pytest.fixture
 def without_extras(monkeypatch):
-    monkeypatch.setattr(module, "has_module", lambda name: False)
+    monkeypatch.setattr(dispatch, "has_module", lambda name: False)
 
 
 @given(
@@ -27,7 +28,7 @@ def without_extras(monkeypatch):
 def test_tiles_equal_the_product_of_every_shape(rows, columns, dim, size, num_tokens, dtype, tile_bytes):
     case = problem(rows, columns, dim, size, num_tokens, dtype)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(module, "has_module", lambda name: False)
+        monkeypatch.setattr(dispatch, "has_module", lambda name: False)
         monkeypatch.setattr(module, "TILE_BYTES", tile_bytes)
         output = vq_matmul(*case)
     assert output.shape == (num_tokens, rows)
@@ -39,7 +40,7 @@ def test_tiles_equal_the_product_of_every_shape(rows, columns, dim, size, num_to
 def test_product_with_and_without_numba(dtype, num_tokens, monkeypatch):
     case = problem(101, 203, 6, 4096, num_tokens, dtype)
     fast = vq_matmul(*case)
-    monkeypatch.setattr(module, "has_module", lambda name: False)
+    monkeypatch.setattr(dispatch, "has_module", lambda name: False)
     slow = vq_matmul(*case)
     assert max(case.error(fast), case.error(slow)) < TOLERANCE[dtype]
 
@@ -69,9 +70,9 @@ def test_one_token_is_looked_up_while_codewords_are_few(size, looks_up, monkeypa
 
 def test_few_tokens(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(module, "has_module", lambda name: name == "triton")
+    monkeypatch.setattr(dispatch, "has_module", lambda name: name == "triton")
     assert [is_for_few_tokens(CPU_MAX_TOKENS + more, cpu) for more in (0, 1)] == [True, False]
     assert [is_for_few_tokens(CUDA_MAX_TOKENS + more, cuda) for more in (0, 1)] == [True, False]
-    monkeypatch.setattr(module, "has_module", lambda name: False)
+    monkeypatch.setattr(dispatch, "has_module", lambda name: False)
     assert not is_for_few_tokens(1, cuda)
     assert is_for_few_tokens(1, cpu)

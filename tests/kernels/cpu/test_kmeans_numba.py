@@ -6,9 +6,10 @@ from hypothesis import strategies as st
 pytest.importorskip("numba")
 
 from nowag_pl.functional.vq import nearest
-from nowag_pl.functional.vq.kmeans import weighted_kmeans
+from nowag_pl.functional.vq.kmeans import KMeansSettings, weighted_kmeans
 from nowag_pl.functional.vq.kmeans_start import kmeans_plus_plus
 from nowag_pl.functional.vq.nearest import row_minima
+from nowag_pl.kernels import dispatch
 from nowag_pl.kernels.cpu.kmeans import codeword_registers, find_nearest
 
 
@@ -65,9 +66,9 @@ def problem():
 def test_a_fit_is_that_without_numba(problem, monkeypatch):
     fits = []
     for has_numba in (True, False):
-        monkeypatch.setattr(nearest, "NUMBA_MIN_DISTANCES", 0)
-        monkeypatch.setattr(nearest, "has_module", lambda name, found=has_numba: found)
-        fits.append(weighted_kmeans(*problem, 40, seeded(), 20))
+        monkeypatch.setitem(dispatch.PAYS_FROM, "distances", 0)
+        monkeypatch.setattr(dispatch, "has_module", lambda name, found=has_numba: found)
+        fits.append(weighted_kmeans(*problem, KMeansSettings(40, 20), seeded()))
     assert torch.equal(fits[0].codes, fits[1].codes)
     torch.testing.assert_close(fits[0].codebook, fits[1].codebook)
     assert fits[0].loss == pytest.approx(fits[1].loss, rel=1e-6)
@@ -77,20 +78,20 @@ def test_small_problems_and_long_codewords_are_left_to_torch(problem, monkeypatc
     def refuse(name):
         raise AssertionError
 
-    monkeypatch.setattr(nearest, "has_module", refuse)
-    assert weighted_kmeans(*problem, 40, seeded(), 1).num_iters == 1
-    monkeypatch.setattr(nearest, "NUMBA_MIN_DISTANCES", 600 * 40)
+    monkeypatch.setattr(dispatch, "has_module", refuse)
+    assert weighted_kmeans(*problem, KMeansSettings(40, 1), seeded()).num_iters == 1
+    monkeypatch.setitem(dispatch.PAYS_FROM, "distances", 600 * 40)
     with pytest.raises(AssertionError):
-        weighted_kmeans(*problem, 40, seeded(), 1)
+        weighted_kmeans(*problem, KMeansSettings(40, 1), seeded())
     monkeypatch.setattr(nearest, "NUMBA_MAX_DIM", 2)
-    assert weighted_kmeans(*problem, 40, seeded(), 1).num_iters == 1
+    assert weighted_kmeans(*problem, KMeansSettings(40, 1), seeded()).num_iters == 1
 
 
 def test_a_start_is_that_without_numba(problem, monkeypatch):
     starts = []
     for has_numba in (True, False):
-        monkeypatch.setattr(nearest, "NUMBA_MIN_DISTANCES", 0)
-        monkeypatch.setattr(nearest, "has_module", lambda name, found=has_numba: found)
+        monkeypatch.setitem(dispatch.PAYS_FROM, "distances", 0)
+        monkeypatch.setattr(dispatch, "has_module", lambda name, found=has_numba: found)
         starts.append([kmeans_plus_plus(*problem, count, seeded()) for count in (30, 3)])  # 3: from 192 of 600 points
     assert torch.equal(starts[0][0], starts[1][0])
     assert torch.equal(starts[0][1], starts[1][1])

@@ -11,7 +11,7 @@ from nowag_pl.functional.pruning import (
     nowag_scores,
 )
 from nowag_pl.functional.storage.packing import pack_keep
-from nowag_pl.kernels import dispatch as optional
+from nowag_pl.kernels import dispatch
 
 SHAPES = [(1, 8), (7, 24), (4, 40), (33, 1000)]
 PATTERNS = [(2, 4), (1, 4), (3, 4), (4, 4), (4, 8), (3, 8), (2, 3), (8, 16)]
@@ -26,7 +26,7 @@ def compiled(request, monkeypatch):
     def both(function):
         results = []
         for least in (0, 2**62):
-            monkeypatch.setattr(optional, "NUMBA_MIN_ELEMENTS", least)
+            monkeypatch.setitem(dispatch.PAYS_FROM, "elements", least)
             results.append(function())
         return results
 
@@ -60,7 +60,7 @@ def test_masks_of_a_pattern_and_their_bytes(pattern, compiled, generator):
 
 def test_a_mask_that_breaks_the_pattern_is_refused(monkeypatch):
     pytest.importorskip("numba")
-    monkeypatch.setattr(optional, "NUMBA_MIN_ELEMENTS", 0)
+    monkeypatch.setitem(dispatch.PAYS_FROM, "elements", 0)
     keep = torch.tensor([[True, True, False, False]]).repeat(9, 2)
     assert len(pack_keep(keep, (2, 4))) == 7
     keep[4, 3] = True

@@ -4,9 +4,10 @@ from vq_oracle import problem
 
 pytest.importorskip("numba")
 
-from nowag_pl.functional.storage.packing import code_bits, unpack
+from nowag_pl.functional.storage.packing import unpack
 from nowag_pl.functional.vq import matmul as vq_matmul
 from nowag_pl.functional.vq.matmul import CPU_MAX_LOOKUP_TOKENS, code_columns, columns_matmul
+from nowag_pl.kernels.bits import code_bits
 from nowag_pl.kernels.cpu import vq as vq_numba
 from nowag_pl.kernels.cpu import vq_columns
 from nowag_pl.kernels.cpu.vq_columns import decode_columns, sum_column_lookups

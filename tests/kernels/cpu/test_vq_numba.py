@@ -6,7 +6,8 @@ from vq_oracle import problem
 
 pytest.importorskip("numba")
 
-from nowag_pl.functional.storage.packing import code_bits, unpack
+from nowag_pl.functional.storage.packing import unpack
+from nowag_pl.kernels.bits import code_bits
 from nowag_pl.kernels.cpu import vq as vq_numba
 from nowag_pl.kernels.cpu.vq import decode, sum_lookups
 

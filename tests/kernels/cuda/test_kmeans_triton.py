@@ -6,7 +6,7 @@ pytest.importorskip("triton")
 
 from kmeans_cases import problem, search
 
-from nowag_pl.functional.vq.kmeans import add_sorted, weighted_kmeans
+from nowag_pl.functional.vq.kmeans import KMeansSettings, add_sorted, weighted_kmeans
 
 CASES = [(150, 6, 200), (70, 3, 64), (64, 9, 65), (5, 1, 2), (33, 4, 1)]  # points, d, k; none, some and all fill tiles
 
@@ -88,10 +88,10 @@ def test_search_on_a_gpu(case):
 def test_a_fit_on_a_gpu_is_that_on_a_cpu_and_always_the_same():
     points = torch.randn(20_000, 4, generator=torch.Generator().manual_seed(0))
     weights = torch.rand(20_000, 4, generator=torch.Generator().manual_seed(1)) + 0.1
-    arguments = (256, torch.Generator(), 20)
+    settings, generator = KMeansSettings(256, max_iters=20), torch.Generator()
     fits = [
-        weighted_kmeans(points.to(d), weights.to(d), *arguments, codebook=points[:256].to(d)) for d in ("cuda",) * 2
+        weighted_kmeans(points.to(d), weights.to(d), settings, generator, points[:256].to(d)) for d in ("cuda",) * 2
     ]
-    on_cpu = weighted_kmeans(points, weights, *arguments, codebook=points[:256])
+    on_cpu = weighted_kmeans(points, weights, settings, generator, points[:256])
     assert torch.equal(fits[0].codebook, fits[1].codebook)
     assert fits[0].loss == pytest.approx(on_cpu.loss, rel=1e-3)
