@@ -31,7 +31,7 @@ from callbacks.export import ModelExport
 from callbacks.finetuning import ModelFinetuning
 from callbacks.inspection import ModelInspection
 from callbacks.preflight import ModelPreflight
-from callbacks.reporting import ModelReport
+from callbacks.report import ModelReport
 from nowag_pl.lit.command_line import HelpFormatter, SuggestingParser, explained, suggestion
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
@@ -71,6 +71,7 @@ class CompressionCLI(LightningCLI):
         parser.link_arguments("run_dir", "model.run_dir")
         parser.link_arguments("compression.enabled", "calibration.enabled")
         parser.set_defaults({"compression.compressor": {"class_path": "nowag_pl.NoWagPruner"}})
+        parser.set_defaults({"model.objective": {"class_path": "nowag_pl.lit.objectives.NextToken"}})
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

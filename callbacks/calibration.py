@@ -1,18 +1,13 @@
 """When second moments are gathered: while a fit is set up, before anything is wrapped."""
 
-from typing import cast
+from lightning.pytorch import LightningModule, Trainer
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-
-from nowag_pl.lit.datamodule import TokenDataModule
-from nowag_pl.lit.module import LitCausalLM
-from nowag_pl.lit.trainer import is_compressing
-from nowag_pl.pipeline.block_needs import StageNeeds, calibration_needs
-from nowag_pl.pipeline.sizes import ModelSizes
-from nowag_pl.stages.calibration import CalibrationMode
+from nowag_pl.lit.phases import is_compressing
+from nowag_pl.lit.stage import Stage, data_of, module_of
+from nowag_pl.stages.plan import CalibrationMode, CalibrationSettings, Plan
 
 
-class ModelCalibration(Callback):
+class ModelCalibration(Stage):
     """Gather the second moments of every linear's input, block by block.
 
     Args:
@@ -23,12 +18,7 @@ class ModelCalibration(Callback):
             that are compressed already, with every linear fitted to give what the dense model has at its place.
         batch_size: sequences that pass a block together on each device; less memory where it is smaller.
         enabled: whether to calibrate; on the command line, compression.enabled says it.
-
-    Attributes:
-        gathers_second_moments: by this a callback is found that needs what calibration needs.
     """
-
-    gathers_second_moments = True
 
     def __init__(
         self,
@@ -38,29 +28,20 @@ class ModelCalibration(Callback):
         batch_size: int = 8,
         enabled: bool = True,
     ) -> None:
-        for name, value in {"num_sequences": num_sequences, "batch_size": batch_size}.items():
-            if value < 1:
-                raise ValueError(f"Expected calibration.{name} of at least 1, but got {value}.")
-        self.num_sequences = num_sequences
-        self.seed = seed
-        self.mode: CalibrationMode = mode
-        self.batch_size = batch_size
+        self.settings = CalibrationSettings(num_sequences, seed, mode, batch_size)
         self.enabled = enabled
         self._done = False
 
-    def needs(self, sizes: ModelSizes, trainer: Trainer) -> list[StageNeeds]:
-        """Return what the stage will need."""
-        if not self.enabled:
-            return []
-        seq_len = cast(TokenDataModule, trainer.datamodule).seq_len  # type: ignore[attr-defined]
-        return [calibration_needs(sizes, self.num_sequences, seq_len, self.batch_size)]
+    def announce(self, plan: Plan) -> None:
+        """Enter the calibration, if there is any."""
+        if self.enabled:
+            plan.calibration = self.settings
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Calibrate, once, if this run compresses."""
-        module = cast(LitCausalLM, pl_module)
         if not self.enabled or self._done or not is_compressing(trainer, stage):
             return
-        data = cast(TokenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
-        windows = data.calibration_windows(self.num_sequences, self.seed)
-        module.run.calibrate(windows, self.mode, self.seed, self.batch_size)
+        settings = self.settings
+        windows = data_of(trainer).calibration_windows(settings.num_sequences, settings.seed)
+        module_of(pl_module).run.calibrate(windows, settings.mode, settings.seed, settings.batch_size)
         self._done = True

@@ -1,27 +1,19 @@
 """When linears are compressed: while a fit is set up, after calibration, before anything is wrapped."""
 
-from typing import Any, cast
+from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from nowag_pl.compressors import Compressor, NoWagPruner
 from nowag_pl.compressors.budget import Budget, settings_of
-from nowag_pl.lit.datamodule import TokenDataModule
-from nowag_pl.lit.module import LitCausalLM
-from nowag_pl.lit.trainer import is_compressing
-from nowag_pl.pipeline.block_needs import (
-    StageNeeds,
-    budget_needs,
-    candidate_bytes,
-    compression_needs,
-    compression_needs_in_mode,
-)
-from nowag_pl.pipeline.sizes import ModelSizes
+from nowag_pl.lit.phases import is_compressing
+from nowag_pl.lit.stage import Stage, module_of
+from nowag_pl.stages.plan import CompressionSettings, Plan
 
 _DEFAULT = NoWagPruner()
 
 
-class ModelCompression(Callback):
+class ModelCompression(Stage):
     """Compress every linear of every decoder block by one method.
 
     Args:
@@ -33,42 +25,30 @@ class ModelCompression(Callback):
     """
 
     def __init__(self, compressor: Compressor = _DEFAULT, budget: Budget | None = None, enabled: bool = True) -> None:
-        self.compressor = compressor
-        self.budget = budget
-        self._settings = [compressor] if budget is None else settings_of(compressor, budget)
+        if budget is not None:
+            settings_of(compressor, budget)
+        self.settings = CompressionSettings(compressor, budget)
         self.enabled = enabled
         self._done = False
         self._logged = False
 
-    def needs(self, sizes: ModelSizes, trainer: Trainer) -> list[StageNeeds]:
-        """Return what the stage will need."""
-        if not self.enabled:
-            return []
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        calibration = next((each for each in callbacks if getattr(each, "gathers_second_moments", False)), None)
-        if calibration is None:
-            return [compression_needs(sizes)]
-        (of_calibration,) = calibration.needs(sizes, trainer)
-        needs = [compression_needs_in_mode(sizes, of_calibration, calibration.mode)]
-        if self.budget is not None:
-            module, data = cast(LitCausalLM, trainer.lightning_module), cast(TokenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
-            blocks = candidate_bytes(module.run.model, self._settings)
-            num_sequences = min(self.budget.num_sequences, calibration.num_sequences)
-            needs.append(budget_needs(sizes, blocks, num_sequences, data.seq_len, calibration.batch_size))
-        return needs
+    def announce(self, plan: Plan) -> None:
+        """Enter the compression, if there is any."""
+        if self.enabled:
+            plan.compression = self.settings
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Compress, once, and let the module build its model from the result."""
-        module = cast(LitCausalLM, pl_module)
+        module = module_of(pl_module)
         if not self.enabled or self._done or not is_compressing(trainer, stage):
             return
-        module.run.compress(self.compressor, self.budget)
+        module.run.compress(self.settings.compressor, self.settings.budget)
         module.compressed = module.run.compressed()
         self._done = True
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log every linear once, with the block as the step, so that depth is the horizontal axis."""
-        module = cast(LitCausalLM, pl_module)
+        module = module_of(pl_module)
         if not self._done or self._logged or not trainer.is_global_zero:
             return
         for row in module.run.statistics():

@@ -11,9 +11,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -33,56 +32,17 @@ from nowag_pl.run.progress import block_progress
 from nowag_pl.run.wording import readable
 from nowag_pl.stages import finetuned as finetuning
 from nowag_pl.stages.compression_run import CompressionRun
+from nowag_pl.stages.plan import FinetuningSettings
 
 _log = logging.getLogger("nowag_pl")
 _LAST = "last"
-
-
-@dataclass(frozen=True)
-class BlockwiseSettings:
-    """How each block is trained.
-
-    Attributes:
-        targets: "block" for what the dense block makes of the same inputs; "model" for the hidden states of the
-            dense model.
-        max_epochs: passes over the training sequences at most.
-        learning_rate: of AdamW at the start.
-        batch_size: sequences per step on all devices together.
-        accumulate_grad_batches: batches whose gradients are added up before a step.
-        gradient_clip_val: largest norm of a gradient.
-        plateau_patience: epochs without a lower held-out error before the learning rate is halved.
-        stop_patience: epochs without a lower held-out error before a block is done.
-        seed: of the order of the sequences.
-        activations: where hidden states are while they are used: "memory" for host memory, "disk" for mapped files.
-    """
-
-    targets: Literal["block", "model"] = "block"
-    max_epochs: int = 5
-    learning_rate: float = 1e-4
-    batch_size: int = 8
-    accumulate_grad_batches: int = 1
-    gradient_clip_val: float = 1.0
-    plateau_patience: int = 0
-    stop_patience: int = 3
-    seed: int = 0
-    activations: Literal["memory", "disk"] = "memory"
-
-    def __post_init__(self) -> None:
-        for name in ("max_epochs", "batch_size", "accumulate_grad_batches", "stop_patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Expected finetuning.{name} of at least 1, but got {getattr(self, name)}.")
-        for name in ("learning_rate", "gradient_clip_val"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"Expected finetuning.{name} above 0, but got {getattr(self, name)}.")
-        if self.plateau_patience < 0:
-            raise ValueError(f"Expected finetuning.plateau_patience of at least 0, but got {self.plateau_patience}.")
 
 
 def finetune_blocks(
     run: CompressionRun,
     train: Tensor,
     held_out: Tensor,
-    settings: BlockwiseSettings,
+    settings: FinetuningSettings,
     trainer_settings: dict[str, Any],
 ) -> None:
     """Write every finetuned block that the run directory lacks.
@@ -109,7 +69,7 @@ class _Blockwise:
         run: CompressionRun,
         train: Tensor,
         held_out: Tensor,
-        settings: BlockwiseSettings,
+        settings: FinetuningSettings,
         trainer_settings: dict[str, Any],
     ) -> None:
         self.run, self.model, self.store, self.ranks = run, run.model, run.store, run.store.ranks

@@ -16,11 +16,12 @@ from callbacks.finetuning import ModelFinetuning
 from nowag_pl import ArmorCompressor, NoWagPruner, NoWagQuantizer
 from nowag_pl.lit import blockwise
 from nowag_pl.lit.block_module import BlockModule
-from nowag_pl.lit.blockwise import BlockwiseSettings, finetune_blocks
+from nowag_pl.lit.blockwise import finetune_blocks
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.stages import finetuned as finetuning
 from nowag_pl.stages.compression_run import CompressionRun
+from nowag_pl.stages.plan import FinetuningSettings
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -53,7 +54,7 @@ def finetuned(model_folder, own_signals, tmp_path):
         run.calibrate(TRAIN, "dense", 0, 4)
         run.compress(ALL_COMPRESSORS[compressor])
         trainer = {"accelerator": "cpu"} | (trainer or {})
-        finetune_blocks(run, train, HELD_OUT, BlockwiseSettings(**SETTINGS | settings), trainer)
+        finetune_blocks(run, train, HELD_OUT, FinetuningSettings(**SETTINGS | settings), trainer)
         return run
 
     return make
@@ -465,7 +466,7 @@ def test_one_block_and_two_sets_of_hidden_states_are_alive(targets, compressor, 
 )
 def test_bad_settings_are_refused_by_name(settings, name):
     with pytest.raises(ValueError, match=rf"finetuning\.{name}"):
-        BlockwiseSettings(**settings)
+        FinetuningSettings(**settings)
 
 
 def test_errors_of_every_block_lie_in_tensorboard(finetuned, tmp_path):
