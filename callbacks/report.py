@@ -14,8 +14,8 @@ from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.phases import is_compressing, validated_phase
 from nowag_pl.lit.stage import Stage, data_of, module_of
+from nowag_pl.reports.averages import mean_over_weights
 from nowag_pl.reports.build import PAGE_FILE, REPORT_FILE, build_report
-from nowag_pl.reports.statistics import mean_over_weights
 from nowag_pl.run.wording import PHASES, readable
 from nowag_pl.stages.plan import Plan, ReportSettings
 
