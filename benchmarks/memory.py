@@ -30,7 +30,8 @@ from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.pipeline import block_needs, preflight
 from nowag_pl.pipeline.sizes import ModelSizes
 from nowag_pl.stages.compression_run import CompressionRun
-from nowag_pl.stages.hidden import streamed
+from nowag_pl.stages.hidden import Passage, passed
+from nowag_pl.stages.plan import CalibrationSettings, CompressionSettings, Plan
 
 BATCH = 1
 METHODS = {
@@ -121,16 +122,17 @@ def main() -> None:
         shutil.rmtree(args.folder / made, ignore_errors=True)
     resident = Resident()
     with resident.stage("open"):
-        run = CompressionRun(Checkpoint(str(dense)), args.folder / "run")
+        plan = Plan(CalibrationSettings(len(windows), batch_size=BATCH), CompressionSettings(METHODS[args.method]))
+        run = CompressionRun(Checkpoint(str(dense)), args.folder / "run", plan)
         model = run.model
     with resident.stage("calibrate"):
-        run.calibrate(windows, "dense", 0, BATCH)
+        run.calibrate(windows)
     with resident.stage("compress"):
-        run.compress(METHODS[args.method])
+        run.compress()
     with resident.stage("measure dense"):
         run.reference({"random": windows}, BATCH)
     with resident.stage("measure compressed"):
-        streamed(model, run.compressed().load_block, "Compressed", windows, BATCH, run.store.ranks)
+        passed(Passage(model, run.compressed().load_block, "Compressed"), windows, BATCH, run.store.ranks)
     with resident.stage("export"):
         run.compressed().save(args.folder / "export")
     with resident.stage("measure export"):

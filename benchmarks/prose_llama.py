@@ -24,7 +24,10 @@ from nowag_pl.functional.predictions.divergence import kl_divergence, negative_l
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.stages.compression import measure
-from nowag_pl.stages.hidden import HiddenStream, observed_inputs
+from nowag_pl.models.selection import find_linears
+from nowag_pl.run.ranks import Ranks
+from nowag_pl.stages.hidden import HiddenStates
+from nowag_pl.stages.moments import Observed
 
 SEQ_LEN, NUM_SEQUENCES, KL_WINDOWS, BATCH = 256, 128, 48, 8
 METHODS: dict[str, Compressor] = {
@@ -53,13 +56,13 @@ ORIGINAL: dict[str, tuple[float | None, float, float, float]] = {
 def second_moments(checkpoint: Checkpoint, windows: Tensor) -> list[dict[str, Tensor]]:
     """Return the second moments of the dense model, a dictionary per block."""
     model = StreamedModel(checkpoint)
-    stream = HiddenStream(model, windows, BATCH)
+    states = HiddenStates(model, windows, BATCH)
     moments = []
     for index in range(len(model)):
         block = model.load_block(index)
-        with observed_inputs(block) as observed:
-            stream.run(block, index)
-        moments.append({name: moment.compute() for name, moment in observed.items()})
+        with (observed := Observed(model, block, index, full=False)):
+            states.run(block, index)
+        moments.append(observed.compute(Ranks())[0])
     return moments
 
 

@@ -30,7 +30,9 @@ from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.run.ranks import Ranks
 from nowag_pl.stages.calibration import CalibrationMode, gather
 from nowag_pl.stages.compression_run import CompressionRun
-from nowag_pl.stages.hidden import HiddenStream
+from nowag_pl.stages.hidden import HiddenStates
+from nowag_pl.stages.moments import DenseMoments
+from nowag_pl.stages.plan import CalibrationSettings, CompressionSettings, Plan
 
 HELD_OUT_WINDOWS = 64
 Moments = list[dict[str, Tensor]]
@@ -87,10 +89,12 @@ def methods(seed: int) -> dict[str, dict[str, Line]]:
 def compressed_run(checkpoint: Checkpoint, line: Line, windows: Tensor, seed: int) -> tuple[Any, float, float]:
     """Return a model compressed by the stages of a run, the mean loss and CPU seconds, calibration included."""
     with tempfile.TemporaryDirectory() as folder:
-        run = CompressionRun(checkpoint, folder)
+        calibration = CalibrationSettings(len(windows), seed, line.mode, BATCH)
+        plan = Plan(calibration, CompressionSettings(line.compressor, line.budget))
+        run = CompressionRun(checkpoint, folder, plan)
         started = time.process_time()
-        run.calibrate(windows, line.mode, seed, BATCH)
-        run.compress(line.compressor, line.budget)
+        run.calibrate(windows)
+        run.compress()
         seconds = time.process_time() - started
         losses = [row["loss"] for row in run.statistics()]
         return run.compressed().assemble(), sum(losses) / len(losses), seconds
@@ -99,9 +103,9 @@ def compressed_run(checkpoint: Checkpoint, line: Line, windows: Tensor, seed: in
 def full_second_moments(checkpoint: Checkpoint, windows: Tensor) -> Moments:
     """Return the matrices of x x^T of the dense model, a dictionary per block."""
     model = StreamedModel(checkpoint)
-    stream = HiddenStream(model, windows, BATCH)
+    source = DenseMoments(model, HiddenStates(model, windows, BATCH), Ranks(), full=True)
     blocks = ((index, model.load_block(index)) for index in range(len(model)))
-    return [gather(model, stream, block, index, Ranks(), advance=True, full=True)[0] for index, block in blocks]
+    return [dict(next(source.groups(block, index)).moments) for index, block in blocks]
 
 
 def tokens_of(name: str, shared: Path, checkpoint: Checkpoint, held_out: bool) -> tuple[Tensor, Tensor]:

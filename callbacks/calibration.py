@@ -2,8 +2,8 @@
 
 from lightning.pytorch import LightningModule, Trainer
 
+from nowag_pl.lit.phases import is_compressing
 from nowag_pl.lit.stage import Stage, data_of, module_of
-from nowag_pl.lit.trainer import is_compressing
 from nowag_pl.stages.plan import CalibrationMode, CalibrationSettings, Plan
 
 

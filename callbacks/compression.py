@@ -6,8 +6,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from nowag_pl.compressors import Compressor, NoWagPruner
 from nowag_pl.compressors.budget import Budget, settings_of
+from nowag_pl.lit.phases import is_compressing
 from nowag_pl.lit.stage import Stage, module_of
-from nowag_pl.lit.trainer import is_compressing
 from nowag_pl.stages.plan import CompressionSettings, Plan
 
 _DEFAULT = NoWagPruner()

@@ -1,21 +1,18 @@
 """When blocks are finetuned: while the validation after one-shot compression is set up, before anything is wrapped."""
 
-from math import ceil
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
 
-from nowag_pl.lit.blockwise import BlockwiseSettings, finetune_blocks
-from nowag_pl.lit.datamodule import TokenDataModule
-from nowag_pl.lit.module import LitCausalLM
-from nowag_pl.lit.trainer import is_compressing
-from nowag_pl.pipeline.block_needs import StageNeeds, finetuning_needs, num_streams
-from nowag_pl.pipeline.sizes import ModelSizes
+from nowag_pl.lit.blockwise import finetune_blocks
+from nowag_pl.lit.phases import PhasedTrainer, is_compressing
+from nowag_pl.lit.stage import Stage, data_of, module_of
+from nowag_pl.stages.plan import FinetuningSettings, Plan
 
 
-class ModelFinetuning(Callback):
+class ModelFinetuning(Stage):
     """Finetune every compressed block to do what the dense block does, one after the other.
 
     Inputs are the hidden states that the compressed and finetuned blocks before it produce. Everything continuous is
@@ -23,12 +20,12 @@ class ModelFinetuning(Callback):
     lowest error on the held-out sequences is kept.
 
     Args:
-        enabled: whether to finetune blocks.
+        enabled: finetune blocks.
         num_sequences: training sequences of data.seq_len tokens each, from the first part of the calibration text.
         num_held_out: sequences that decide, from the rest of that text.
         seed: which places, and the order in which they are trained on.
-        targets: "block" for what the dense block makes of the same inputs; "model" for the hidden states of the dense
-            model.
+        targets: "block" for the outputs of the dense block on the same inputs; "model" for the hidden states of the
+            dense model.
         max_epochs: passes over the training sequences at most.
         learning_rate: learning rate of AdamW at the start.
         batch_size: sequences per step on all devices together.
@@ -57,62 +54,46 @@ class ModelFinetuning(Callback):
         activations: Literal["memory", "disk"] = "memory",
         precision: Literal["auto", "32-true", "bf16-mixed"] = "auto",
     ) -> None:
-        for name, value in {"num_sequences": num_sequences, "num_held_out": num_held_out}.items():
-            if value < 1:
-                raise ValueError(f"Expected finetuning.{name} of at least 1, but got {value}.")
         self.enabled = enabled
-        self.num_sequences = num_sequences
-        self.num_held_out = num_held_out
-        self.seed = seed
-        self.precision = precision
-        self.settings = BlockwiseSettings(
-            targets,
-            max_epochs,
-            learning_rate,
-            batch_size,
-            accumulate_grad_batches,
-            gradient_clip_val,
-            plateau_patience,
-            stop_patience,
-            seed,
-            activations,
+        self.settings = FinetuningSettings(
+            num_sequences=num_sequences,
+            num_held_out=num_held_out,
+            targets=targets,
+            max_epochs=max_epochs,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            accumulate_grad_batches=accumulate_grad_batches,
+            gradient_clip_val=gradient_clip_val,
+            plateau_patience=plateau_patience,
+            stop_patience=stop_patience,
+            seed=seed,
+            activations=activations,
+            precision=precision,
         )
         self._done = False
 
-    @property
-    def finetunes_blocks(self) -> bool:
-        """Whether the Trainer shall make room for this and validate afterwards."""
-        return self.enabled
-
-    def needs(self, sizes: ModelSizes, trainer: Trainer) -> list[StageNeeds]:
-        """Return what the stage will need."""
-        if not self.enabled:
-            return []
-        settings, data = self.settings, cast(TokenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
-        num_sequences, streams = self.num_sequences + self.num_held_out, num_streams(settings.targets)
-        batch_size = ceil(settings.batch_size / trainer.world_size)
-        in_memory = settings.activations == "memory"
-        return [finetuning_needs(sizes, num_sequences, data.seq_len, batch_size, in_memory, streams)]
+    def announce(self, plan: Plan) -> None:
+        """Enter the finetuning, if there is any."""
+        if self.enabled:
+            plan.finetuning = self.settings
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Finetune, once, and let the module build its model from the result."""
-        module = cast(LitCausalLM, pl_module)
-        if not self.enabled or self._done or not is_compressing(trainer, stage):
+        """Finetune, once, after one-shot compression was measured, and let the module build its model from it."""
+        is_turn = isinstance(trainer, PhasedTrainer) and trainer.phase != "one_shot"
+        if not self.enabled or self._done or not is_turn or not is_compressing(trainer, stage):
             return
-        if not module.is_compressed_here:
-            raise ValueError("Expected compression.enabled with finetuning.enabled: there is nothing to finetune.")
-        if getattr(trainer, "phase", None) == "one_shot":
-            return
-        data = cast(TokenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
-        train, held_out = data.finetuning_windows(self.num_sequences, self.num_held_out, self.seed)
-        finetune_blocks(module.run, train, held_out, self.settings, self._trainer_settings(trainer))
+        module, settings = module_of(pl_module), self.settings
+        train, held_out = data_of(trainer).finetuning_windows(
+            settings.num_sequences, settings.num_held_out, settings.seed
+        )
+        finetune_blocks(module.run, train, held_out, settings, self._trainer_settings(trainer))
         module.compressed = module.run.compressed(finetuned=True)
         self._done = True
 
     def _trainer_settings(self, trainer: Trainer) -> dict[str, Any]:
         """Return what the blocks' Trainers take over from this one."""
         on_cuda = isinstance(trainer.accelerator, CUDAAccelerator)
-        precision = self.precision
+        precision = self.settings.precision
         if precision == "auto":
             precision = "bf16-mixed" if on_cuda and torch.cuda.is_bf16_supported() else "32-true"
         return {

@@ -1,25 +1,26 @@
-"""When what compression did is drawn for TensorBoard: after each validation of a fit, on rank zero."""
+"""When compression is drawn for TensorBoard: after each validation of a fit, on rank zero."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
-from nowag_pl.lit.trainer import Phase, validated_phase
+from nowag_pl.lit.phases import Phase, validated_phase
+from nowag_pl.lit.stage import Stage, data_of, module_of
 from nowag_pl.reports.views import Limits, block_errors, inspect_linears
 
 if TYPE_CHECKING:
     from nowag_pl.reports.board import Board
 
 
-class ModelInspection(Callback):
+class ModelInspection(Stage):
     """Draw weights, importance, masks, codewords, block errors and heat maps for TensorBoard.
 
     Args:
-        enabled: whether to draw anything.
+        enabled: draw them.
         max_blocks: blocks whose linears are drawn, the first and the last among them. TensorBoard shows at most ten
             images for each linear unless it is called with --samples_per_plugin=images=100.
         linears: draw only linears whose names end so, such as [mlp.down_proj]. null: all.
@@ -38,31 +39,23 @@ class ModelInspection(Callback):
         num_samples: int = 4000,
         num_windows: int = 2,
     ) -> None:
-        least = {"max_blocks": 1, "max_image_size": 1, "num_samples": 1, "num_windows": 0}
-        given = {
-            "max_blocks": max_blocks,
-            "max_image_size": max_image_size,
-            "num_samples": num_samples,
-            "num_windows": num_windows,
-        }
-        for name, value in given.items():
-            if value < least[name]:
-                raise ValueError(f"Expected inspection.{name} of at least {least[name]}, but got {value}.")
+        if num_windows < 0:
+            raise ValueError(f"Expected inspection.num_windows of at least 0, but got {num_windows}.")
         self.enabled = enabled
         self.limits = Limits(max_blocks, None if linears is None else tuple(linears), max_image_size, num_samples)
         self.num_windows = num_windows
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw what this phase has made."""
-        module, phase = cast(LitCausalLM, pl_module), validated_phase(trainer)
+        """Draw the result of this phase."""
+        module, phase = module_of(pl_module), validated_phase(trainer)
         if not (self.enabled and trainer.is_global_zero and phase and module.is_compressed_here):
             return
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                from nowag_pl.reports.board import Board  # which imports matplotlib
+                # It imports matplotlib, which takes a second.
+                from nowag_pl.reports.board import Board
 
-                board = Board(logger.experiment, Path(logger.log_dir))
-                self._draw(board, module, cast(TokenDataModule, trainer.datamodule), phase)  # type: ignore[attr-defined]
+                self._draw(Board(logger.experiment, Path(logger.log_dir)), module, data_of(trainer), phase)
 
     def _draw(self, board: "Board", module: LitCausalLM, data: TokenDataModule, phase: Phase) -> None:
         run = module.run

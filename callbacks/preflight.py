@@ -1,24 +1,22 @@
 """When a run's needs are shown and its method is checked: while a fit or a validation is set up, before the rest."""
 
 from pathlib import Path
-from typing import cast
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
-from nowag_pl.lit.module import LitCausalLM
-from nowag_pl.lit.preflight import show, stage_of_validation, stages_of_training
-from nowag_pl.lit.trainer import is_compressing
-from nowag_pl.pipeline.block_needs import StageNeeds
+from nowag_pl.lit.phases import is_compressing
+from nowag_pl.lit.preflight import show, stage_of_validation, stages_of_fit
+from nowag_pl.lit.stage import Stage, module_of
 from nowag_pl.pipeline.sizes import ModelSizes
 
 
-class ModelPreflight(Callback):
-    """Show what each stage will need and what there is, warn where it is too little, refuse what does not fit a linear.
+class ModelPreflight(Stage):
+    """Show the memory and disk that each stage will need beside what there is, and warn where it is too little.
 
-    What a stage needs is said by the callback that runs it, in `needs`.
+    A method that does not fit the shape of a linear is refused here, before anything is computed.
 
     Args:
-        enabled: whether to do so.
+        enabled: run the preflight check.
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -34,23 +32,11 @@ class ModelPreflight(Callback):
         if not self.enabled or self._done:
             return
         self._done = True
-        module = cast(LitCausalLM, pl_module)
+        module = module_of(pl_module)
         if is_compressing(trainer, stage):
-            stages = _stages_of_fit(module, trainer)
+            stages = stages_of_fit(module, trainer)
         else:
-            stages = [stage_of_validation(ModelSizes.as_it_is(module.checkpoint), trainer)]
+            stages = [stage_of_validation(ModelSizes.as_it_is(module.checkpoint), module, trainer)]
         if trainer.is_global_zero:
             folder = Path(module.run_dir or trainer.default_root_dir)
             show(stages, folder, trainer.strategy.root_device, max(trainer.num_devices, 1))
-
-
-def _stages_of_fit(module: LitCausalLM, trainer: Trainer) -> list[StageNeeds]:
-    """Ask every callback, and add what comes behind their stages."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    compression = next((each for each in callbacks if hasattr(each, "compressor") and each.enabled), None)
-    if compression is None:
-        sizes = ModelSizes.as_it_is(module.checkpoint)
-    else:
-        sizes = ModelSizes.of(module.run.model, compression.compressor)
-    of_callbacks = [each.needs(sizes, trainer) for each in callbacks if hasattr(each, "needs")]
-    return [*(needs for stages in of_callbacks for needs in stages), *stages_of_training(sizes, trainer)]

@@ -1,7 +1,7 @@
 """One decoder block under Lightning: trained towards target hidden states."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -75,7 +75,9 @@ class BlockModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Step the scheduler."""
-        cast(ReduceLROnPlateau, self.lr_schedulers()).step(self._held_out.compute())
+        scheduler = self.lr_schedulers()
+        assert isinstance(scheduler, ReduceLROnPlateau)
+        scheduler.step(self._held_out.compute())
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW; the learning rate is halved where the held-out error does not fall."""

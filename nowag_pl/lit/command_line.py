@@ -1,109 +1,172 @@
-"""A command-line parser that knows what was meant."""
+"""The command line, but for its groups: subcommands, the run directory, and how a program ends."""
 
-import argparse
-import difflib
-import inspect
+import logging
+import os
 import re
-from collections.abc import Iterable, Iterator
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
-from jsonargparse import DefaultHelpFormatter
-from lightning.pytorch.cli import LightningArgumentParser
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from nowag_pl import compressors
+from nowag_pl.lit.phases import PhasedTrainer
+from nowag_pl.lit.preemption import Preemption, begin, received_signal
+from nowag_pl.lit.suggestions import SuggestingParser, explained, suggestion
+from nowag_pl.lit.trainer import check_checkpoint
+from nowag_pl.reports.compare import compare
+from nowag_pl.run.layout import CHECKPOINT
 
-_CONFIGS = Path("configs")
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the lines of the description."""
-
-
-class SuggestingParser(LightningArgumentParser):
-    """Lightning's parser, which says after an error what may have been meant."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End with the message, and with the nearest known names where it speaks of an unknown one."""
-        parser = getattr(ex, "subcommand_parser", None) or self
-        message = explained(message)
-        found = suggestion(message, parser._option_string_actions)
-        super().error(message + (f"\ndid you mean {found}?" if found else ""), ex)
+_COMPARE = "Compare finished runs: a table here, and the same with figures in one HTML file."
 
 
-def explained(message: str) -> str:
-    r"""Return an error message without what jsonargparse puts around one of ours, or with what may be wrong in YAML.
+class StageCLI(LightningCLI):
+    """LightningCLI with the subcommands of this project and a run directory."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the subcommands that take a model, each with the arguments that the command line does not offer."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+            "validate": {"model", "dataloaders", "datamodule", "verbose", "weights_only"},
+            "evaluate": {"model", "datamodule"},
+        }
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Add `compare`, which needs no model and so no Trainer."""
+        super()._add_subcommands(parser, **kwargs)
+        compare_parser = SuggestingParser(description=_COMPARE)
+        compare_parser.add_argument("run_dirs", nargs="+", help="run directories, each with a report.json")
+        compare_parser.add_argument("--output", default="compare.html", help="HTML file to write")
+        commands = parser._subcommands_action
+        assert commands is not None
+        commands.add_subcommand("compare", compare_parser, help=_COMPARE)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; a command that needs no model ends here, as --help does."""
+        super().parse_arguments(parser, args)
+        if self.config.subcommand == "compare":
+            compare(self.config.compare.run_dirs, self.config.compare.output)
+            parser.exit()
+        # Before Lightning opens it, whose message names neither the option nor the file.
+        check_checkpoint(self.config[self.config.subcommand].get("ckpt_path"))
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the run directory, and put checkpoints and logs into it."""
+        config = self.config[self.subcommand]
+        if config.run_dir is None:
+            config.run_dir = str(Path("runs") / run_name(config, str(self.subcommand)))
+        check_run_dir(config.run_dir, config.model.path)
+        config.model.run_dir = config.run_dir
+        if config.checkpoint.dirpath is None:
+            config.checkpoint.dirpath = str((Path(config.run_dir) / CHECKPOINT).parent)
+        if config.trainer.default_root_dir is None:
+            config.trainer.default_root_dir = config.run_dir
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add the callback that stops a training in good order, and leave checkpoints out where none are asked for."""
+        config = self.config_init[self.subcommand]
+        trainer = super().instantiate_trainer(**kwargs, enable_checkpointing=None)
+        assert isinstance(trainer, PhasedTrainer)
+        if config.trainer.enable_checkpointing is False:
+            trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, ModelCheckpoint)]
+        trainer.callbacks.insert(0, Preemption(Path(config.run_dir) / CHECKPOINT))
+        return trainer
+
+
+def check_run_dir(run_dir: str, model_path: str) -> None:
+    """Refuse a folder in which artefacts cannot be kept, or would lie among the weights of the model.
+
+    Raises:
+        ValueError: it is empty, a file, or the model's.
+    """
+    if not run_dir:
+        raise ValueError("Expected run_dir to name a folder, but got ''.")
+    if Path(run_dir).is_file():
+        raise ValueError(f"Expected run_dir to name a folder, but {run_dir} is a file.")
+    if Path(run_dir).resolve() == Path(model_path).resolve():
+        raise ValueError(f"Expected run_dir to be another folder than that of the model, but got {run_dir}.")
+
+
+def run_name(config: Any, subcommand: str) -> str:
+    """Name a run after its model and method.
 
     Args:
-        message: of jsonargparse, argparse, or this package.
-
-    Example:
-        >>> explained("Does not validate against any of the Union subtypes\n  - Expected top_k above 0, but got -1.")
-        'Expected top_k above 0, but got -1.'
+        config: parsed settings of the subcommand.
+        subcommand: its name, which stands for the method of those that compress nothing.
     """
-    if "Union subtypes" not in message:
-        return message
-    if own := re.search(r"- (Expected [\w.]+ .*, but got .*)", message):
-        return own[1]
-    if re.search(r"Expected a <class 'dict'>.*Given value: \{[^}]*\w:[^\s]", message, re.DOTALL):
-        return f"{message}\nYAML wants a space behind the colon: {{name: file.txt}}"
-    return message
+    model, compression = Path(config.model.path).name, config.compression
+    if subcommand != "fit":
+        method = subcommand
+    elif not compression.enabled:
+        method = "dense"
+    else:
+        method = _method_name(compression.compressor.class_path, compression.compressor.get("init_args") or {})
+        method += "-budget" if compression.budget else ""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", f"{model}-{method}").strip("_")
 
 
-def suggestion(message: str, options: Iterable[str] = ()) -> str | None:
-    """Return the known name that is nearest to the unknown one of an error message, if any is near.
-
-    Args:
-        message: of jsonargparse, argparse, or this package.
-        options: options of the parser, such as "--data.seq_len".
-
-    Example:
-        >>> suggestion("Expected a typing.Literal['dense', 'propagated']. Got value: propagatd")
-        'propagated'
-    """
-    for wrong, known in _unknown(message, [option for option in options if not option.endswith(".help")]):
-        by_case = {name.lower(): shown for name, shown in known.items()}
-        near = difflib.get_close_matches(wrong.lower(), by_case, n=1, cutoff=0.65)
-        if near:
-            return by_case[near[0]]
-    return None
-
-
-def _unknown(message: str, options: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield what is not known, and what is known with what is shown for it."""
-    for option in re.findall(r"(?<![\w-])--[\w.]+", message.partition("unrecognized arguments:")[2]):
-        yield option, _same(options)
-    for key in re.findall(r"(?:does not accept option|[Kk]ey) '([\w.]+)'", message):
-        yield f"--{key}", {option: option.removeprefix("--") for option in options}
-    class_path = re.search(r"class_path '([\w.]+)'", message)
-    for name in re.findall(r"Option '([\w.]+)' is not accepted", message):
-        yield name, _same(_parameters(class_path[1]) if class_path else [])
-    for name in re.findall(r"(?:import path string: |class_path ')(?:[\w.]*\.)?(\w+)", message):
-        yield name, {known: f"nowag_pl.{known}" for known in compressors.__all__ if known != "Compressor"}
-    for file in map(Path, re.findall(r"File does not exist: '?([^'\n]+\.\w+)", message)):
-        yield file.stem, _files(file)
-    for choices, wrong in re.findall(r"\[([^\]]*)\][.,]? (?:Got value:|but got) '?([\w.-]+)", message):
-        yield wrong, _same(re.findall(r"'([^']+)'", choices))
-    for wrong, choices in re.findall(r"invalid choice: '?([\w.-]+)'? \(choose from ([^)]*)\)", message):
-        yield wrong, _same(re.findall(r"[\w-]+", choices))
-
-
-def _same(names: Iterable[str]) -> dict[str, str]:
-    return {name: name for name in names}
-
-
-def _parameters(class_path: str) -> list[str]:
-    """Return the names of a class's settings; none if there is no such class."""
+def _method_name(class_path: str, settings: Mapping[str, Any]) -> str:
+    """Name a method by its class and the settings that are not the class's defaults."""
     module, _, name = class_path.rpartition(".")
+    make = getattr(import_module(module), name)
+    chosen, defaults = dict(settings), {}
+    # Settings that do not fit are refused where they are used, with the linear that they do not fit.
+    with suppress(TypeError, ValueError):
+        defaults, chosen = make().describe(), make(**settings).describe()
+    changed = {key: value for key, value in chosen.items() if value is not None and value != defaults.get(key)}
+    return "-".join([name, *(f"{key}_{value}" for key, value in changed.items())])
+
+
+def quiet_libraries() -> None:
+    """Show our own messages, and leave out the warnings of libraries on which a user cannot act."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("nowag_pl").setLevel(logging.INFO if _is_rank_zero() else logging.ERROR)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
+    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
+    # The values are reduced over the ranks already.
+    warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")
+    warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
+    set_parsing_settings(add_print_completion_argument=True)
+
+
+def _is_rank_zero() -> bool:
+    """Tell whether this is the first process; Lightning says so on a function of its own."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def run_program(main: Callable[[], Any]) -> None:
+    """Run a command and end the process with a message and an exit code, in place of a traceback.
+
+    Args:
+        main: the command.
+    """
+    begin()
     try:
-        return list(inspect.signature(getattr(import_module(module), name)).parameters)
-    except (ImportError, AttributeError, ValueError):
-        return []
+        main()
+    except SIGTERMException:
+        stopped_by = received_signal()
+        print(f"Stopped by {stopped_by.name}; the same command goes on from here.", file=sys.stderr)  # noqa: T201
+        sys.exit(128 + stopped_by)
+    except (ValueError, OSError, MisconfigurationException) as error:
+        if os.environ.get("NOWAG_PL_TRACEBACK"):
+            raise
+        sys.exit(f"error: {_message(error)}\n(NOWAG_PL_TRACEBACK=1 shows where)")
 
 
-def _files(missing: Path) -> dict[str, str]:
-    """Return the files beside a missing one, and the configurations, by name without ending."""
-    files = [*sorted(_CONFIGS.rglob("*.yaml")), *sorted(missing.parent.glob(f"*{missing.suffix}"))]
-    here = Path.cwd()
-    return {path.stem: str(path.relative_to(here) if path.is_relative_to(here) else path) for path in files}
+def _message(error: Exception) -> str:
+    """Return the message of an error, without the number of the operating system's, and with the nearest name."""
+    message = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        message = error.strerror + (f": {error.filename}" if error.filename else "")
+    message = explained(message)
+    found = suggestion(message)
+    return f"{message}\ndid you mean {found}?" if found else message

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -16,6 +16,8 @@ from nowag_pl.data.python_docs import STANDARD_LIBRARY
 from nowag_pl.data.sources import HubDataset, LocalFiles, PythonDocs, TextSource
 from nowag_pl.data.tokens import random_windows, whole_windows
 from nowag_pl.lit.batches import ResumableLoader, Share, SharedBatches
+from nowag_pl.lit.phases import PhasedTrainer
+from nowag_pl.lit.text_module import TextModule
 from nowag_pl.models.checkpoint import Checkpoint
 
 _log = logging.getLogger(__name__)
@@ -109,7 +111,22 @@ class TokenDataModule(LightningDataModule):
     @property
     def checkpoint(self) -> Checkpoint:
         """The model that the text is tokenised for."""
-        return self.trainer.lightning_module.checkpoint  # type: ignore[union-attr, return-value]
+        return self._module.checkpoint
+
+    @property
+    def _attached(self) -> Trainer:
+        """The Trainer that has taken this data."""
+        if self.trainer is None:
+            raise RuntimeError("Expected a Trainer that has taken this data, but got none.")
+        return self.trainer
+
+    @property
+    def _module(self) -> TextModule:
+        """The model that the data is for."""
+        module = self._attached.lightning_module
+        if not isinstance(module, TextModule):
+            raise TypeError(f"Expected a TextModule, but got {type(module).__name__}.")
+        return module
 
     @property
     def eval_names(self) -> list[str]:
@@ -142,9 +159,11 @@ class TokenDataModule(LightningDataModule):
                 self.checkpoint.max_seq_len,
             )
         self.setup()
-        is_shared = self.trainer.world_size > 1 and getattr(self.trainer, "compressing", False)  # type: ignore[union-attr]
+        trainer = self._attached
+        is_shared = trainer.world_size > 1 and isinstance(trainer, PhasedTrainer) and trainer.compressing
         if is_shared and self.calibration_dataset is not None:
-            self.calibration_tokens  # noqa: B018 - or every rank would fetch the dataset
+            # Reading the property fills the cache; without it every rank would fetch the dataset.
+            self.calibration_tokens  # noqa: B018
 
     def setup(self, stage: str | None = None) -> None:
         """Read the tokens of every text."""
@@ -228,10 +247,11 @@ class TokenDataModule(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Return shuffled windows of the calibration text, `{"tokens", "index", "weight"}`.
 
-        Their order and batches are the same on any number of ranks if `train_batch_size` times the ranks is.
+        Their order and batches are the same on any number of ranks if `train_batch_size` times the ranks is. An
+        objective may have batches of its own.
         """
-        windows = self.train_windows
-        return self._loader(windows, self.train_batch_size, seed=0)
+        own = self._module.own_train_dataloader()
+        return own if own is not None else self._loader(self.train_windows, self.train_batch_size, seed=0)
 
     def val_dataloader(self) -> list[ResumableLoader]:
         """Return one loader per evaluation text, `{"tokens": [batch, seq_len], "index": [batch], "weight": [batch]}`.
@@ -242,7 +262,7 @@ class TokenDataModule(LightningDataModule):
         return [self._loader(windows, self.eval_batch_size, seed=None) for windows in self.eval_windows.values()]
 
     def _loader(self, windows: Tensor, batch_size: int, seed: int | None) -> ResumableLoader:
-        rank, world_size = self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
+        rank, world_size = self._attached.global_rank, self._attached.world_size
         batches = SharedBatches(len(windows), batch_size * world_size, rank, world_size, seed)
         return ResumableLoader(_Windows(windows), batches)
 
@@ -269,6 +289,19 @@ def _naming(option: str) -> Iterator[None]:
 
 def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nowag_pl" / "tokens"
+
+
+def data_of(trainer: Trainer) -> TokenDataModule:
+    """Return a Trainer's data as what it is.
+
+    Raises:
+        TypeError: it is another data module.
+    """
+    # Lightning declares this attribute nowhere.
+    datamodule = getattr(trainer, "datamodule", None)
+    if not isinstance(datamodule, TokenDataModule):
+        raise TypeError(f"Expected a TokenDataModule, but got {type(datamodule).__name__}.")
+    return datamodule
 
 
 def default_seq_len(checkpoint: Checkpoint) -> int:

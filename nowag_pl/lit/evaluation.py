@@ -11,7 +11,6 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
-EVALUATION_FILE = "evaluation.json"
 PAPER_TASKS = ("winogrande", "piqa", "hellaswag", "arc_easy", "arc_challenge", "rte")
 
 

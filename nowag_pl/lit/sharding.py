@@ -1,5 +1,6 @@
 """A model over ranks: sharded with FSDP2, compressed linears included, or whole with DDP."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,6 +73,18 @@ def ignore_buffers_in_ddp(module: nn.Module) -> None:
     module._ddp_params_and_buffers_to_ignore = [name for name, _ in module.named_buffers()]  # type: ignore[assignment]
 
 
-def gathered_state(model: nn.Module) -> dict[str, Any]:
-    """Return the whole state of a sharded model in host memory, on rank zero; all ranks must call."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+def gathered(model: nn.Module, build: Callable[[], nn.Module], is_zero: bool) -> nn.Module:
+    """Return a sharded model with whole parameters in host memory on rank zero, itself on the others; all must call.
+
+    Args:
+        model: sharded.
+        build: makes an equal model that is whole.
+        is_zero: whether this is rank zero.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    if not is_zero:
+        return model
+    whole = build()
+    whole.load_state_dict(state)
+    return whole

@@ -1,10 +1,12 @@
 """The declared base of callbacks that do a stage of a fit, and typed access to what a Trainer holds."""
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 
-from nowag_pl.lit.datamodule import TokenDataModule
+from nowag_pl.lit.datamodule import data_of
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.stages.plan import Plan
+
+__all__ = ["Stage", "data_of", "module_of"]
 
 
 class Stage(Callback):
@@ -27,15 +29,3 @@ def module_of(pl_module: LightningModule) -> LitCausalLM:
     if not isinstance(pl_module, LitCausalLM):
         raise TypeError(f"Expected a LitCausalLM, but got {type(pl_module).__name__}.")
     return pl_module
-
-
-def data_of(trainer: Trainer) -> TokenDataModule:
-    """Return a Trainer's data as what it is.
-
-    Raises:
-        TypeError: it is another data module.
-    """
-    datamodule = getattr(trainer, "datamodule", None)  # Lightning declares it nowhere
-    if not isinstance(datamodule, TokenDataModule):
-        raise TypeError(f"Expected a TokenDataModule, but got {type(datamodule).__name__}.")
-    return datamodule

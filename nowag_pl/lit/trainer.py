@@ -1,19 +1,18 @@
 """A Trainer whose `fit` compresses, finetunes if asked to, and validates after each of these."""
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 from zipfile import is_zipfile
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.console import Console
-from torch import nn
 
+from nowag_pl.data.tokens import tokens_digest
 from nowag_pl.files import write_json
-from nowag_pl.lit.datamodule import default_seq_len
+from nowag_pl.lit.datamodule import data_of, default_seq_len
 from nowag_pl.lit.evaluation import (
-    EVALUATION_FILE,
     PAPER_TASKS,
     TaskSettings,
     evaluate_tasks,
@@ -21,95 +20,142 @@ from nowag_pl.lit.evaluation import (
     task_manager,
 )
 from nowag_pl.lit.module import LitCausalLM
-from nowag_pl.lit.preflight import show, trains_end_to_end
+from nowag_pl.lit.objectives import NextToken
+from nowag_pl.lit.phases import Phase, PhasedTrainer, is_compressing, trains_end_to_end, validated_phase
+from nowag_pl.lit.preflight import show
+from nowag_pl.lit.stage import Stage, module_of
 from nowag_pl.pipeline.sizes import ModelSizes
 from nowag_pl.pipeline.whole_needs import questions_needs
+from nowag_pl.run.layout import CHECKPOINT, EVALUATION, TRAINING
 from nowag_pl.run.ranks import Ranks
 from nowag_pl.run.store import ArtefactStore
+from nowag_pl.stages.plan import Plan
 
-Phase = Literal["one_shot", "blockwise", "finetuned"]
+__all__ = ["CompressionTrainer", "Phase", "check_checkpoint", "is_compressing", "validated_phase"]
+
 _KEYWORDS = ("best", "last", "hpc")  # what Lightning finds itself
-CHECKPOINT = Path("training") / "last.ckpt"  # of end-to-end training, in the run directory
 
 
-class CompressionTrainer(Trainer):
+class CompressionTrainer(PhasedTrainer):
     """Lightning's Trainer with a `fit` that validates before and after training, and may have no epochs at all.
 
     The callbacks that compress and finetune do so while a validation is set up: there the processes are up, nothing is
     wrapped, and no gradients or optimizer states are allocated. With `max_epochs=0` that is all.
 
-    Attributes:
-        compressing: whether this is a `fit`.
-        phase: what the running validation measures.
+    Lifecycle of a `fit`: every stage announces itself to the plan of the module, the plan is checked, one-shot
+    compression and a validation, blockwise finetuning and a validation, end-to-end training and a validation.
     """
 
-    compressing = False
-    phase: Phase = "one_shot"
-
-    def fit(  # type: ignore[override]
+    def fit(
         self,
         model: LightningModule,
         train_dataloaders: Any = None,
         val_dataloaders: Any = None,
         datamodule: LightningDataModule | None = None,
-        ckpt_path: str | None = None,
+        ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
     ) -> None:
         """Run the compression stages and validate; finetune blocks and validate; train end to end and validate.
 
+        Args:
+            model: a LitCausalLM.
+            train_dataloaders: None; the data module gives them.
+            val_dataloaders: None; the data module gives them.
+            datamodule: text.
+            ckpt_path: checkpoint from which end-to-end training goes on. null: the one in the run directory, if any.
+            weights_only: load a checkpoint by torch's safe loader.
+
         Raises:
             ValueError: something is asked for that no training would do.
         """
-        self._check_training(model, ckpt_path)
+        module = module_of(model)
+        self._announce(module)
+        self._check_plan(module, ckpt_path)
         self.compressing = True
-        self.validate(model, val_dataloaders, datamodule=datamodule)
-        if finetunes_blocks(self):
+        self.validate(module, val_dataloaders, datamodule=datamodule)
+        if module.plan.finetuning is not None:
             self.phase = "blockwise"
-            cast(Any, model).release()
-            self.validate(model, val_dataloaders, datamodule=datamodule)
+            module.release()
+            self.validate(module, val_dataloaders, datamodule=datamodule)
         if not trains_end_to_end(self):
             return
         self.phase = "finetuned"
-        self._claim_training(model)
-        ckpt_path = ckpt_path or self._last_checkpoint(model)
-        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
-        self.validate(model, val_dataloaders, datamodule=datamodule)
+        self._claim_training(module)
+        ckpt_path = ckpt_path or self._last_checkpoint(module)
+        super().fit(module, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+        self.validate(module, val_dataloaders, datamodule=datamodule)
 
-    def _check_training(self, model: LightningModule, ckpt_path: str | None) -> None:
-        """Refuse before hours of compression what would be refused, or left out, behind it."""
+    def _announce(self, module: LitCausalLM) -> None:
+        """Let every stage enter in a fresh plan what it will do."""
+        module.plan = Plan()
+        for callback in self.callbacks:
+            if isinstance(callback, Stage):
+                callback.announce(module.plan)
+
+    def _check_plan(self, module: LitCausalLM, ckpt_path: str | Path | None) -> None:
+        """Refuse before hours of compression what would be refused, or left out, after it."""
         wanted = {
-            "ckpt_path": ckpt_path,
+            "ckpt_path": bool(ckpt_path),
             "trainer.max_steps": self.max_steps > 0,
-            "model.distillation": getattr(model, "distillation", None),
+            "model.objective": not isinstance(module.objective, NextToken),
         }
-        for name, value in wanted.items():
-            if value and self.max_epochs == 0:
+        for name, is_wanted in wanted.items():
+            if is_wanted and self.max_epochs == 0:
                 raise ValueError(f"Expected trainer.max_epochs of at least 1 with {name}, but got 0.")
-        if self.max_epochs != 0 and isinstance(model, LitCausalLM):
-            model.check_training()
-
-    def _claim_training(self, model: LightningModule) -> None:
-        """Enter in the manifest what the end-to-end training depends on, or check that it is what it was."""
-        run_dir, settings = getattr(model, "run_dir", None), getattr(model, "training_settings", None)
-        if run_dir is None or settings is None:
+        if module.plan.finetuning is not None and module.plan.compression is None:
+            raise ValueError("Expected compression.enabled with finetuning.enabled, but there is nothing to finetune.")
+        if not trains_end_to_end(self):
             return
-        names = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val")
-        described = {name: getattr(self, name) for name in names} | settings()
-        ArtefactStore(Path(run_dir), Ranks.current()).claim("training", described, CHECKPOINT.parent.name)
+        if module.objective.needs_dense and module.plan.compression is None:
+            name = type(module.objective).__name__
+            raise ValueError(
+                f"Expected compression.enabled with model.objective of {name}, but the dense model, from which it "
+                "learns, is known only where it is compressed."
+            )
+        module.objective.check(module.checkpoint)
 
-    def _last_checkpoint(self, model: LightningModule) -> str | None:
+    def _claim_training(self, module: LitCausalLM) -> None:
+        """Enter in the manifest what the end-to-end training depends on, or check that it is what it was."""
+        if module.run_dir is None:
+            return
+        data, objective = data_of(self), module.objective
+        names = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val")
+        described = {name: getattr(self, name) for name in names} | asdict(module.optimizer_settings)
+        described |= {"random_init": module.random_init, "objective": type(objective).__name__}
+        described |= {f"objective.{name}": value for name, value in objective.settings().items()}
+        described["batch_size"] = data.train_batch_size * self.world_size
+        described["tokens_sha256"] = tokens_digest(data.train_windows)
+        described |= module.run.settings if module.is_compressed_here else {"model": module.checkpoint.path}
+        ArtefactStore(Path(module.run_dir), Ranks.current()).claim("training", described, TRAINING)
+
+    def _last_checkpoint(self, module: LitCausalLM) -> str | None:
         """Return where an earlier process of the same training stopped."""
-        run_dir = getattr(model, "run_dir", None)
-        path = Path(run_dir) / CHECKPOINT if run_dir else None
-        found = self.strategy.broadcast(str(path) if path is not None and path.exists() else None)
+        path = Path(module.run_dir) / CHECKPOINT if module.run_dir else None
+        found: str | None = self.strategy.broadcast(str(path) if path is not None and path.exists() else None)
         if found:
             rank_zero_info(f"Going on with the training in {found}")
         return found
 
-    def validate(self, *args: Any, verbose: bool = False, **kwargs: Any) -> Any:
+    def validate(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = False,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
         """Measure the perplexity of a dense or compressed model.
 
         The report callback shows the figures, so Lightning's own table is left out.
+
+        Args:
+            model: a LitCausalLM.
+            dataloaders: None; the data module gives them.
+            ckpt_path: checkpoint whose weights are measured. null: those of model.path.
+            verbose: print Lightning's table.
+            datamodule: text.
+            weights_only: load a checkpoint by torch's safe loader.
 
         Raises:
             ValueError: a part of the windows would be measured.
@@ -120,7 +166,9 @@ class CompressionTrainer(Trainer):
                 "Expected no trainer.limit_val_batches, trainer.overfit_batches or trainer.fast_dev_run: perplexities "
                 "are those of whole texts. data.max_eval_windows takes fewer windows, and says so."
             )
-        return super().validate(*args, verbose=verbose, **kwargs)
+        if model is not None and not self.compressing:
+            self._announce(module_of(model))
+        return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
 
     def evaluate(
         self,
@@ -155,18 +203,19 @@ class CompressionTrainer(Trainer):
         manager = task_manager(settings)
         if not self.is_global_zero:
             return {}
-        module = cast(LitCausalLM, model)
+        module = module_of(model)
         seq_len = default_seq_len(module.checkpoint)
         needs = questions_needs(ModelSizes.as_it_is(module.checkpoint), seq_len, batch_size)
         show([needs], Path(module.run_dir or self.default_root_dir), self.strategy.root_device)
         module.configure_model()
-        whole = cast(nn.Module, module.model).to(self.strategy.root_device)
+        assert module.model is not None
+        whole = module.model.to(self.strategy.root_device)
         evaluation = {"model": module.checkpoint.path, "dtype": str(module.checkpoint.dtype).removeprefix("torch.")}
         evaluation |= evaluate_tasks(whole, module.checkpoint.tokenizer, settings, manager)
         Console().print(evaluation_table(evaluation))
         if module.run_dir is not None:
-            write_json(Path(module.run_dir) / EVALUATION_FILE, evaluation)
-            rank_zero_info(f"Figures written to {Path(module.run_dir) / EVALUATION_FILE}")
+            write_json(Path(module.run_dir) / EVALUATION, evaluation)
+            rank_zero_info(f"Figures written to {Path(module.run_dir) / EVALUATION}")
         return evaluation
 
 
@@ -182,18 +231,3 @@ def check_checkpoint(ckpt_path: str | None) -> None:
     if not path.exists() or (path.is_file() and not is_zipfile(path)):
         state = "is another file, or damaged" if path.exists() else "is not there"
         raise ValueError(f"Expected ckpt_path to be a checkpoint of Lightning, but {path} {state}.")
-
-
-def finetunes_blocks(trainer: Trainer) -> bool:
-    """Tell whether a fit finetunes one block after the other."""
-    return any(getattr(callback, "finetunes_blocks", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-
-
-def is_compressing(trainer: Trainer, stage: str) -> bool:
-    """Tell whether a callback's `setup` belongs to a `fit`, also where that only validates."""
-    return stage == "fit" or getattr(trainer, "compressing", False)
-
-
-def validated_phase(trainer: Trainer) -> Phase | None:
-    """Return what a validation measured, or None for those that run inside training."""
-    return getattr(trainer, "phase", "one_shot") if trainer.state.fn == TrainerFn.VALIDATING else None

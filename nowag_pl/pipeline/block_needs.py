@@ -197,9 +197,9 @@ def teacher_needs(sizes: ModelSizes, num_windows: int, seq_len: int, batch_size:
         device=sizes.skeleton + max(sizes.block + sizes.activations(tokens), head),
         shared_host=hidden,
         disk=hidden if top_k is None else 8 * top_k * num_windows * seq_len,
-        device_option="model.distillation.batch_size",
+        device_option="model.objective.batch_size",
         host_option="data.max_train_windows",
-        disk_option="data.max_train_windows, model.distillation.top_k",
+        disk_option="data.max_train_windows, model.objective.top_k",
     )
 
 

@@ -7,14 +7,15 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from nowag_pl.reports.drawings import linear_drawing, linears_drawing
+from nowag_pl.reports.averages import mean_over_weights, num_weights
 from nowag_pl.reports.figures.canvas import to_pixels
 from nowag_pl.reports.figures.curves import codeword_figure, line_figure
-from nowag_pl.reports.statistics import mean_over_weights
-from nowag_pl.reports.summary import summary_markdown
+from nowag_pl.reports.figures.linears import linear_drawing, linears_drawing
 from nowag_pl.reports.views import BlockErrors, LinearView
 from nowag_pl.run.wording import COMPRESSED_PHASES, HELD_OUT_ERROR
 
+_WORST = 5  # linears that a summary names
+_COLUMNS = {"dense_perplexity": ".3f", "perplexity": ".3f", "kl_divergence": ".4f"}
 _TABLE = ("perplexity", "kl_divergence")  # figures by text and phase in the table of runs
 
 
@@ -124,3 +125,39 @@ def _scalars(folder: Path, tag: str) -> list[float]:
         return []
     by_step = {scalar.step: scalar.value for scalar in events.Scalars(tag)}  # an epoch that was done again counts once
     return [by_step[step] for step in sorted(by_step)]
+
+
+def summary_markdown(
+    title: str, rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, Mapping[str, float]], seq_len: int
+) -> str:
+    """Say what was compressed, how far, and what it cost.
+
+    Args:
+        title: model and method.
+        rows: statistics of every linear, as :meth:`CompressionRun.statistics` gives them.
+        metrics: evaluation text to metric ("perplexity", "dense_perplexity", "kl_divergence") to value.
+        seq_len: tokens per evaluation window.
+    """
+    bits, sparsity, loss = (mean_over_weights(rows, key) for key in ("bits_per_weight", "sparsity", "loss"))
+    lines = [
+        f"### {title}",
+        "",
+        f"{len(rows)} linears with {num_weights(rows):,} weights: **{bits:.3f} bits per weight**, "
+        f"sparsity {sparsity:.1%}, mean loss {loss:.4f} (0 is exact, 1 is nothing kept).",
+        "",
+        f"| text, windows of {seq_len} tokens | dense perplexity | perplexity | KL (nats) |",
+        "|---|---|---|---|",
+    ]
+    for text, values in metrics.items():
+        cells = [_number(values, key, spec) for key, spec in _COLUMNS.items()]
+        lines.append(f"| {text} | {' | '.join(cells)} |")
+    worst = sorted(rows, key=lambda row: -row["loss"])[:_WORST]
+    lines += ["", "The linears that lost most:", "", "| linear | shape | loss | bits per weight |", "|---|---|---|---|"]
+    for row in worst:
+        shape = " x ".join(map(str, row["shape"]))
+        lines.append(f"| {row['name']} | {shape} | {row['loss']:.4f} | {row['bits_per_weight']:.3f} |")
+    return "\n".join(lines)
+
+
+def _number(values: Mapping[str, float], key: str, spec: str) -> str:
+    return format(values[key], spec) if key in values else ""

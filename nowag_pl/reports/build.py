@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from nowag_pl.data.tokens import tokens_digest
-from nowag_pl.reports.statistics import mean_over_weights, num_weights
+from nowag_pl.reports.averages import mean_over_weights, num_weights
 from nowag_pl.run import provenance
 from nowag_pl.run.memory import peak_memory_bytes
 from nowag_pl.stages.compression_run import CompressionRun

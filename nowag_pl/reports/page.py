@@ -5,10 +5,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from nowag_pl.reports.drawings import linears_drawing, split_name
+from nowag_pl.reports.averages import mean_over_weights
 from nowag_pl.reports.figures.canvas import to_svg
 from nowag_pl.reports.figures.curves import line_figure
-from nowag_pl.reports.statistics import mean_over_weights
+from nowag_pl.reports.figures.linears import linears_drawing, split_name
 from nowag_pl.run.wording import PHASES, readable
 
 

@@ -38,6 +38,11 @@ class Limits:
     max_image_size: int = 96
     num_samples: int = 4000
 
+    def __post_init__(self) -> None:
+        for name in ("max_blocks", "max_image_size", "num_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Expected inspection.{name} of at least 1, but got {getattr(self, name)}.")
+
 
 @dataclass(frozen=True)
 class Codewords:

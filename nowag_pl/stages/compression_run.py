@@ -36,7 +36,7 @@ from nowag_pl.stages.budget.spread import Budgeted, compress_within_budget
 from nowag_pl.stages.calibration import calibrate, moment_source
 from nowag_pl.stages.compression import compress, read_block
 from nowag_pl.stages.plan import CalibrationSettings, CompressionSettings, FinetuningSettings, Plan
-from nowag_pl.stages.teacher import DenseReference, Distillation, Teacher
+from nowag_pl.stages.teacher import DenseReference, Teacher, TeacherSettings
 
 
 class CompressionRun:
@@ -229,9 +229,9 @@ class CompressionRun:
         """Return the dense model's predictions on evaluation windows, computing those that are not there."""
         return DenseReference(self.model, self.store, windows, batch_size)
 
-    def teacher(self, windows: Tensor, distillation: Distillation) -> Teacher:
+    def teacher(self, windows: Tensor, settings: TeacherSettings) -> Teacher:
         """Return what teaches a compressed model on training windows, computing what is not there."""
-        return Teacher(self.model, self.store, windows, distillation)
+        return Teacher(self.model, self.store, windows, settings)
 
     def statistics(self) -> list[dict[str, Any]]:
         """Return loss, bits and sparsity of every linear, in the model's order; those that stayed dense are exact."""

@@ -25,7 +25,7 @@ TRAINING_TEXT = "training text"
 
 
 @dataclass(frozen=True)
-class Distillation:
+class TeacherSettings:
     """How a compressed model is taught by the dense one.
 
     Attributes:
@@ -41,17 +41,17 @@ class Distillation:
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
-            raise ValueError(f"Expected model.distillation.temperature above 0, but got {self.temperature}.")
+            raise ValueError(f"Expected model.objective.temperature above 0, but got {self.temperature}.")
         for name in ("top_k", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"Expected model.distillation.{name} of at least 1, but got {value}.")
+                raise ValueError(f"Expected model.objective.{name} of at least 1, but got {value}.")
 
     def check(self, vocab_size: int) -> None:
         """Raise ValueError where more of the dense model's tokens are to be kept than there are."""
         if self.top_k is not None and self.top_k > vocab_size:
             raise ValueError(
-                f"Expected model.distillation.top_k of at most {vocab_size}, the vocabulary, but got {self.top_k}."
+                f"Expected model.objective.top_k of at most {vocab_size}, the vocabulary, but got {self.top_k}."
             )
 
 
@@ -115,28 +115,28 @@ class Teacher:
         model: dense model.
         store: run directory.
         windows: training windows `[num_windows, seq_len]`.
-        distillation: how.
+        settings: how.
 
     Raises:
         ValueError: top_k is larger than the vocabulary.
     """
 
-    def __init__(self, model: StreamedModel, store: ArtefactStore, windows: Tensor, distillation: Distillation) -> None:
-        self._temperature = distillation.temperature
+    def __init__(self, model: StreamedModel, store: ArtefactStore, windows: Tensor, settings: TeacherSettings) -> None:
+        self._temperature = settings.temperature
         self._top: tuple[SequenceArray, SequenceArray] | None = None
-        top_k = distillation.top_k
-        distillation.check(model.checkpoint.vocab_size)
+        top_k = settings.top_k
+        settings.check(model.checkpoint.vocab_size)
         entry = 8 * top_k if top_k else model.hidden_size * model.checkpoint.dtype.itemsize
         if store.ranks.is_zero:
             _log.info("Dense predictions for distillation take %s on disk", readable(windows.numel() * entry))
         if top_k is None:
-            self._reference = DenseReference(model, store, {TRAINING_TEXT: windows}, distillation.batch_size)
+            self._reference = DenseReference(model, store, {TRAINING_TEXT: windows}, settings.batch_size)
             return
         arrays = ArrayFolder(store.folder / REFERENCE, store.ranks)
         key = f"{_key(windows)}_top{top_k}_{self._temperature}"
         values, tokens = f"{key}_values", f"{key}_tokens"
         if values not in arrays or tokens not in arrays:
-            states = dense_states(model, store, windows, TRAINING_TEXT, distillation.batch_size)
+            states = dense_states(model, store, windows, TRAINING_TEXT, settings.batch_size)
             batches = (
                 tuple(
                     part.unflatten(0, hidden.shape[:2]).cpu()

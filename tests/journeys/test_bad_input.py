@@ -26,6 +26,7 @@ from tiny_models import (
 
 from nowag_pl.files import read_tensors
 
+DISTILLATION = "--model.objective={class_path: nowag_pl.lit.objectives.Distillation, init_args: {temperature: "
 pytest_plugins = ["tiny_fixtures"]
 
 MOST_CHARACTERS = 600  # of a message, a path counting as little
@@ -272,8 +273,8 @@ def test_more_codewords_than_subvectors_is_said_before_anything_is_written(fit, 
         ("--trainer.fast_dev_run=true", "fast_dev_run"),
         ("--trainer.max_steps=3", "max_epochs of at least 1 with trainer.max_steps"),
         ("--ckpt_path=.", "max_epochs of at least 1 with ckpt_path"),
-        ("--model.distillation.temperature=2", "max_epochs of at least 1 with model.distillation"),
-        ("--model.distillation.temperature=-1", "^Expected model.distillation.temperature above 0, but got -1"),
+        (f"{DISTILLATION}2}}}}", "max_epochs of at least 1 with model.objective"),
+        (f"{DISTILLATION}-1}}}}", "^Expected model.objective.temperature above 0, but got -1"),
         ("--compression.budget.num_sequences=0", "^Expected compression.budget.num_sequences of at least 1"),
         ("--data.calibration_files=[]", r"data.calibration_files, but got \[\]"),
         ("--data.eval_files={}", "data.eval_files, but got {}"),
@@ -293,7 +294,10 @@ def test_option_that_would_do_something_else_than_it_says(setting, pattern, fit,
         ("--model.learning_rate=-1", "model.learning_rate above 0"),
         ("--model.weight_decay=-1", "model.weight_decay of at least 0"),
         ("--model.warmup_fraction=2", "model.warmup_fraction of at least 0 and below 1"),
-        ("--model.distillation.top_k=4000", "model.distillation.top_k of at most 2048"),
+        (
+            DISTILLATION.replace("temperature", "top_k") + "4000}}",
+            "model.objective.top_k of at most 2048",
+        ),
         ("--ckpt_path=absent.ckpt", "absent.ckpt is not there"),
         ("--ckpt_path=notes.txt", "notes.txt is another file, or damaged"),
         ("--trainer.max_epochs=-2", "max_epochs"),

@@ -53,7 +53,8 @@ END_TO_END = (
     "--data.train_batch_size=4",
     "--data.max_train_windows=14",
 )
-DISTILLATION = (*END_TO_END, "--model.distillation.temperature=1.5")
+DISTILLED = "--model.objective=nowag_pl.lit.objectives.Distillation"
+DISTILLATION = (*END_TO_END, DISTILLED, "--model.objective.temperature=1.5")
 
 
 class CutError(Exception):
@@ -127,7 +128,7 @@ def test_end_to_end_goes_on_from_the_finetuned_blocks(method, fit, workplace, tm
 
 
 def test_distilling_the_likeliest_tokens(fit, tmp_path):
-    assert fit(*METHODS["nowag_p_2_4"], *END_TO_END, "--model.distillation.top_k=64").code == 0
+    assert fit(*METHODS["nowag_p_2_4"], *END_TO_END, DISTILLED, "--model.objective.top_k=64").code == 0
     divergences = read_report(tmp_path / "run")["kl_divergence"]["held_out"]
     assert divergences["finetuned"] < divergences["one_shot"]
     assert {file.name.split("_")[2] for file in (tmp_path / "run" / "reference").glob("*_top*")} == {"top64"}
@@ -292,7 +293,7 @@ def test_end_to_end_training_from_a_named_checkpoint(fit, tmp_path):
         ("--model.learning_rate=0.001", r"training.learning_rate = 0.003, not 0.001"),
         ("--trainer.max_epochs=3", "training.max_epochs = 2, not 3"),
         ("--finetuning.learning_rate=0.001", "finetuning.learning_rate = 0.003, not 0.001"),
-        ("--model.distillation.temperature=2", "training.distillation"),
+        ("--model.objective.temperature=2", "training.objective.temperature = 1.5, not 2"),
         ("--data.max_train_windows=9", "training.tokens_sha256"),
     ],
 )
@@ -308,12 +309,12 @@ def test_changed_settings_are_refused_by_name(change, name, fit, tmp_path):
     ("arguments", "message"),
     [
         (("--finetuning.enabled=true", "--compression.enabled=false"), "compression.enabled with finetuning.enabled"),
-        ((*DISTILLATION, "--compression.enabled=false"), "compression.enabled with model.distillation"),
+        ((*DISTILLATION, "--compression.enabled=false"), "compression.enabled with model.objective of Distillation"),
         ((*END_TO_END, "--trainer.precision=bf16-true"), "trainer.precision of 32-true, bf16-mixed or 16-mixed"),
         (("--finetuning.enabled=true", "--finetuning.num_held_out=0"), "finetuning.num_held_out of at least 1"),
         (("--finetuning.enabled=true", "--finetuning.max_epochs=0"), "finetuning.max_epochs of at least 1"),
-        ((*END_TO_END, "--model.distillation.top_k=0"), "model.distillation.top_k of at least 1"),
-        ((*END_TO_END, "--model.distillation.top_k=4000"), "model.distillation.top_k of at most 2048"),
+        ((*END_TO_END, DISTILLED, "--model.objective.top_k=0"), "model.objective.top_k of at least 1"),
+        ((*END_TO_END, DISTILLED, "--model.objective.top_k=4000"), "model.objective.top_k of at most 2048"),
     ],
 )
 def test_bad_settings_are_refused(arguments, message, fit):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
+from nowag_pl.lit.hidden_files import HiddenFiles
 from stage_runs import compress, plan_of
 from tiny_models import artefacts, load_whole, random_tokens
 from torch import nn
@@ -17,11 +18,13 @@ from callbacks.finetuning import ModelFinetuning
 from nowag_pl import ArmorCompressor, NoWagPruner, NoWagQuantizer
 from nowag_pl.lit import blockwise
 from nowag_pl.lit.block_module import BlockModule
-from nowag_pl.lit.blockwise import BlockwiseSettings, finetune_blocks
+from nowag_pl.lit.block_trainer import BlockTrainer
+from nowag_pl.lit.blockwise import finetune_blocks
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.stages import finetuned as finetuning
 from nowag_pl.stages.compression_run import CompressionRun
+from nowag_pl.stages.plan import FinetuningSettings
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -54,7 +57,7 @@ def finetuned(model_folder, own_signals, tmp_path):
         run.calibrate(TRAIN)
         compress(run, ALL_COMPRESSORS[compressor])
         trainer = {"accelerator": "cpu"} | (trainer or {})
-        finetune_blocks(run, train, HELD_OUT, BlockwiseSettings(**SETTINGS | settings), trainer)
+        finetune_blocks(run, train, HELD_OUT, FinetuningSettings(**SETTINGS | settings), trainer)
         return run
 
     return make
@@ -84,13 +87,13 @@ def test_every_block_comes_nearer_to_its_targets(family, compressor, finetuned):
 @pytest.mark.parametrize("targets", ["block", "model"])
 def test_inputs_and_targets_are_those_of_the_oracle(targets, finetuned, model_folder, monkeypatch):
     pairs = {}
-    finetune_block = blockwise._Blockwise._finetune_block
+    finetune_block = blockwise.Blockwise._finetune_block
 
-    def spy(self, index, inputs, wanted, report):
-        pairs[index] = inputs.take(range(10)), wanted.take(range(10))
-        return finetune_block(self, index, inputs, wanted, report)
+    def spy(self, index, data, report):
+        pairs[index] = data.inputs.take(range(10)), data.targets.take(range(10))
+        return finetune_block(self, index, data, report)
 
-    monkeypatch.setattr(blockwise._Blockwise, "_finetune_block", spy)
+    monkeypatch.setattr(blockwise.Blockwise, "_finetune_block", spy)
     run = finetuned(targets=targets)
     windows = torch.cat([TRAIN, HELD_OUT])
     compressed, dense = run.compressed(finetuned=True).assemble(), load_whole(model_folder("qwen2"))
@@ -406,7 +409,7 @@ def sizes(tensors) -> tuple[int, float]:
 @pytest.mark.parametrize(("targets", "compressor"), [("block", "pruner"), ("model", "quantizer")])
 def test_one_block_and_two_sets_of_hidden_states_are_alive(targets, compressor, finetuned, monkeypatch):
     """On the host as well as on the device."""
-    seen, places, finetune = {}, ["making targets"], blockwise._Blockwise.finetune
+    seen, places, finetune = {}, ["making targets"], blockwise.Blockwise.finetune
 
     def watch(patch, owner, name, place=None):
         original = getattr(owner, name)
@@ -428,15 +431,15 @@ def test_one_block_and_two_sets_of_hidden_states_are_alive(targets, compressor, 
         try:
             with monkeypatch.context() as patch:
                 watch(patch, StreamedModel, "forward_block")
-                watch(patch, blockwise._Blockwise, "_train", "training")
-                watch(patch, blockwise._Blockwise, "_mean_square", "measuring")
-                watch(patch, blockwise._Blockwise, "_advance", "advancing")
+                watch(patch, BlockTrainer, "train", "training")
+                watch(patch, blockwise.Blockwise, "_mean_square", "measuring")
+                watch(patch, HiddenFiles, "advance", "advancing")
                 watch(patch, finetuning, "write_block", "writing")
                 finetune(self, missing)
         finally:
             gc.unfreeze()
 
-    monkeypatch.setattr(blockwise._Blockwise, "finetune", watched)
+    monkeypatch.setattr(blockwise.Blockwise, "finetune", watched)
     run = finetuned(compressor=compressor, targets=targets, max_epochs=2, batch_size=1)
     dense, _ = sizes(run.model.load_block(0).state_dict().values())
     compressed, _ = sizes(finetuning.load_compressed_block(run.model, run.store, 0).state_dict().values())
@@ -466,7 +469,7 @@ def test_one_block_and_two_sets_of_hidden_states_are_alive(targets, compressor, 
 )
 def test_bad_settings_are_refused_by_name(settings, name):
     with pytest.raises(ValueError, match=rf"finetuning\.{name}"):
-        BlockwiseSettings(**settings)
+        FinetuningSettings(**settings)
 
 
 def test_errors_of_every_block_lie_in_tensorboard(finetuned, tmp_path):

@@ -1,7 +1,6 @@
 """Windows for calibration, training and evaluation."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +9,21 @@ from tiny_models import SEQ_LEN, save_tiny_model
 from nowag_pl.data.sources import HubDataset, read_text_file
 from nowag_pl.data.tokens import whole_windows
 from nowag_pl.lit.datamodule import TokenDataModule
+from nowag_pl.lit.phases import PhasedTrainer
+from nowag_pl.lit.text_module import TextModule
 from nowag_pl.models.checkpoint import Checkpoint
 
 pytest_plugins = ["tiny_fixtures"]
+
+
+class FakeTrainer(PhasedTrainer):
+    """One of several processes."""
+
+    global_rank, world_size, lightning_module = 0, 1, None  # properties of a Trainer
+
+    def __init__(self, module, rank, world_size, compressing):
+        self.lightning_module, self.global_rank, self.world_size = module, rank, world_size
+        self.compressing = compressing
 
 
 @pytest.fixture
@@ -27,10 +38,9 @@ def datamodule(model_folder, workplace):
             "cache_dir": str(workplace / "cache"),
         } | settings
         module = TokenDataModule(**settings)
-        lightning_module = SimpleNamespace(checkpoint=Checkpoint(str(model or model_folder())))
-        module.trainer = SimpleNamespace(
-            lightning_module=lightning_module, global_rank=rank, world_size=world_size, compressing=compressing
-        )
+        language_model = TextModule()
+        language_model.checkpoint = Checkpoint(str(model or model_folder()))
+        module.trainer = FakeTrainer(language_model, rank, world_size, compressing)
         module.prepare_data()
         module.setup("validate")
         return module

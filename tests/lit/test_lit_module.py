@@ -8,9 +8,12 @@ import torch
 from lightning.pytorch import Callback
 from tiny_models import SEQ_LEN, load_whole, random_tokens
 
+from nowag_pl.lit.building import begin_run
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
-from nowag_pl.lit.trainer import CompressionTrainer, is_compressing
+from nowag_pl.lit.phases import is_compressing
+from nowag_pl.lit.trainer import CompressionTrainer
+from nowag_pl.models.checkpoint import Checkpoint
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -106,20 +109,13 @@ def test_random_start_is_not_the_checkpoint(model_folder):
     assert not torch.equal(module.model.lm_head.weight, load_whole(model_folder()).lm_head.weight)
 
 
-def test_without_run_dir_there_is_no_run(model_folder):
-    with pytest.raises(ValueError, match="Expected a run_dir"):
-        _ = LitCausalLM(str(model_folder())).run
-
-
-def test_loss_is_the_next_tokens_cross_entropy(data, model_folder, tmp_path):
-    module = LitCausalLM(str(model_folder()))
-    module.configure_model()
-    module.log = lambda *args, **kwargs: None
-    tokens = random_tokens(2)
-    loss = module.training_step({"tokens": tokens, "weight": torch.tensor([0.75, 0.25])}, 0)
-    log_p = load_whole(model_folder())(tokens).logits.detach().double().log_softmax(-1)
-    expected = -log_p[:, :-1].gather(2, tokens[:, 1:, None]).mean(dim=(1, 2)) @ torch.tensor([0.75, 0.25]).double()
-    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
+@pytest.mark.parametrize(
+    ("run_dir", "random_init", "message"),
+    [(None, False, "Expected a run_dir"), ("run", True, "Expected a dense model to compress.*has random weights")],
+)
+def test_run_wants_a_folder_and_a_dense_model(run_dir, random_init, message, model_folder):
+    with pytest.raises(ValueError, match=message):
+        begin_run(Checkpoint(str(model_folder())), run_dir, random_init, torch.device("cpu"))
 
 
 def test_vectors_are_not_decayed_and_nothing_is_left_out(data, model_folder, tmp_path):

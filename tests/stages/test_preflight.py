@@ -4,15 +4,12 @@ import logging
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from test_pipeline_run import EVALUATION, everything
 from tiny_models import fit_arguments
 
-from callbacks.calibration import ModelCalibration
-from callbacks.compression import ModelCompression
 from nowag_pl import MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner
 from nowag_pl.compressors import Compressor
 from nowag_pl.files import read_tensors
@@ -104,10 +101,8 @@ def test_full_second_moments_are_counted(model_folder):
     [("dense", None, 0), ("propagated", None, 1), ("dense", "refit", 1), ("corrected", None, 2)],
 )
 def test_sequences_that_pass_once_more_are_counted(mode, update, streams, model_folder):
-    compression, calibration = ModelCompression(NoWagPruner(update=update)), ModelCalibration(3, mode=mode)
-    trainer = SimpleNamespace(callbacks=[calibration, compression], datamodule=SimpleNamespace(seq_len=24))
-    sizes = ModelSizes.of(StreamedModel(Checkpoint(str(model_folder("llama")))), compression.compressor)
-    (needs,) = compression.needs(sizes, trainer)
+    sizes = ModelSizes.of(StreamedModel(Checkpoint(str(model_folder("llama")))), NoWagPruner(update=update))
+    needs = block_needs.compression_needs_in_mode(sizes, block_needs.calibration_needs(sizes, 3, 24, 8), mode)
     assert needs.shared_host == streams * sizes.hidden_states(3, 24)
     assert ("calibration.num_sequences" in needs.host_option) == (streams > 0)
 

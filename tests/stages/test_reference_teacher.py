@@ -10,7 +10,7 @@ from nowag_pl.functional.predictions.distillation import distillation_loss, top_
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.stages.compression_run import CompressionRun
-from nowag_pl.stages.teacher import Distillation
+from nowag_pl.stages.teacher import TeacherSettings
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -41,7 +41,7 @@ def dense_logits(model_folder):
 def test_loss_is_the_divergence_from_the_dense_model(temperature, teacher, dense_logits):
     indices = torch.tensor([4, 1])
     student = student_logits(2)
-    losses = teacher(Distillation(temperature=temperature, batch_size=2)).loss(indices, student)
+    losses = teacher(TeacherSettings(temperature=temperature, batch_size=2)).loss(indices, student)
     for row, index in enumerate(indices):
         expected = distillation_loss(dense_logits[index, :-1], student[row, :-1], temperature)
         torch.testing.assert_close(losses[row], expected, rtol=1e-4, atol=1e-5)
@@ -49,7 +49,7 @@ def test_loss_is_the_divergence_from_the_dense_model(temperature, teacher, dense
 
 def test_loss_of_the_likeliest_tokens(teacher, dense_logits):
     indices, student = torch.tensor([0, 3]), student_logits(2)
-    losses = teacher(Distillation(temperature=2.0, top_k=7, batch_size=3)).loss(indices, student)
+    losses = teacher(TeacherSettings(temperature=2.0, top_k=7, batch_size=3)).loss(indices, student)
     for row, index in enumerate(indices):
         top = top_log_probabilities(dense_logits[index, :-1], 7, 2.0)
         expected = top_distillation_loss(*top, student[row, :-1], 2.0)
@@ -58,30 +58,30 @@ def test_loss_of_the_likeliest_tokens(teacher, dense_logits):
 
 @pytest.mark.parametrize("top_k", [None, 7])
 def test_ranks_share_the_work_and_read_the_whole(top_k, teacher):
-    distillation, indices, student = Distillation(top_k=top_k, batch_size=2), torch.arange(5), student_logits(5)
+    distillation, indices, student = TeacherSettings(top_k=top_k, batch_size=2), torch.arange(5), student_logits(5)
     for each in on_ranks(3, lambda ranks: teacher(distillation, ranks).loss(indices, student)):
         torch.testing.assert_close(each, teacher(distillation).loss(indices, student))
 
 
 @pytest.mark.parametrize("top_k", [None, 7])
 def test_what_is_recorded_is_not_computed_again(top_k, teacher, monkeypatch):
-    teacher(Distillation(top_k=top_k))
+    teacher(TeacherSettings(top_k=top_k))
 
     def never(self, index):
         raise AssertionError("a block was read")
 
     monkeypatch.setattr(StreamedModel, "load_block", never)
-    teacher(Distillation(top_k=top_k))
+    teacher(TeacherSettings(top_k=top_k))
 
 
 def test_more_tokens_than_the_vocabulary_are_refused(teacher):
-    with pytest.raises(ValueError, match=r"model\.distillation\.top_k of at most 2048.*got 2049"):
-        teacher(Distillation(top_k=2049))
+    with pytest.raises(ValueError, match=r"model\.objective\.top_k of at most 2048.*got 2049"):
+        teacher(TeacherSettings(top_k=2049))
 
 
 @pytest.mark.parametrize(
     ("settings", "name"), [({"temperature": 0.0}, "temperature"), ({"top_k": 0}, "top_k"), ({"batch_size": 0}, "batch")]
 )
 def test_bad_settings_are_refused_by_name(settings, name):
-    with pytest.raises(ValueError, match=rf"model\.distillation\.{name}"):
-        Distillation(**settings)
+    with pytest.raises(ValueError, match=rf"model\.objective\.{name}"):
+        TeacherSettings(**settings)

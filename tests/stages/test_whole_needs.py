@@ -29,7 +29,7 @@ from nowag_pl.pipeline.whole_needs import (
     training_needs,
     whole_validation_needs,
 )
-from nowag_pl.stages.teacher import Distillation
+from nowag_pl.stages.teacher import TeacherSettings
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -169,7 +169,7 @@ def test_teacher_is_what_is_written(model_folder, tmp_path):
     sizes, windows = ModelSizes.of(run.model, NoWagPruner()), random_tokens(5, 24, seed=9)
     written = set((tmp_path / "run" / "reference").glob("*.npy"))
     for top_k in (None, 3):
-        run.teacher(windows, Distillation(top_k=top_k))
+        run.teacher(windows, TeacherSettings(top_k=top_k))
         new = set((tmp_path / "run" / "reference").glob("*.npy")) - written
         written |= new
         needs = block_needs.teacher_needs(sizes, 5, 24, 2, top_k)
@@ -206,7 +206,8 @@ def test_fit_with_training_shows_its_stages_and_warns(
         "--data.train_batch_size=4",
         "--data.eval_batch_size=1",
     ]
-    options += ["--model.distillation={top_k: 5}"] if compressing else ["--compression.enabled=false"]
+    distilled = ["--model.objective=nowag_pl.lit.objectives.Distillation", "--model.objective.top_k=5"]
+    options += distilled if compressing else ["--compression.enabled=false"]
     outcome = command_line(fit_arguments(workplace, model_folder(), tmp_path / "run", *options))
     assert outcome.code == 0, outcome.message
     before = ["calibration", "compression", "dense reference"] if compressing else []
@@ -214,7 +215,7 @@ def test_fit_with_training_shows_its_stages_and_warns(
     assert [needs.stage for needs in shown] == [*before, "validation", "export", *after]
     assert "training may need" in caplog.text
     assert "data.train_batch_size" in caplog.text
-    assert ("model.distillation.top_k" in caplog.text) == compressing
+    assert ("model.objective.top_k" in caplog.text) == compressing
     written = (tmp_path / "run" / "training" / "last.ckpt").stat().st_size
     assert shown[-1].disk * 0.7 < written < shown[-1].disk + 2**17  # and what is beside tensors
 

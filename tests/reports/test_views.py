@@ -7,7 +7,7 @@ from torch import nn
 from nowag_pl import NoWagPruner, NoWagQuantizer
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
-from nowag_pl.reports.drawings import split_name
+from nowag_pl.reports.figures.linears import split_name
 from nowag_pl.reports.views import Limits, block_errors, inspect_linear, inspect_linears, inspected_blocks
 from nowag_pl.stages.compression_run import CompressionRun
 

@@ -3,36 +3,33 @@
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
 from nowag_pl.files import write_json, write_text
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
-from nowag_pl.lit.preflight import stage_of_validation
-from nowag_pl.lit.trainer import is_compressing, validated_phase
-from nowag_pl.pipeline.block_needs import StageNeeds, reference_needs
-from nowag_pl.pipeline.sizes import ModelSizes
+from nowag_pl.lit.phases import is_compressing, validated_phase
+from nowag_pl.lit.stage import Stage, data_of, module_of
+from nowag_pl.reports.averages import mean_over_weights
 from nowag_pl.reports.build import PAGE_FILE, REPORT_FILE, build_report
-from nowag_pl.reports.statistics import mean_over_weights
 from nowag_pl.run.wording import PHASES, readable
+from nowag_pl.stages.plan import Plan, ReportSettings
 
 
-class ModelReport(Callback):
+class ModelReport(Stage):
     """Compare with the dense model, show a table, write <run_dir>/report.json and report.html.
 
     Args:
         batch_size: windows of the evaluation texts that pass a block of the dense model together.
-        html: whether to write report.html, one file with tables and figures, beside report.json.
+        html: write report.html beside report.json: one file with tables and figures.
     """
 
     def __init__(self, batch_size: int = 8, html: bool = True) -> None:
-        if batch_size < 1:
-            raise ValueError(f"Expected report.batch_size of at least 1, but got {batch_size}.")
-        self.batch_size = batch_size
+        self.settings = ReportSettings(batch_size)
         self.html = html
         self._metrics: dict[str, dict[str, dict[str, float]]] = {}
         self._evaluation_seconds = 0.0
@@ -43,33 +40,30 @@ class ModelReport(Callback):
         self._path: Path | None = None
         self._memory = ExitStack()
 
-    def needs(self, sizes: ModelSizes, trainer: Trainer) -> list[StageNeeds]:
-        """Return what the dense reference and the validation will need."""
-        data = cast(TokenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
-        windows = {name: len(tokens) for name, tokens in data.eval_windows.items()}
-        reference = [reference_needs(sizes, windows, data.seq_len, self.batch_size)] if sizes.is_compressed_here else []
-        return [*reference, stage_of_validation(sizes, trainer)]
+    def announce(self, plan: Plan) -> None:
+        """Enter the comparison with the dense model."""
+        plan.report = self.settings
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Record the dense model's predictions, once, if this run compresses."""
-        module = cast(LitCausalLM, pl_module)
+        module = module_of(pl_module)
         if module.reference is None and module.is_compressed_here and is_compressing(trainer, stage):
             started = time.perf_counter()
-            data = cast(TokenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+            data = data_of(trainer)
             with module.run.measuring("evaluation"):
-                module.reference = module.run.reference(data.eval_windows, self.batch_size)
+                module.reference = module.run.reference(data.eval_windows, self.settings.batch_size)
             self._evaluation_seconds += time.perf_counter() - started
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._validation_started = time.perf_counter()
-        module = cast(LitCausalLM, pl_module)
+        module = module_of(pl_module)
         if module.is_compressed_here and validated_phase(trainer) is not None:
             self._memory.enter_context(module.run.measuring("evaluation"))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the figures of this phase and write the report of all so far."""
-        module, data = cast(LitCausalLM, pl_module), cast(TokenDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        module, data = module_of(pl_module), data_of(trainer)
         phase = validated_phase(trainer)
         if phase is None:
             return
@@ -96,7 +90,7 @@ class ModelReport(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._training_started = time.perf_counter()
-        module = cast(LitCausalLM, pl_module)
+        module = module_of(pl_module)
         if module.is_compressed_here:
             self._memory.enter_context(module.run.measuring("finetuning"))
 

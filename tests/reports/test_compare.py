@@ -4,8 +4,7 @@ import re
 
 import pytest
 
-from nowag_pl.reports.compare import compare, comparison_page, comparison_rows
-from nowag_pl.reports.comparison import differences, read_runs
+from nowag_pl.reports.compare import compare, comparison_page, comparison_rows, differences, read_runs
 from nowag_pl.reports.page import report_page
 
 REPORT = {

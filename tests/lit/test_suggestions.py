@@ -1,6 +1,6 @@
 import pytest
 
-from nowag_pl.lit.command_line import explained, suggestion
+from nowag_pl.lit.suggestions import explained, suggestion
 
 OPTIONS = ["--calibration.num_sequences", "--data.eval_files", "--run_dir", "--trainer.accelerator"]
 

@@ -1,0 +1,189 @@
+"""The Trainer of one block: its data, its callbacks, and where it goes on."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from nowag_pl.lit.batches import ResumableLoader, Share, SharedBatches
+from nowag_pl.lit.block_module import ERROR, BlockModule
+from nowag_pl.lit.preemption import Preemption
+from nowag_pl.run.arrays import SequenceArray
+from nowag_pl.run.layout import BLOCK_CHECKPOINTS, FINETUNING_LOGS, block_folder
+from nowag_pl.run.ranks import Ranks
+from nowag_pl.stages.plan import FinetuningSettings
+
+_LAST = "last"  # checkpoint from which a training goes on
+
+
+@dataclass(frozen=True)
+class BlockData:
+    """Inputs and target outputs of one block for all sequences; those that are held out come last.
+
+    Attributes:
+        inputs: hidden states before the block.
+        targets: those that it shall give.
+        num_train: sequences to train on.
+    """
+
+    inputs: SequenceArray
+    targets: SequenceArray
+    num_train: int
+
+    @property
+    def held_out(self) -> range:
+        """Numbers of the sequences that decide."""
+        return range(self.num_train, len(self.inputs))
+
+    def loader(self, rows: range, batches: SharedBatches) -> ResumableLoader:
+        """Return batches of some sequences: "hidden", "target" and "weight"."""
+        return ResumableLoader(_Pairs(self.inputs, self.targets, rows.start), batches)
+
+
+class _Pairs(Dataset[dict[str, Tensor]]):
+    """Inputs and targets of a block from some sequence on, a whole batch at a time."""
+
+    def __init__(self, inputs: SequenceArray, targets: SequenceArray, first: int) -> None:
+        self._inputs = inputs
+        self._targets = targets
+        self._first = first
+
+    def __getitem__(self, share: Share) -> dict[str, Tensor]:
+        rows = [self._first + index for index in share.indices]
+        return {
+            "hidden": self._inputs.take(rows),
+            "target": self._targets.take(rows),
+            "weight": torch.tensor(share.weights),
+        }
+
+
+@dataclass(frozen=True)
+class BlockTrainer:
+    """Trains blocks, each by a Trainer of its own that goes on at its last epoch.
+
+    Attributes:
+        settings: learning rate, epochs and the like.
+        trainer_settings: devices, precision and the like of the Trainers.
+        ranks: who trains together.
+        run_dir: folder of curves; and of checkpoints.
+    """
+
+    settings: FinetuningSettings
+    trainer_settings: Mapping[str, Any]
+    ranks: Ranks
+    run_dir: Path
+
+    def folder(self, index: int) -> Path:
+        """Return where the checkpoints of a block are."""
+        return self.run_dir / BLOCK_CHECKPOINTS / block_folder(index)
+
+    def train(self, index: int, module: BlockModule, data: BlockData, report: Callable[[str], None]) -> tuple[str, int]:
+        """Train a block.
+
+        Args:
+            index: its number.
+            module: the block.
+            data: its inputs and targets.
+            report: is told of every epoch.
+
+        Returns:
+            The checkpoint of the epoch with the lowest held-out error, and the number of epochs.
+        """
+        last = self.folder(index) / f"{_LAST}.ckpt"
+        best = ModelCheckpoint(
+            self.folder(index),
+            "best",
+            monitor=ERROR,
+            save_weights_only=True,
+            enable_version_counter=False,
+            auto_insert_metric_name=False,
+        )
+        with _quiet():
+            trainer = self._trainer(index, [best, _EpochReport(report)])
+            resumed = self.ranks.broadcast(last.is_file())
+            trainer.fit(
+                module,
+                data.loader(range(data.num_train), self._batches(data.num_train, self.settings.seed + index)),
+                data.loader(data.held_out, self._batches(len(data.held_out), None)),
+                ckpt_path=str(last) if resumed else None,
+                weights_only=True,
+            )
+        return best.best_model_path, trainer.current_epoch
+
+    def _batches(self, num_items: int, seed: int | None) -> SharedBatches:
+        return SharedBatches(num_items, self.settings.batch_size, self.ranks.rank, self.ranks.world_size, seed)
+
+    def _trainer(self, index: int, callbacks: list[Callback]) -> Trainer:
+        settings, folder = self.settings, self.folder(index)
+        best, report = callbacks
+        return Trainer(
+            **self.trainer_settings,
+            strategy=DDPStrategy(broadcast_buffers=False) if self.ranks.world_size > 1 else "auto",
+            max_epochs=settings.max_epochs,
+            accumulate_grad_batches=settings.accumulate_grad_batches,
+            gradient_clip_val=settings.gradient_clip_val,
+            callbacks=[
+                _Stopping(ERROR, patience=settings.stop_patience),
+                best,
+                ModelCheckpoint(folder, _LAST, enable_version_counter=False),
+                Preemption(folder / f"{_LAST}.ckpt"),
+                report,
+            ],
+            logger=TensorBoardLogger(self.run_dir, FINETUNING_LOGS, block_folder(index)),
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=self.run_dir,
+        )
+
+
+class _Stopping(EarlyStopping):
+    """Early stopping that also stops a training that was cut after its last epoch."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop at once where there is nothing left to do."""
+        trainer.should_stop = self.wait_count >= self.patience
+
+
+class _EpochReport(Callback):
+    """Says how far a block is."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report = report
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell epoch and error."""
+        error = float(trainer.callback_metrics[ERROR])
+        self._report(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}, held-out error {error:.4f}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the banners of many small Trainers from the screen."""
+    loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
+    loggers += [logging.getLogger(f"lightning.{name}.utilities.rank_zero") for name in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # A block is trained in the mode in which it will be used.
+            warnings.filterwarnings("ignore", ".*module\\(s\\) in eval mode")
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

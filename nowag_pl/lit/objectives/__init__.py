@@ -1,0 +1,7 @@
+"""What end-to-end training minimises; each is chosen by its class_path."""
+
+from nowag_pl.lit.objectives.base import Objective
+from nowag_pl.lit.objectives.distillation import Distillation
+from nowag_pl.lit.objectives.next_token import NextToken
+
+__all__ = ["Distillation", "NextToken", "Objective"]

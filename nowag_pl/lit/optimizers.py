@@ -1,0 +1,81 @@
+"""How a model is trained end to end: AdamW, a linear warm-up and a cosine decay."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import ceil, inf
+from typing import Any
+
+from lightning.pytorch import Trainer
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+
+from nowag_pl.lit.datamodule import data_of
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Learning rate and decay.
+
+    Attributes:
+        learning_rate: the highest.
+        weight_decay: of matrices.
+        warmup_fraction: share of the steps in which the learning rate rises.
+    """
+
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.1
+    warmup_fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 0 < self.learning_rate < inf:
+            raise ValueError(f"Expected model.learning_rate above 0, but got {self.learning_rate}.")
+        if not 0 <= self.weight_decay < inf:
+            raise ValueError(f"Expected model.weight_decay of at least 0, but got {self.weight_decay}.")
+        if not 0 <= self.warmup_fraction < 1:
+            raise ValueError(
+                f"Expected model.warmup_fraction of at least 0 and below 1, but got {self.warmup_fraction}."
+            )
+
+    def optimizer(self, parameters: Iterable[nn.Parameter]) -> AdamW:
+        """Return AdamW over the parameters that are trained."""
+        return AdamW(decay_groups(parameters, self.weight_decay), lr=self.learning_rate, betas=(0.9, 0.95))
+
+    def scheduler(self, optimizer: AdamW, steps: int) -> LRScheduler:
+        """Return a warm-up and a cosine decay over so many steps."""
+        share = self.warmup_fraction
+        return OneCycleLR(optimizer, self.learning_rate, steps, pct_start=share, cycle_momentum=False)
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Return groups of trained parameters for an optimizer: matrices decay; vectors (norms, biases, scales) do not.
+
+    Args:
+        parameters: of a model; those without gradients are left out.
+        weight_decay: of matrices.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    # FSDP2 cannot store the state of an empty group.
+    return [group for group in groups if group["params"]]
+
+
+def num_steps(trainer: Trainer) -> int:
+    """Return the optimizer steps of the whole training.
+
+    Lightning's own estimate loads the training data before a checkpoint is read, which then loses its place in it.
+
+    Raises:
+        ValueError: the training has no end.
+    """
+    limit = trainer.limit_train_batches
+    batches = len(data_of(trainer).train_dataloader())
+    batches = min(limit, batches) if isinstance(limit, int) else int((1.0 if limit is None else limit) * batches)
+    steps = ceil(batches / trainer.accumulate_grad_batches)
+    limits = {steps * (trainer.max_epochs or 0), trainer.max_steps}
+    if not any(limit > 0 for limit in limits):
+        raise ValueError("Expected trainer.max_epochs or trainer.max_steps above 0, to know the learning rate's end.")
+    return min(limit for limit in limits if limit > 0)

@@ -1,0 +1,46 @@
+"""What a Trainer is doing: whether it fits, which state of the model it measures, and whether it trains end to end."""
+
+from typing import Literal
+
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+Phase = Literal["one_shot", "blockwise", "finetuned"]
+
+
+class PhasedTrainer(Trainer):
+    """A Trainer that says where in a fit it is.
+
+    Attributes:
+        compressing: whether this is a `fit`, in its validations as well.
+        phase: the state of the model that the running validation measures.
+        callbacks: in the order in which they are called.
+        datamodule: the data of the running `fit` or `validate`.
+    """
+
+    compressing = False
+    phase: Phase = "one_shot"
+
+    # Lightning sets these two without declaring them.
+    callbacks: list[Callback]
+    datamodule: LightningDataModule | None
+
+
+def is_compressing(trainer: Trainer, stage: str) -> bool:
+    """Tell whether a callback's `setup` belongs to a `fit`, also where that only validates."""
+    return stage == "fit" or (isinstance(trainer, PhasedTrainer) and trainer.compressing)
+
+
+def phase_of(trainer: Trainer) -> Phase:
+    """Return which state of the model is measured; one that is not compressed in phases counts as one-shot."""
+    return trainer.phase if isinstance(trainer, PhasedTrainer) else "one_shot"
+
+
+def validated_phase(trainer: Trainer) -> Phase | None:
+    """Return the state that a validation measured, or None for those that run inside training."""
+    return phase_of(trainer) if trainer.state.fn == TrainerFn.VALIDATING else None
+
+
+def trains_end_to_end(trainer: Trainer) -> bool:
+    """Tell whether a fit trains the whole model after its other stages."""
+    return trainer.max_epochs != 0 and trainer.max_steps != 0

@@ -1,0 +1,43 @@
+"""A language model as its data and its training objective see it."""
+
+from collections.abc import Mapping
+from textwrap import shorten
+from typing import Any
+
+from lightning.pytorch import LightningModule
+
+from nowag_pl.lit.batches import ResumableLoader
+from nowag_pl.models.checkpoint import Checkpoint
+from nowag_pl.stages.compression_run import CompressionRun
+
+
+class TextModule(LightningModule):
+    """A module that maps tokens `[batch, seq_len]` to logits `[batch, seq_len, vocabulary]`.
+
+    Attributes:
+        checkpoint: its model on disk, with the tokenizer.
+    """
+
+    checkpoint: Checkpoint
+
+    @property
+    def run(self) -> CompressionRun:
+        """The stages over its dense model."""
+        raise NotImplementedError
+
+    def own_train_dataloader(self) -> ResumableLoader | None:
+        """Return the batches to train on; None for those of the data module."""
+        return None
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load a state as torch does.
+
+        Raises:
+            ValueError: it is of another model or method.
+        """
+        try:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        except RuntimeError as error:
+            _, _, problems = str(error).partition("\n")
+            problem = shorten(problems, 200, placeholder=" ...")
+            raise ValueError(f"Expected a checkpoint of this model and method, but got: {problem}") from error

@@ -1,0 +1,72 @@
+"""Training objectives: their losses against oracles, and a third one that nothing else knows."""
+
+import pytest
+import torch
+from test_lit_module import data, quiet, trainer  # noqa: F401 - fixtures
+from tiny_models import SEQ_LEN, load_whole, random_tokens
+
+from nowag_pl.lit.batches import ResumableLoader, SharedBatches
+from nowag_pl.lit.datamodule import _Windows, data_of
+from nowag_pl.lit.module import LitCausalLM
+from nowag_pl.lit.objectives import Distillation, NextToken, Objective
+
+pytest_plugins = ["tiny_fixtures"]
+
+
+def built(folder, **settings) -> LitCausalLM:
+    module = LitCausalLM(str(folder), **settings)
+    module.configure_model()
+    module.log = lambda *args, **kwargs: None
+    return module
+
+
+def test_next_token_is_the_cross_entropy_of_the_text(model_folder):
+    module, tokens = built(model_folder()), random_tokens(2)
+    losses = NextToken().losses(module, {"tokens": tokens})
+    log_p = load_whole(model_folder())(tokens).logits.detach().double().log_softmax(-1)
+    assert losses.shape == (2, tokens.shape[1] - 1)
+    for window, position in [(0, 0), (0, 7), (1, tokens.shape[1] - 2)]:
+        expected = -log_p[window, position, tokens[window, position + 1]]
+        assert float(losses[window, position]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_loss_of_a_step_weighs_windows(model_folder):
+    class Given(Objective):
+        def losses(self, module, batch):
+            return torch.tensor([[1.0, 3.0], [10.0, 30.0]])
+
+    weights = torch.tensor([0.75, 0.25])
+    assert float(built(model_folder(), objective=Given()).training_step({"weight": weights}, 0)) == 0.75 * 2 + 0.25 * 20
+
+
+def test_objective_with_batches_of_its_own_needs_nothing_else(data, model_folder, tmp_path):  # noqa: F811
+    seen = []
+
+    class Echo(Objective):
+        """Train on two windows of constant tokens."""
+
+        def prepare(self, module):
+            self.windows = torch.full((2, SEQ_LEN), 5)
+
+        def train_dataloader(self, module):
+            assert data_of(module.trainer) is not None
+            return ResumableLoader(_Windows(self.windows), SharedBatches(2, 1))
+
+        def losses(self, module, batch):
+            seen.append(batch["tokens"])
+            return module(batch["tokens"]).float().square().mean(dim=-1)
+
+    module = LitCausalLM(str(model_folder()), objective=Echo())
+    trainer(tmp_path, max_epochs=1, num_sanity_val_steps=0).fit(module, datamodule=data)
+    assert [int(tokens.unique()) for tokens in seen] == [5, 5]
+
+
+def test_distillation_wants_to_be_prepared(model_folder):
+    with pytest.raises(RuntimeError, match="prepare before losses"):
+        Distillation().losses(built(model_folder()), {})
+
+
+def test_what_the_result_depends_on_goes_into_the_manifest():
+    assert NextToken().settings() == {}
+    assert Distillation(2.0, 7, batch_size=3).settings() == {"temperature": 2.0, "top_k": 7}
+    assert (NextToken().needs_dense, Distillation().needs_dense) == (False, True)
