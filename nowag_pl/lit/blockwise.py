@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from nowag_pl.lit.batches import ResumableLoader, Share, SharedBatches
 from nowag_pl.lit.block_module import ERROR, BlockModule
 from nowag_pl.lit.preemption import Preemption, stop_if_asked
-from nowag_pl.models.format.saving import stored_state
+from nowag_pl.models.format.tensors import stored_state
 from nowag_pl.pipeline.block_needs import num_streams
 from nowag_pl.run.arrays import ArrayFolder, SequenceArray
 from nowag_pl.run.progress import block_progress

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from nowag_pl.models.format.saving import stored_state
+from nowag_pl.models.format.tensors import stored_state
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.run.store import ArtefactStore
 from nowag_pl.stages import compression

@@ -13,8 +13,8 @@ from tiny_models import FAMILIES, load_whole, subprocess_environment
 from nowag_pl import save_compressed, save_dense
 from nowag_pl.models.assembly import assemble
 from nowag_pl.models.checkpoint import Checkpoint, set_module
-from nowag_pl.models.format.saving import compressed_linears as linears_of
 from nowag_pl.models.format.saving import is_compressed, save_streamed
+from nowag_pl.models.format.tensors import compressed_linears as linears_of
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import MaskedLinear
 

@@ -18,7 +18,7 @@ from nowag_pl import ArmorCompressor, NoWagPruner, NoWagQuantizer, save_compress
 from nowag_pl.files import write_tensors
 from nowag_pl.models.assembly import assemble
 from nowag_pl.models.checkpoint import Checkpoint
-from nowag_pl.models.format.saving import compressed_linears as linears_of
+from nowag_pl.models.format.tensors import compressed_linears as linears_of
 from nowag_pl.modules import ArmorLinear, MaskedLinear, VQLinear
 
 pytest_plugins = ["tiny_fixtures"]

@@ -16,8 +16,8 @@ from nowag_pl.kernels.dispatch import has_module
 from nowag_pl.models.assembly import assemble
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.format import registration
-from nowag_pl.models.format.saving import compressed_linears as linears_of
-from nowag_pl.models.format.saving import stored_state
+from nowag_pl.models.format.tensors import compressed_linears as linears_of
+from nowag_pl.models.format.tensors import stored_state
 
 pytest_plugins = ["tiny_fixtures"]
 

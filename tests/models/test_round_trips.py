@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from nowag_pl import ArmorCompressor, NoWagPruner, NoWagQuantizer, load_compressed, save_compressed, save_dense
 from nowag_pl.models.checkpoint import set_module
-from nowag_pl.models.format.saving import compressed_linears
+from nowag_pl.models.format.tensors import compressed_linears
 from nowag_pl.models.streaming import find_linears
 from nowag_pl.modules import ArmorLinear
 

@@ -6,7 +6,7 @@ from tiny_models import random_tokens
 
 from nowag_pl import ArmorCompressor, NoWagPruner, NoWagQuantizer
 from nowag_pl.models.checkpoint import Checkpoint
-from nowag_pl.models.format.saving import stored_state
+from nowag_pl.models.format.tensors import stored_state
 from nowag_pl.stages import compression
 from nowag_pl.stages import finetuned as finetuning
 from nowag_pl.stages.compression_run import CompressionRun

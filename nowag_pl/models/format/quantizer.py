@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from nowag_pl.models.assembly import empty_like_described
 from nowag_pl.models.checkpoint import FORMAT, METHOD, described_linears, set_module
 from nowag_pl.models.format.checksums import Checksums
-from nowag_pl.models.format.saving import compressed_linears, packed_tensors
+from nowag_pl.models.format.tensors import compressed_linears, packed_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,8 +14,8 @@ from nowag_pl.files import read_json
 from nowag_pl.models.assembly import empty_like_described, fill, parameter_dtype
 from nowag_pl.models.checkpoint import CONFIG_FILE, DESCRIPTION_FILE, FORMAT, METHOD, Checkpoint
 from nowag_pl.models.format.folder import sharded, write_folder
+from nowag_pl.models.format.tensors import compressed_linears, dense_tensors, packed_tensors, plain_tensors
 from nowag_pl.models.streaming import StreamedModel
-from nowag_pl.modules import CompressedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,55 +34,9 @@ def is_compressed(folder: Path) -> bool:
     return quantization.get("quant_method") == METHOD or (folder / DESCRIPTION_FILE).is_file()
 
 
-def compressed_linears(module: nn.Module) -> dict[str, CompressedLinear]:
-    """Return the compressed linears of a module by name."""
-    return {name: linear for name, linear in module.named_modules() if isinstance(linear, CompressedLinear)}
-
-
-def stored_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return the state of a module, that of compressed linears in the types in which it is stored."""
-    state = dict(module.state_dict())
-    for name, linear in compressed_linears(module).items():
-        state |= {f"{name}.{key}": tensor for key, tensor in linear.storage().items()}
-    return state
-
-
 def quantization(descriptions: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return the `quantization_config` of a model with the described linears."""
     return {"quant_method": METHOD, "format": FORMAT, "linears": descriptions}
-
-
-def packed_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield what :func:`stored_state` returns, a tensor at a time, and tied ones once."""
-    yield from _plain_tensors(module)
-    for name, linear in compressed_linears(module).items():
-        yield from ((f"{name}.{key}", tensor) for key, tensor in linear.storage().items())
-
-
-@torch.no_grad()
-def dense_tensors(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Yield the state of a module as if its compressed linears were ordinary ones, reconstructed one at a time.
-
-    Args:
-        module: a block or a model.
-        dtype: type of the reconstructed weights.
-    """
-    yield from _plain_tensors(module)
-    for name, linear in compressed_linears(module).items():
-        yield f"{name}.weight", linear.weight.to(dtype)
-        if linear.bias is not None:
-            yield f"{name}.bias", linear.bias.to(dtype)
-
-
-def _plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the state outside of compressed linears; of tensors that share their memory only the first."""
-    inside = tuple(f"{name}." for name in compressed_linears(module))
-    seen = set()
-    for name, tensor in module.state_dict().items():
-        place = (tensor.data_ptr() or id(tensor), tensor.shape)
-        if not name.startswith(inside) and place not in seen:
-            seen.add(place)
-            yield name, tensor
 
 
 def save_compressed(
@@ -153,7 +107,7 @@ def save_streamed(
         return {f"{name}.{key}": tensor for key, tensor in tensors}
 
     def shards() -> Iterator[dict[str, Tensor]]:
-        yield dict(_plain_tensors(model.skeleton))
+        yield dict(plain_tensors(model.skeleton))
         for index in range(len(model)):
             yield tensors_of(index)
 
