@@ -137,7 +137,7 @@ def main() -> None:
         run.compressed().save(args.folder / "export")
     with resident.stage("measure export"):
         exported = StreamedModel(Checkpoint(str(args.folder / "export")))
-        streamed(exported, exported.load_block, "Export", windows, BATCH, run.store.ranks)
+        passed(Passage(exported, exported.load_block, "Export"), windows, BATCH, run.store.ranks)
     block = sum(parameter.numel() for parameter in model.blocks[0].parameters()) * 2
     skeleton = sum(parameter.nbytes for parameter in model.skeleton.parameters())
     config = run.checkpoint.config

@@ -22,10 +22,10 @@ from nowag_pl.compressors import Compressor, MagnitudePruner, NoWagPruner, NoWag
 from nowag_pl.data.tokens import random_windows, tokenize, whole_windows
 from nowag_pl.functional.predictions.divergence import kl_divergence, negative_log_likelihood
 from nowag_pl.models.checkpoint import Checkpoint
-from nowag_pl.models.streaming import StreamedModel
-from nowag_pl.stages.compression import measure
 from nowag_pl.models.selection import find_linears
+from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.run.ranks import Ranks
+from nowag_pl.stages.compression import measure
 from nowag_pl.stages.hidden import HiddenStates
 from nowag_pl.stages.moments import Observed
 

@@ -28,7 +28,7 @@ from nowag_pl.functional.moments import mean_squares
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.run.ranks import Ranks
-from nowag_pl.stages.calibration import CalibrationMode, gather
+from nowag_pl.stages.calibration import CalibrationMode
 from nowag_pl.stages.compression_run import CompressionRun
 from nowag_pl.stages.hidden import HiddenStates
 from nowag_pl.stages.moments import DenseMoments

@@ -11,7 +11,8 @@ from nowag_pl.functional.armor.block_diagonal import largest_block
 from nowag_pl.functional.armor.fit import ArmorSettings, Selection, fit_armor
 from nowag_pl.functional.armor.groups import supports_of
 from nowag_pl.functional.armor.objective import ArmorTarget, identity_factors
-from nowag_pl.functional.normalization import Normalized, normalize, with_mean_one
+from nowag_pl.functional.normalization import Normalized, normalize
+from nowag_pl.functional.objective import output_weights, with_mean_one
 from nowag_pl.functional.patterns import check_pattern, check_row
 from nowag_pl.functional.pruning import keep_n_of_m, nowag_scores
 from nowag_pl.modules import ArmorLinear
@@ -105,7 +106,7 @@ class ArmorCompressor(Compressor):
 
     def _target(self, normalized: Normalized, second_moment: Tensor) -> ArmorTarget:
         """Return the objective; weights average 1, so that gradients are large beside Adam's epsilon."""
-        row_weights, column_weights = torch.ones_like(normalized.out_scale), second_moment
+        weight, in_scale, out_scale = normalized
         if self.weighting == "output":
-            row_weights, column_weights = normalized.out_scale.square(), second_moment * normalized.in_scale.square()
-        return ArmorTarget(normalized.weight, with_mean_one(row_weights), with_mean_one(column_weights))
+            return ArmorTarget(weight, *output_weights(in_scale, out_scale, second_moment))
+        return ArmorTarget(weight, torch.ones_like(out_scale), with_mean_one(second_moment))

@@ -12,7 +12,8 @@ from nowag_pl.compressors.pruner import Pruner
 from nowag_pl.functional.alternating import alternating_keep
 from nowag_pl.functional.least_squares import refit_kept
 from nowag_pl.functional.moments import damped_inverse_factor, mean_squares
-from nowag_pl.functional.normalization import norms, with_mean_one
+from nowag_pl.functional.normalization import norms
+from nowag_pl.functional.objective import output_weights
 from nowag_pl.functional.pruning import keep_structured, normalized_scores
 from nowag_pl.functional.vq.kmeans import KMeansSettings, check_num_codewords, weighted_kmeans
 from nowag_pl.functional.vq.quantized import Quantized, SubvectorWeights, normalized_subvectors, subvectors
@@ -202,8 +203,8 @@ class NoWagQuantizer(Compressor):
         """Return the weight of each coordinate in the k-means objective, up to a factor."""
         if self.weighting == "normalized":
             return SubvectorWeights(subvectors(second_moment[None], self.subvector_dim))
-        columns = with_mean_one(second_moment * in_scale.square())
-        return SubvectorWeights(subvectors(columns[None], self.subvector_dim), with_mean_one(out_scale.square()))
+        rows, columns = output_weights(in_scale, out_scale, second_moment)
+        return SubvectorWeights(subvectors(columns[None], self.subvector_dim), rows)
 
 
 def _check_damping(damping: float) -> None:

@@ -50,10 +50,9 @@ def quantize_with_feedback(
 
     Example:
         >>> import torch
-        >>> factor = torch.tensor([[1.0, 0.9], [0.0, 1.0]])  # of inputs that cancel each other
-        >>> weight = torch.tensor([[0.4, 0.9]])
-        >>> quantize_with_feedback(weight, factor, 1, lambda _, target, __: target.round()).tolist()  # the second weight makes up for the first
-        [[0.0, 1.0]]
+        >>> weight, factor = torch.tensor([[0.4, 0.9]]), torch.tensor([[1.0, 0.9], [0.0, 1.0]])
+        >>> quantize_with_feedback(weight, factor, 1, lambda columns, target, metric: target.round())
+        tensor([[0., 1.]])
     """
     target, blocks = weight.clone(), []
     for columns in column_blocks(weight.shape[1], width):

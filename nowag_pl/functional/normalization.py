@@ -108,15 +108,6 @@ def denormalize(
     return weight * in_scale * out_scale[:, None]
 
 
-def with_mean_one(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Return values divided by their mean; zeros as they are.
-
-    Args:
-        values: not negative.
-    """
-    return values / values.mean().clamp(min=torch.finfo(values.dtype).tiny)
-
-
 def _nonzero(values: Tensor) -> Tensor:
     """Return float32 values, 1 where they are zero."""
     values = values.float()

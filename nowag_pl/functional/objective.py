@@ -55,6 +55,31 @@ def reconstruction_loss(
     return error / total if total else 0.0
 
 
+def output_weights(
+    in_scale: Float[Tensor, " in"], out_scale: Float[Tensor, " out"], second_moment: Float[Tensor, " in"]
+) -> tuple[Float[Tensor, " out"], Float[Tensor, " in"]]:
+    """Return weights of rows and of columns that let errors of the normalised weight count as errors of the output.
+
+    With `v = r2^2` and `u = h r1^2`, `sum_ij v_i u_j (W_bar_ij - W_bar_hat_ij)^2` is the mean squared error of the
+    outputs where inputs do not correlate, up to a factor: both weights have mean 1.
+
+    Args:
+        in_scale: r1.
+        out_scale: r2.
+        second_moment: h, mean of the squared input of each column.
+    """
+    return with_mean_one(out_scale.square()), with_mean_one(second_moment * in_scale.square())
+
+
+def with_mean_one(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Return values divided by their mean; zeros as they are.
+
+    Args:
+        values: not negative.
+    """
+    return values / values.mean().clamp(min=torch.finfo(values.dtype).tiny)
+
+
 def _weighted_sum_of_squares(matrix: Tensor, column_weights: Tensor) -> float:
     columns = matrix.detach().float().square().sum(dim=0, dtype=torch.float64)  # [in]
     return float(columns @ column_weights.double())

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nowag_pl.functional.objective import normalized_loss
+from nowag_pl.functional.normalization import normalize
+from nowag_pl.functional.objective import normalized_loss, output_weights, with_mean_one
 
 
 def scalar_loss(weight, reconstruction, second_moment):
@@ -41,3 +42,19 @@ def test_error_in_dead_channels_does_not_count():
 def test_weight_that_counts_for_nothing_gives_zero():
     assert normalized_loss(torch.ones(2, 3), torch.zeros(2, 3), torch.zeros(3)) == 0
     assert normalized_loss(torch.zeros(2, 3), torch.ones(2, 3), torch.ones(3)) == 0
+
+
+def test_output_weights_make_errors_those_of_the_output(generator):
+    weight, second_moment = torch.randn(5, 4, generator=generator), torch.rand(4, generator=generator)
+    weight[1] *= 10
+    normalized = normalize(weight)
+    rows, columns = output_weights(normalized.in_scale, normalized.out_scale, second_moment)
+    ratios = []
+    for i in range(5):
+        for j in range(4):
+            # An error of 1 in one normalised weight, as it moves the output.
+            moved = float(normalized.out_scale[i] * normalized.in_scale[j]) ** 2 * float(second_moment[j])
+            ratios.append(float(rows[i] * columns[j]) / moved)
+    assert ratios == pytest.approx([ratios[0]] * 20)
+    assert (float(rows.mean()), float(columns.mean())) == pytest.approx((1, 1))
+    assert torch.equal(with_mean_one(torch.zeros(3)), torch.zeros(3))

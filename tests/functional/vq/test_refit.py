@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_feedback import problem, total
+from quantized_problems import problem, total
 
 from nowag_pl.functional.least_squares import refit_kept
 from nowag_pl.functional.moments import output_error

@@ -2,32 +2,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantized_problems import problem, total
 
 from nowag_pl.functional.feedback import column_blocks
 from nowag_pl.functional.moments import damp, damped_inverse_factor, output_error
-from nowag_pl.functional.normalization import normalize
+from nowag_pl.functional.vq import refine as refining
 from nowag_pl.functional.vq.codes import feedback_codes, sweep_codes
-from nowag_pl.functional.vq.kmeans import KMeansSettings, weighted_kmeans
-from nowag_pl.functional.vq.quantized import Quantized, subvectors
 from nowag_pl.functional.vq.refine import Refinement, refine
-
-
-def problem(out_features=4, in_features=6, dim=2, num_codewords=3, seed=0, num_tokens=40):
-    """Return a weight, correlated second moments, and what k-means makes of the weight."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(in_features, in_features, generator=generator)
-    tokens = torch.randn(num_tokens, in_features, generator=generator) @ mixing
-    weight = torch.randn(out_features, in_features, generator=generator)
-    normalized = normalize(weight)
-    points = subvectors(normalized.weight, dim)
-    fit = weighted_kmeans(points, torch.ones_like(points), KMeansSettings(num_codewords, max_iters=5), generator)
-    codes = fit.codes.view(out_features, -1)
-    quantized = Quantized(fit.codebook, codes, normalized.in_scale, normalized.out_scale)
-    return weight, tokens.T @ tokens / num_tokens, quantized
-
-
-def total(weight, quantized, matrix):
-    return float(output_error(weight, quantized.weight, matrix).sum())
 
 
 def scalar_feedback(weight, quantized, matrix, dim):
@@ -138,3 +119,16 @@ def test_row_and_column_of_zeros_stay_finite():
     for update in ("feedback", "alternating"):
         refined = refine(weight, quantized, matrix, Refinement(update, 3, True, 0.01))
         assert all(part.isfinite().all() for part in refined)
+
+
+def test_best_round_is_taken_and_not_the_last(monkeypatch):
+    weight, matrix, start = problem(6, 6)
+    # Rounds whose errors fall, and then rise again.
+    rounds = [start._replace(out_scale=start.out_scale * factor) for factor in (3, 1.5, 1.05, 1.4, 2)]
+    errors = [total(weight, each, damp(matrix, 0.01)) for each in rounds]
+    assert errors.index(min(errors)) == 2
+    coming = iter(rounds[1:])
+    monkeypatch.setattr(refining, "_choose", lambda *_: next(coming))
+    monkeypatch.setattr(refining, "refit_codebook", lambda weight, current, matrix: current.codebook)
+    best = refine(weight, rounds[0], matrix, Refinement("feedback", 4, False, 0.01))
+    assert torch.equal(best.out_scale, rounds[2].out_scale)

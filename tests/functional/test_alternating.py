@@ -3,9 +3,9 @@ from itertools import combinations, product
 
 import pytest
 import torch
-from test_feedback import problem, total
+from quantized_problems import problem, total
 
-from nowag_pl.functional.alternating import alternating_keep
+from nowag_pl.functional.alternating import Alternation, alternate, alternating_keep
 from nowag_pl.functional.least_squares import refit_kept
 from nowag_pl.functional.moments import damp, output_error
 from nowag_pl.functional.pruning import keep_largest, keep_n_of_m
@@ -75,3 +75,25 @@ def test_codes_have_less_error_and_scales_stay(in_features, dim):
     assert torch.equal(found.in_scale, quantized.in_scale)
     assert torch.equal(found.out_scale, quantized.out_scale)
     assert found.codes.shape == quantized.codes.shape
+
+
+@pytest.mark.parametrize("growth", [1.0, 1.1, 1.5])
+def test_alternation_is_that_of_the_method_of_multipliers(growth):
+    """ADMM with a multiplier V, which needs no rescaling when the penalty grows (arXiv:2406.07831)."""
+    weight, matrix, _ = problem(4, 6)
+    matrix = damp(matrix, 0.01)
+    scale = matrix.diagonal().sqrt()
+    unit, dense, penalty = (matrix / scale / scale[:, None]).double(), (weight * scale).double(), 0.1
+    near = dense.clone()
+    kept, multiplier = torch.where(half(near.square()), near, 0), torch.zeros_like(near)
+    for _ in range(7):
+        inverse = torch.linalg.inv(unit + penalty * torch.eye(6))
+        near = (dense @ unit + penalty * kept - multiplier) @ inverse
+        projected = near + multiplier / penalty
+        kept = torch.where(half(projected.square()), projected, 0)
+        multiplier = multiplier + penalty * (near - kept)
+        penalty *= growth
+    actual = alternate(
+        weight, matrix, lambda target: torch.where(half((target * scale).square()), target, 0), Alternation(7, growth)
+    )
+    torch.testing.assert_close(actual, (projected / scale).float(), rtol=1e-3, atol=1e-4)
