@@ -14,10 +14,10 @@ class ModelCalibration(Stage):
         num_sequences: calibration sequences of data.seq_len tokens each, at random places of the calibration text.
         seed: which places.
         mode: "dense" for the inputs that linears have in the dense model, as in the paper; "propagated" for those
-            they have behind the blocks that are compressed already; "corrected" for those they have behind all linears
+            they have after the blocks that are compressed already; "corrected" for those they have after all linears
             that are compressed already, with every linear fitted to give what the dense model has at its place.
         batch_size: sequences that pass a block together on each device; less memory where it is smaller.
-        enabled: whether to calibrate; on the command line, compression.enabled says it.
+        enabled: calibrate; on the command line it follows compression.enabled.
     """
 
     def __init__(

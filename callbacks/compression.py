@@ -21,7 +21,7 @@ class ModelCompression(Stage):
             MagnitudePruner, or any class with their `compress`.
         budget: spread the bits that the compressor needs over the linears by measured sensitivity. null: the same
             settings for every linear.
-        enabled: whether to compress at all; false to train or measure a model as it is.
+        enabled: compress the model; false to train or measure it as it is.
     """
 
     def __init__(self, compressor: Compressor = _DEFAULT, budget: Budget | None = None, enabled: bool = True) -> None:
