@@ -33,7 +33,7 @@ class SuggestingParser(LightningArgumentParser):
 
 
 def explained(message: str) -> str:
-    r"""Return an error message without jsonargparse's words around one of ours, and with a hint where YAML lacks a space.
+    r"""Return an error message without the words of jsonargparse around one of ours, or with a hint on YAML.
 
     Args:
         message: of jsonargparse, argparse, or this package.
