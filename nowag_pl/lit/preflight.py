@@ -1,4 +1,4 @@
-"""What the stages of a plan will need under a Trainer's settings, and how all needs are shown."""
+"""The needs of the stages of a plan under a Trainer's settings, and how they are shown."""
 
 import logging
 from collections.abc import Sequence
@@ -88,7 +88,7 @@ def stage_of_validation(sizes: ModelSizes, module: LitCausalLM, trainer: Trainer
 
 
 def _stages_of_training(sizes: ModelSizes, module: LitCausalLM, trainer: Trainer) -> list[StageNeeds]:
-    """Return the needs of end-to-end training and of what teaches in it; none where there is no such training."""
+    """Return the needs of end-to-end training and of its teacher; none where there is no such training."""
     if not trains_end_to_end(trainer):
         return []
     data, teacher, stages = data_of(trainer), module.objective.teacher, []
@@ -102,7 +102,7 @@ def _stages_of_training(sizes: ModelSizes, module: LitCausalLM, trainer: Trainer
 
 
 def show(stages: Sequence[StageNeeds], folder: Path, device: torch.device, num_processes: int = 1) -> None:
-    """Print the needs and what there is, and warn of each thing that does not fit.
+    """Print the needs beside the available memory and disk, and warn where they do not fit.
 
     Args:
         stages: needs of the stages of one run.
@@ -129,8 +129,8 @@ def _num_checkpoints(callback: ModelCheckpoint, trainer: Trainer) -> int:
 
 
 def _table(stages: Sequence[StageNeeds], available: Available, num_processes: int) -> Table:
-    """Lay out the needs, with what is available in the last row."""
-    table = Table(title="Expected at most, beside what the process has now")
+    """Lay out the needs; the last row holds the available memory and disk."""
+    table = Table(title="Expected at most, beside the present use of the process")
     for column in ("stage", "device memory", "host memory", "disk"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     on_device = available.device is not None
