@@ -93,7 +93,7 @@ def real_model() -> str:
     return markdown(header, rows)
 
 
-def peers() -> str:
+def peers(name: str = "peers") -> str:
     """Return the table of what people would use instead."""
     header = ("method", "bits per weight", "sparsity", "perplexity", "dense", "KL (nats)", "windows")
     rows = [
@@ -103,15 +103,19 @@ def peers() -> str:
             f"{row['sparsity']:.0%}" if row["sparsity"] else "",
             _number(row["perplexity"], 2),
             _number(row["dense_perplexity"], 2),
-            _number(row["kl_divergence"], 3),
+            _number(row["kl_divergence"], 3 if row["kl_divergence"] > 0.1 else 4),
             str(row["windows"]),
         )
-        for row in read_results("peers")["rows"]
+        for row in read_results(name)["rows"]
     ]
     return markdown(header, rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"real_model": real_model, "peers": peers}
+TABLES: dict[str, Callable[[], str]] = {
+    "real_model": real_model,
+    "peers": peers,
+    "peers_prose_llama": lambda: peers("peers_prose_llama"),
+}
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,0 +1,39 @@
+"""AutoRound: rounding and ranges of a scalar grid, trained block by block by the signs of gradients."""
+
+import tempfile
+from pathlib import Path
+
+from auto_round import AutoRound
+from dense_folder import grouped_bits, linear_names, load, main_arguments, parser, weights, write
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
+
+if __name__ == "__main__":
+    made = parser(__doc__)
+    made.add_argument("--bits", type=int, required=True)
+    made.add_argument("--group_size", type=int, default=64)
+    made.add_argument("--iters", type=int, default=200)
+    args = main_arguments(made)
+    tokens = load_file(args.work / "calibration.safetensors")["tokens"].long()
+    scheme = {"bits": args.bits, "group_size": args.group_size, "sym": False, "data_type": "int", "act_bits": 16}
+    trained = AutoRound(
+        load(args.model),
+        AutoTokenizer.from_pretrained(args.model),
+        scheme=scheme,
+        dataset=DataLoader(tokens, batch_size=8),
+        iters=args.iters,
+        seqlen=tokens.shape[1],
+        nsamples=len(tokens),
+        device_map="cpu",
+    )
+    names = linear_names(load_file(args.work / "moments.safetensors"))
+    with tempfile.TemporaryDirectory() as folder:
+        # "fake" keeps the weights in floating point, at the values of the grid.
+        trained.quantize_and_save(folder, format="fake")
+        found = next(path.parent for path in sorted(Path(folder).rglob("config.json")))
+        tensors = weights(found)
+        linears = {name: tensors[f"{name}.weight"] for name in names}
+    # A 16-bit scale and a zero as wide as the codes for each group.
+    bits = grouped_bits(args.bits, args.group_size, 16 + args.bits)
+    write(args, linears, ["auto-round"], bits_per_weight=bits, sparsity=0.0)
