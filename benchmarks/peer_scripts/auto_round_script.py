@@ -1,10 +1,7 @@
 """AutoRound: rounding and ranges of a scalar grid, trained block by block by the signs of gradients."""
 
-import tempfile
-from pathlib import Path
-
 from auto_round import AutoRound
-from dense_folder import grouped_bits, linear_names, load, main_arguments, parser, weights, write
+from dense_folder import check_grid, grouped_bits, linear_names, load, main_arguments, parser, weights_of, write
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
@@ -28,12 +25,11 @@ if __name__ == "__main__":
         device_map="cpu",
     )
     names = linear_names(load_file(args.work / "moments.safetensors"))
-    with tempfile.TemporaryDirectory() as folder:
-        # "fake" keeps the weights in floating point, at the values of the grid.
-        trained.quantize_and_save(folder, format="fake")
-        found = next(path.parent for path in sorted(Path(folder).rglob("config.json")))
-        tensors = weights(found)
-        linears = {name: tensors[f"{name}.weight"] for name in names}
+    # What it saves in the format "fake" are the weights as they were, to be rounded when they are loaded. Those in
+    # memory are rounded.
+    rounded, _ = trained.quantize()
+    linears = weights_of(rounded, names)
+    check_grid(linears, args.bits, args.group_size)
     # A 16-bit scale and a zero as wide as the codes for each group.
     bits = grouped_bits(args.bits, args.group_size, 16 + args.bits)
     write(args, linears, ["auto-round"], bits_per_weight=bits, sparsity=0.0)

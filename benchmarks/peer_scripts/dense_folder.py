@@ -89,6 +89,18 @@ def grouped_bits(bits: int, group_size: int, overhead_bits: int) -> float:
     return bits + overhead_bits / group_size
 
 
+def check_grid(linears: dict[str, Tensor], bits: int, group_size: int) -> None:
+    """Raise ValueError unless every group of weights has as few values as its grid.
+
+    Programs that write a folder in the end may put back weights that they keep aside, or write them unrounded.
+    """
+    for name, weight in linears.items():
+        ordered = weight.reshape(-1, group_size).sort(dim=1).values
+        most = 1 + int((ordered[:, 1:] != ordered[:, :-1]).sum(dim=1).max())
+        if most > 2**bits:
+            raise ValueError(f"Expected at most {2**bits} values in a group of {name}, but got {most}.")
+
+
 def main_arguments(made: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse, and start the clock."""
     args = made.parse_args()

@@ -1,6 +1,6 @@
 """HQQ: a scalar grid for each group of weights, fitted without calibration data."""
 
-from dense_folder import grouped_bits, linear_names, main_arguments, parser, weights, write
+from dense_folder import check_grid, grouped_bits, linear_names, main_arguments, parser, weights, write
 from hqq.core.quantize import Quantizer
 from safetensors.torch import load_file
 
@@ -17,5 +17,6 @@ if __name__ == "__main__":
         )
         meta["compute_dtype"] = weight.dtype
         linears[name] = Quantizer.dequantize(codes, meta).view_as(weight)
+    check_grid(linears, args.bits, args.group_size)
     # A 16-bit scale and a 16-bit zero for each group.
     write(args, linears, ["hqq"], bits_per_weight=grouped_bits(args.bits, args.group_size, 32), sparsity=0.0)

@@ -2,7 +2,7 @@
 
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
-from dense_folder import grouped_bits, linear_names, load, main_arguments, parser, weights_of, write, zeros
+from dense_folder import check_grid, grouped_bits, linear_names, load, main_arguments, parser, weights_of, write, zeros
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
@@ -46,9 +46,11 @@ if __name__ == "__main__":
     )
     linears = weights_of(model, linear_names(load_file(args.work / "moments.safetensors")))
     if args.method == "gptq":
+        check_grid(linears, args.bits, args.group_size)
         # A 16-bit scale and a zero as wide as the codes for each group.
         figures = {"bits_per_weight": grouped_bits(args.bits, args.group_size, 16 + args.bits), "sparsity": 0.0}
     else:
-        # Half of the values in 16 bits and a mask of one bit for each weight.
-        figures = {"bits_per_weight": 9.0, "sparsity": zeros(linears)}
+        # Half of the values in 16 bits, and one bit for each weight that says which; of 2:4 three for each four.
+        mask_bits = 1.0 if args.structure == "0:0" else 0.75
+        figures = {"bits_per_weight": 8.0 + mask_bits, "sparsity": zeros(linears)}
     write(args, linears, ["llmcompressor", "compressed-tensors"], **figures)
