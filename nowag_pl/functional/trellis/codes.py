@@ -23,12 +23,12 @@ _HALF_FACTOR, _HALF_OFFSET = 0x1EEE, 0xC931  # 1 / 147.7 and -10.38, which takes
 class TablePlaces(NamedTuple):
     """Where each state looks its number up."""
 
-    entry: Int[Tensor, "states"]
-    sign: Float[Tensor, "states"]
+    entry: Int[Tensor, " states"]
+    sign: Float[Tensor, " states"]
 
 
 def code_values(
-    code: Code, state_bits: int, table: Float[Tensor, "entries"] | None = None
+    code: Code, state_bits: int, table: Float[Tensor, " entries"] | None = None
 ) -> Float[Tensor, "{2**state_bits}"]:
     """Return the number of every state, float32; differentiable in the table.
 
@@ -57,7 +57,7 @@ def code_values(
     return _CODES[code](torch.arange(2**state_bits))
 
 
-def initial_table(table_bits: int = TABLE_BITS) -> Float[Tensor, "entries"]:
+def initial_table(table_bits: int = TABLE_BITS) -> Float[Tensor, " entries"]:
     """Return the middles of 2^Q parts of a half Gaussian that are equally likely, float32.
 
     Args:

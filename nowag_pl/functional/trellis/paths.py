@@ -16,11 +16,11 @@ MEMORY = 2**30  # bytes for the work of a device; a CPU's compiled loop takes 1.
 
 def open_path(
     targets: Float[Tensor, "n steps"],
-    values: Float[Tensor, "states"],
+    values: Float[Tensor, " states"],
     bits: int,
     weights: Float[Tensor, "n steps"] | None = None,
-    starts: Int[Tensor, "n"] | None = None,
-    ends: Int[Tensor, "n"] | None = None,
+    starts: Int[Tensor, " n"] | None = None,
+    ends: Int[Tensor, " n"] | None = None,
     memory: int = MEMORY,
 ) -> Int[Tensor, "n steps"]:
     """Return the states of the cheapest path of each sequence, int32.
@@ -63,7 +63,7 @@ def open_path(
 
 def tail_biting_path(
     targets: Float[Tensor, "n steps"],
-    values: Float[Tensor, "states"],
+    values: Float[Tensor, " states"],
     bits: int,
     weights: Float[Tensor, "n steps"] | None = None,
     memory: int = MEMORY,
@@ -97,10 +97,10 @@ def tail_biting_path(
 def find_path_by_tensors(
     targets: Float[Tensor, "n steps"],
     roots: Float[Tensor, "n steps"] | None,
-    values: Float[Tensor, "states"],
+    values: Float[Tensor, " states"],
     bits: int,
-    starts: Int[Tensor, "n"] | None,
-    ends: Int[Tensor, "n"] | None,
+    starts: Int[Tensor, " n"] | None,
+    ends: Int[Tensor, " n"] | None,
 ) -> Int[Tensor, "n steps"]:
     """Do as the kernels do, a step of all sequences at a time, on any device.
 

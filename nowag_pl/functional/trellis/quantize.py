@@ -64,17 +64,17 @@ class TrellisWeight(NamedTuple):
     """A weight on a trellis; sizes are padded to tiles, and the scales hold the signs of the rotation."""
 
     packed: Int16[Tensor, "in_tiles out_tiles words"]
-    in_scale: Float[Tensor, "padded_in"]
-    out_scale: Float[Tensor, "padded_out"]
+    in_scale: Float[Tensor, " padded_in"]
+    out_scale: Float[Tensor, " padded_out"]
     shape: tuple[int, int]
 
 
 def quantize_trellis(
     weight: Float[Tensor, "out in"],
-    second_moment: Float[Tensor, "in in"] | Float[Tensor, "in"],
+    second_moment: Float[Tensor, "in in"] | Float[Tensor, " in"],
     settings: TrellisSettings,
     generator: torch.Generator,
-    table: Float[Tensor, "entries"] | None = None,
+    table: Float[Tensor, " entries"] | None = None,
 ) -> TrellisWeight:
     """Put a weight on a trellis.
 
@@ -101,7 +101,7 @@ def quantize_trellis(
 
 
 def reconstruct(
-    weight: TrellisWeight, values: Float[Tensor, "states"], bits: int, rotation: Literal["both", "none"]
+    weight: TrellisWeight, values: Float[Tensor, " states"], bits: int, rotation: Literal["both", "none"]
 ) -> Float[Tensor, "out in"]:
     """Return the weight that a packed one stands for, float32: `diag(r2) Had Q Had diag(r1)`.
 
@@ -120,7 +120,7 @@ def reconstruct(
 
 
 def decode_tiles(
-    packed: Int16[Tensor, "in_tiles out_tiles words"], values: Float[Tensor, "states"], bits: int
+    packed: Int16[Tensor, "in_tiles out_tiles words"], values: Float[Tensor, " states"], bits: int
 ) -> Float[Tensor, "padded_out padded_in"]:
     """Return the numbers of all tiles as a matrix, without scales and rotation.
 

@@ -46,7 +46,7 @@ def hadamard(matrix: Float[Tensor, "*rows size"]) -> Float[Tensor, "*rows size"]
     return matrix.reshape(shape) / sqrt(block)
 
 
-def random_signs(size: int, generator: torch.Generator, device: torch.device) -> Float[Tensor, "size"]:
+def random_signs(size: int, generator: torch.Generator, device: torch.device) -> Float[Tensor, " size"]:
     """Return ones and minus ones, drawn on the generator's device.
 
     Args:
@@ -59,7 +59,7 @@ def random_signs(size: int, generator: torch.Generator, device: torch.device) ->
 
 
 def rotate(
-    weight: Float[Tensor, "out in"], out_signs: Float[Tensor, "out"], in_signs: Float[Tensor, "in"]
+    weight: Float[Tensor, "out in"], out_signs: Float[Tensor, " out"], in_signs: Float[Tensor, " in"]
 ) -> Float[Tensor, "out in"]:
     """Return `Had S_out W S_in Had`.
 
@@ -72,7 +72,7 @@ def rotate(
 
 
 def rotate_back(
-    weight: Float[Tensor, "out in"], out_signs: Float[Tensor, "out"], in_signs: Float[Tensor, "in"]
+    weight: Float[Tensor, "out in"], out_signs: Float[Tensor, " out"], in_signs: Float[Tensor, " in"]
 ) -> Float[Tensor, "out in"]:
     """Undo :func:`rotate`.
 
@@ -84,7 +84,7 @@ def rotate_back(
     return hadamard(hadamard(weight).T.contiguous()).T * out_signs[:, None] * in_signs
 
 
-def rotate_metric(second_moment: Float[Tensor, "in in"], in_scale: Float[Tensor, "in"]) -> Float[Tensor, "in in"]:
+def rotate_metric(second_moment: Float[Tensor, "in in"], in_scale: Float[Tensor, " in"]) -> Float[Tensor, "in in"]:
     """Return `Had D H D Had`, by which the error of a rotated weight counts as H counts that of the weight.
 
     Args:

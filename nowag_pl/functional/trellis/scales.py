@@ -10,10 +10,10 @@ RIDGE = 1e-3  # pulls r1 to where it was, as a share of the mean of the diagonal
 def refit_scales(
     weight: Float[Tensor, "out in"],
     direction: Float[Tensor, "out in"],
-    in_scale: Float[Tensor, "in"],
-    out_scale: Float[Tensor, "out"],
+    in_scale: Float[Tensor, " in"],
+    out_scale: Float[Tensor, " out"],
     second_moment: Float[Tensor, "in in"],
-) -> tuple[Float[Tensor, "in"], Float[Tensor, "out"]]:
+) -> tuple[Float[Tensor, " in"], Float[Tensor, " out"]]:
     """Return the best r1 for r2, and then the best r2 for it.
 
     Each minimises `sum_i e_i H e_i^T` over the rows e_i of `W - diag(r2) B diag(r1)`: r1 solves

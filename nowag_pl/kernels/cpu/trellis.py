@@ -29,10 +29,10 @@ _compiled = numba.njit(nogil=True)
 def find_path(
     targets: Float[Tensor, "n steps"],
     roots: Float[Tensor, "n steps"] | None,
-    values: Float[Tensor, "states"],
+    values: Float[Tensor, " states"],
     bits: int,
-    starts: Int[Tensor, "n"] | None,
-    ends: Int[Tensor, "n"] | None,
+    starts: Int[Tensor, " n"] | None,
+    ends: Int[Tensor, " n"] | None,
 ) -> Int[Tensor, "n steps"]:
     """Return the states of the best path of each sequence, int32.
 
@@ -197,7 +197,7 @@ def _spread(builder, value, lanes: int) -> Any:
 
 
 def decode(
-    packed: Int16[Tensor, "in_tiles out_tiles words"], values: Float[Tensor, "states"], bits: int
+    packed: Int16[Tensor, "in_tiles out_tiles words"], values: Float[Tensor, " states"], bits: int
 ) -> Float[Tensor, "out in"]:
     """Return the numbers of packed tiles of 16 x 16, float32.
 

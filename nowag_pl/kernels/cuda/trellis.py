@@ -21,10 +21,10 @@ _SEQUENCES = 32  # of a program on the way back
 def find_path(
     targets: Float[Tensor, "n steps"],
     roots: Float[Tensor, "n steps"] | None,
-    values: Float[Tensor, "states"],
+    values: Float[Tensor, " states"],
     bits: int,
-    starts: Int[Tensor, "n"] | None,
-    ends: Int[Tensor, "n"] | None,
+    starts: Int[Tensor, " n"] | None,
+    ends: Int[Tensor, " n"] | None,
 ) -> Int[Tensor, "n steps"]:
     """Return the states of the best path of each sequence, int32.
 
