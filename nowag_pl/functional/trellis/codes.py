@@ -29,7 +29,7 @@ class TablePlaces(NamedTuple):
 
 def code_values(
     code: Code, state_bits: int, table: Float[Tensor, " entries"] | None = None
-) -> Float[Tensor, "{2**state_bits}"]:
+) -> Float[Tensor, " states"]:
     """Return the number of every state, float32; differentiable in the table.
 
     Args:

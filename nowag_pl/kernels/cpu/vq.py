@@ -167,7 +167,7 @@ def _lookup_kernel(bits: int) -> Callable[..., None]:
     per_window, mask = 64 // bits, np.uint64(2**bits - 1)
 
     @compiled
-    def add_lookups(  # noqa: PLR0913
+    def add_lookups(
         words: np.ndarray,
         first_bit: int,
         start: int,

@@ -88,7 +88,7 @@ def _launch(features: Tensor, codeword_features: Tensor, codes: Tensor, distance
 
 @triton.jit
 @no_type_check  # Triton compiles the plain function
-def _kernel(  # noqa: PLR0913
+def _kernel(
     features_ptr,  # [n, 2 d]
     codewords_ptr,  # [2 d, k]
     codes_ptr,  # int32 [n]

@@ -82,7 +82,7 @@ def find_path(
 
 @triton.jit
 @no_type_check  # Triton compiles the plain function
-def _advance(  # noqa: PLR0913
+def _advance(
     targets_ptr,  # [n, steps]
     roots_ptr,  # [n, steps]
     values_ptr,  # [2^L]

@@ -67,7 +67,7 @@ def fused_matmul(
 
 @triton.jit
 @no_type_check  # Triton compiles the plain function
-def _kernel(  # noqa: PLR0913
+def _kernel(
     tokens_ptr,  # [tokens, in]
     codes_ptr,  # uint8 [bytes]
     codebook_ptr,  # [k, d]
