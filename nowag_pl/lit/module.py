@@ -44,7 +44,7 @@ class LitCausalLM(TextModule):
         run_dir: folder of artefacts and report; without it nothing can be compressed.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is an option of the command line
         self,
         path: str = EMBEDDED,
         dtype: str = "auto",
