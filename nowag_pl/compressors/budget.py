@@ -79,13 +79,14 @@ def titles(settings: Sequence[Compressor]) -> list[str]:
 
 def _changed(compressor: Compressor, changes: dict[str, Any]) -> Compressor:
     known = _fields(compressor)
+    assert dataclasses.is_dataclass(compressor)
     if unknown := sorted(changes.keys() - known.keys()):
         raise ValueError(
             f"Expected fields of {type(compressor).__name__} in compression.budget.candidates, which are "
             f"{', '.join(known)}, but got {', '.join(unknown)}."
         )
     try:
-        return dataclasses.replace(compressor, **changes)  # type: ignore[type-var]
+        return dataclasses.replace(compressor, **changes)
     except (TypeError, ValueError) as error:
         raise ValueError(f"compression.budget.candidates: {changes}: {error}") from error
 
