@@ -23,15 +23,15 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from nowag_pl import NoWagPruner, NoWagQuantizer
+from nowag_pl import NoWagPruner, NoWagQuantizer, needs
 from nowag_pl.files import write_json, write_tensors
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
-from nowag_pl.pipeline import block_needs, preflight
-from nowag_pl.pipeline.sizes import ModelSizes
+from nowag_pl.reports.needs_table import Available, host_bytes
 from nowag_pl.stages.compression_run import CompressionRun
 from nowag_pl.stages.hidden import Passage, passed
 from nowag_pl.stages.plan import CalibrationSettings, CompressionSettings, Plan
+from nowag_pl.stages.sizes import ModelSizes, methods_of
 
 BATCH = 1
 METHODS = {
@@ -90,20 +90,23 @@ class Resident:
             self.seconds[name] = time.perf_counter() - started
 
 
-def _expected(sizes: ModelSizes, num_sequences: int, seq_len: int) -> dict[str, int]:
+def _expected(run: CompressionRun, num_sequences: int, seq_len: int) -> dict[str, int]:
     """Return what the preflight expects of each stage on a CPU."""
-    windows = {"random": num_sequences}
-    validation = block_needs.validation_needs(sizes, windows, seq_len, BATCH)
-    needs = {
-        "calibrate": block_needs.calibration_needs(sizes, num_sequences, seq_len, BATCH),
-        "compress": block_needs.compression_needs(sizes),
-        "measure dense": block_needs.reference_needs(sizes, windows, seq_len, BATCH),
+    sizes = ModelSizes.of(run.checkpoint, methods_of(run))
+    data = needs.DataShape(seq_len, {"random": num_sequences}, BATCH)
+    settings = CalibrationSettings(num_sequences, batch_size=BATCH)
+    calibration, compression = needs.compression(sizes, settings, seq_len)
+    validation = needs.validation(sizes, data, needs.Holding())
+    stages = {
+        "calibrate": calibration,
+        "compress": compression,
+        "measure dense": needs.reference(sizes, data, BATCH),
         "measure compressed": validation,
-        "export": block_needs.export_needs(sizes, 1),
+        "export": needs.export(sizes, 1),
         "measure export": validation,
     }
-    on_cpu = preflight.Available(device=None, host=0, disk=0)
-    return {stage: preflight.host_bytes(each, on_cpu, 1) for stage, each in needs.items()}
+    on_cpu = Available(device=None, host=0, disk=0)
+    return {stage: host_bytes(each, on_cpu, 1) for stage, each in stages.items()}
 
 
 def main() -> None:
@@ -149,7 +152,7 @@ def main() -> None:
         name += f" (d = {method.subvector_dim}, k = {method.codebook_size}, {method.max_iters} iterations)"
     title = f"{name}: {args.blocks} blocks of {block_mib} MiB, embeddings and head {skeleton_mib} MiB"
     table = Table(title=f"{title}, activations {activations_mib} MiB")
-    expected = _expected(ModelSizes.of(model, METHODS[args.method]), *windows.shape)
+    expected = _expected(run, *windows.shape)
     columns = (
         "stage",
         "seconds",

@@ -7,19 +7,19 @@ from math import ceil
 from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
 from tiny_models import ROOT
+from torch import nn
+from transformers import LlamaConfig
 
 import main as command_line
-from nowag_pl import ArmorCompressor, MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner
+from nowag_pl import ArmorCompressor, MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner, needs
 from nowag_pl.compressors.budget import Budget
 from nowag_pl.data.sources import HubDataset
 from nowag_pl.lit.stage import Stage
-from nowag_pl.pipeline import block_needs
-from nowag_pl.pipeline.block_needs import StageNeeds
-from nowag_pl.pipeline.sizes import ModelSizes
-from nowag_pl.stages.plan import Plan
+from nowag_pl.models.checkpoint import Checkpoint
+from nowag_pl.stages.plan import CalibrationSettings, Plan
+from nowag_pl.stages.sizes import ModelSizes
 
 CONFIGS = ROOT / "configs"
 PLUS = {"weighting": "output", "update": "alternating", "refit_scales": True, "damping": 0.03}
@@ -258,50 +258,39 @@ def test_recipe_has_a_command_for_each_method(recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe_tells_the_memory_and_disk_of_the_formulas(recipe):
-    """Those of docs/reproduction.md, with its letters."""
+def test_recipe_tells_the_memory_and_disk_of_the_formulas(recipe, tmp_path):
+    """For a model of the recipe's shapes, without weights."""
     _, hidden, intermediate, kv, num_blocks, vocabulary, seq_len = RECIPES[recipe]
-    shapes = [(hidden, hidden)] * 2 + [(kv, hidden)] * 2 + [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
-    block = sum(rows * columns for rows, columns in shapes)
-    quantizer, pruner = METHODS["nowag_vq_2bit_d7" if recipe.endswith("70b") else "nowag_vq_2bit"], NoWagPruner()
+    LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=num_blocks,
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=kv // 128,
+        vocab_size=vocabulary,
+        dtype="bfloat16",
+    ).save_pretrained(tmp_path)
+    checkpoint = Checkpoint(str(tmp_path))
+    linears = [name for name, module in checkpoint.build(empty=True).named_modules() if isinstance(module, nn.Linear)]
+    data = needs.DataShape(seq_len, {"wikitext2": 200, "c4": 200, "c4-new": 200}, eval_batch_size=1)
 
-    def sizes(compressor) -> ModelSizes:
-        made = [compressor.empty(shape, torch.bfloat16) for shape in shapes]
-        bits = [each.bits_per_weight * rows * columns for each, (rows, columns) in zip(made, shapes, strict=True)]
-        return ModelSizes(
-            num_blocks=num_blocks,
-            hidden=hidden,
-            widest=intermediate,
-            vocabulary=vocabulary,
-            itemsize=2,
-            skeleton=2 * (2 * vocabulary * hidden + hidden),
-            block=2 * (block + 2 * hidden),
-            largest_linear=hidden * intermediate,
-            compressed_block=round(sum(bits) / 8),
-            compressed=round(num_blocks * sum(bits) / 8),
-            others=2 * 2 * hidden * num_blocks,
-            moments=4 * num_blocks * sum(columns for _, columns in shapes),
-            restoring=max(each.restoring_bytes / (each.in_features * each.out_features) for each in made),
-            compressing=max(compressor.working_bytes(shape) for shape in shapes),
-            full_moments=0,
-        )
-
-    def stages(compressor) -> list[StageNeeds]:
-        of, windows = sizes(compressor), {"wikitext2": 200, "c4": 200, "c4-new": 200}
+    def stages(compressor) -> list[needs.StageNeeds]:
+        sizes = ModelSizes.of(checkpoint, {name: [compressor] for name in linears if "layers" in name})
         return [
-            block_needs.calibration_needs(of, 128, seq_len, 1),
-            block_needs.compression_needs(of),
-            block_needs.reference_needs(of, windows, seq_len, 1),
-            block_needs.validation_needs(of, windows, seq_len, 1),
-            block_needs.export_needs(of, 1),
+            *needs.compression(sizes, CalibrationSettings(batch_size=1), seq_len),
+            needs.reference(sizes, data, 1),
+            needs.validation(sizes, data, needs.Holding()),
+            needs.export(sizes, 1),
         ]
 
-    both = [*stages(pruner), *stages(quantizer)]
+    quantizer = METHODS["nowag_vq_2bit_d7" if recipe.endswith("70b") else "nowag_vq_2bit"]
+    pruned, quantized = stages(NoWagPruner()), stages(quantizer)
+    both = [*pruned, *quantized]
     expected = [
-        max(needs.device for needs in both),
-        max(needs.host + needs.shared_host for needs in both) + 3 * 2**30,
-        2 * num_blocks * (block + 2 * hidden) + 2 * (2 * vocabulary * hidden + hidden),
-        *(sum(needs.disk for needs in stages(each)) for each in (pruner, quantizer)),
+        max(stage.device for stage in both),
+        max(stage.host + stage.shared_host for stage in both) + 3 * 2**30,
+        needs.export(ModelSizes.of(checkpoint), 1).disk,
+        *(sum(stage.disk for stage in each) for each in (pruned, quantized)),
     ]
     text = (CONFIGS / "recipes" / f"{recipe}.yaml").read_text()
     assert [int(number) for number in re.findall(r"(\d+) GiB", text)] == [ceil(size / 2**30) for size in expected]

@@ -18,7 +18,6 @@ from nowag_pl.lit.block_module import BlockModule
 from nowag_pl.lit.block_trainer import BlockData, BlockTrainer
 from nowag_pl.lit.preemption import stop_if_asked
 from nowag_pl.models.state import stored_state
-from nowag_pl.pipeline.block_needs import num_streams
 from nowag_pl.run.layout import FINETUNED
 from nowag_pl.run.progress import block_progress
 from nowag_pl.run.wording import readable
@@ -60,7 +59,7 @@ def finetune_blocks(
             len(held_out),
             readable(2 * hidden.num_bytes),
             "host memory of every process" if settings.activations == "memory" else "mapped files",
-            readable(num_streams(settings.targets) * hidden.num_bytes),
+            readable(settings.num_streams * hidden.num_bytes),
         )
     with run.measuring("finetuning"):
         Blockwise(run, hidden, trainer, len(train)).finetune(missing)

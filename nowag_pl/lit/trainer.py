@@ -22,14 +22,14 @@ from nowag_pl.lit.evaluation import (
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.objectives import NextToken
 from nowag_pl.lit.phases import Phase, PhasedTrainer, is_compressing, trains_end_to_end, validated_phase
-from nowag_pl.lit.preflight import show
 from nowag_pl.lit.stage import Stage, module_of
-from nowag_pl.pipeline.sizes import ModelSizes
-from nowag_pl.pipeline.whole_needs import questions_needs
+from nowag_pl.needs import questions
+from nowag_pl.reports.needs_table import show
 from nowag_pl.run.layout import CHECKPOINT, EVALUATION, TRAINING
 from nowag_pl.run.ranks import Ranks
 from nowag_pl.run.store import ArtefactStore
 from nowag_pl.stages.plan import Plan
+from nowag_pl.stages.sizes import ModelSizes
 
 __all__ = ["CompressionTrainer", "Phase", "check_checkpoint", "is_compressing", "validated_phase"]
 
@@ -205,7 +205,7 @@ class CompressionTrainer(PhasedTrainer):
             return {}
         module = module_of(model)
         seq_len = default_seq_len(module.checkpoint)
-        needs = questions_needs(ModelSizes.as_it_is(module.checkpoint), seq_len, batch_size)
+        needs = questions(ModelSizes.of(module.checkpoint), seq_len, batch_size)
         show([needs], Path(module.run_dir or self.default_root_dir), self.strategy.root_device)
         module.configure_model()
         assert module.model is not None

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.metrics import Divergence, Perplexity
 from nowag_pl.models.streaming import StreamedModel
-from nowag_pl.pipeline.block_needs import MEASURED_TOKENS
 from nowag_pl.run.ranks import Ranks
 from nowag_pl.stages.hidden import HiddenStates, Passage, passed
+from nowag_pl.stages.sizes import MEASURED_TOKENS
 
 
 class DenseReference(Protocol):

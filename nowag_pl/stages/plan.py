@@ -116,6 +116,11 @@ class FinetuningSettings:
             if not getattr(self, name) > 0:
                 raise ValueError(f"Expected finetuning.{name} above 0, but got {getattr(self, name)}.")
 
+    @property
+    def num_streams(self) -> int:
+        """Sets of hidden states that are on disk at once: inputs, targets, and what comes next."""
+        return 3 if self.targets == "block" else 4
+
 
 @dataclass(frozen=True)
 class ExportSettings:

@@ -14,7 +14,7 @@ from nowag_pl import load_compressed
 from nowag_pl.lit import evaluation
 from nowag_pl.lit.evaluation import PAPER_TASKS, TaskSettings, task_manager
 from nowag_pl.models.checkpoint import Checkpoint
-from nowag_pl.pipeline.preflight import Available
+from nowag_pl.reports.needs_table import Available
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
 pytest_plugins = ["tiny_fixtures"]

@@ -11,13 +11,11 @@ from stage_runs import WINDOWS, calibrated, compress
 from test_pipeline_run import EVALUATION, CutError, cut_behind
 from tiny_models import artefacts, load_whole
 
-from nowag_pl import NoWagPruner, NoWagQuantizer
+from nowag_pl import NoWagPruner, NoWagQuantizer, needs
 from nowag_pl.compressors.budget import Budget, settings_of
 from nowag_pl.files import read_json
 from nowag_pl.functional.predictions.divergence import kl_divergence
 from nowag_pl.functional.predictions.sensitivity import drawn_labels
-from nowag_pl.pipeline import block_needs
-from nowag_pl.pipeline.sizes import ModelSizes
 from nowag_pl.reports.build import build_report
 from nowag_pl.reports.page import report_page
 from nowag_pl.run.layout import CANDIDATES
@@ -26,6 +24,8 @@ from nowag_pl.stages.budget import candidates, sensitivity
 from nowag_pl.stages.budget import spread as spreading
 from nowag_pl.stages.budget.candidates import Choices
 from nowag_pl.stages.moments import StoredMoments
+from nowag_pl.stages.plan import CalibrationSettings
+from nowag_pl.stages.sizes import ModelSizes, methods_of
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -265,12 +265,11 @@ def test_report_and_page_say_what_was_taken(model_folder, tmp_path):
 
 def test_preflight_foresees_the_candidates(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(spreading.ArtefactStore, "remove", lambda self, stage: None)
-    run, settings = budgeted(model_folder(), tmp_path / "run", QUANTIZER, SMALL), settings_of(QUANTIZER, SMALL)
-    sizes = ModelSizes.of(run.model, QUANTIZER)
-    blocks = block_needs.candidate_bytes(run.model, settings)
-    needs = block_needs.budget_needs(sizes, blocks, NUM_SEQUENCES, 24, 2)
+    run = budgeted(model_folder(), tmp_path / "run", QUANTIZER, SMALL)
+    sizes = ModelSizes.of(run.checkpoint, methods_of(run))
+    stage = needs.budget(sizes, CalibrationSettings(batch_size=2), NUM_SEQUENCES, 24)
     written = [sum(t.nbytes for t in run.store.read(CANDIDATES, index)[0].values()) for index in range(3)]
-    assert blocks == pytest.approx(written, rel=0.01)
-    assert needs.disk == sum(blocks) + sizes.compressed
-    assert needs.shared_host == 5 * NUM_SEQUENCES * 24 * run.model.hidden_size * 4
-    assert needs.device > sizes.skeleton + sizes.block + max(blocks)
+    assert [sizes.total.candidates, sizes.block.candidates] == [sum(written), max(written)]
+    assert stage.disk == sum(written) + sizes.total.stored
+    assert stage.shared_host == 5 * NUM_SEQUENCES * 24 * run.model.hidden_size * 4
+    assert stage.device > sizes.skeleton + sizes.dense_block + max(written)

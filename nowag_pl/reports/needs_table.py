@@ -1,16 +1,20 @@
-"""Whether a run's needs fit what this machine has, and what to say where they do not."""
+"""Whether a run's needs fit this machine: a table, and the option to change for each thing that does not."""
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
+from rich.console import Console
+from rich.table import Table
 
-from nowag_pl.pipeline.block_needs import StageNeeds
+from nowag_pl.needs import StageNeeds
 from nowag_pl.run.wording import readable
 
 LIBRARY_BYTES = 2**27  # that libraries hold in each process, and parts of files that are being read
+_log = logging.getLogger("nowag_pl")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,22 @@ class Available:
         return cls(free, psutil.virtual_memory().available, psutil.disk_usage(str(existing)).free)
 
 
+def show(stages: Sequence[StageNeeds], folder: Path, device: torch.device, num_processes: int = 1) -> None:
+    """Print the needs and what there is, and warn of each thing that does not fit.
+
+    Args:
+        stages: needs of the stages of one run.
+        folder: run directory.
+        device: of this process.
+        num_processes: processes on this machine.
+    """
+    available = Available.here(folder, device)
+    Console(stderr=True).print(table(stages, available, num_processes))
+    on_disk = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    for sentence in shortages(stages, available, num_processes, on_disk):
+        _log.warning("Warning: %s", sentence)
+
+
 def host_bytes(needs: StageNeeds, available: Available, num_processes: int) -> int:
     """Return the host memory of a stage; where the device is the host, with what the device would need."""
     each = needs.host + LIBRARY_BYTES + max(needs.built, needs.device if available.device is None else 0)
@@ -42,9 +62,9 @@ def host_bytes(needs: StageNeeds, available: Available, num_processes: int) -> i
 
 
 def shortages(
-    stages: Iterable[StageNeeds], available: Available, num_processes: int = 1, on_disk: int = 0
+    stages: Sequence[StageNeeds], available: Available, num_processes: int = 1, on_disk: int = 0
 ) -> list[str]:
-    """Return a sentence for each thing that does not fit, with the option that helps.
+    """Return a sentence for each thing that does not fit, with the option to change.
 
     Args:
         stages: needs of the stages of one run.
@@ -52,7 +72,6 @@ def shortages(
         num_processes: processes that share host memory and disk.
         on_disk: what an earlier process of the same run has written already.
     """
-    stages = list(stages)
     found = []
     for needs in stages:
         if available.device is not None and needs.device > available.device:
@@ -60,9 +79,8 @@ def shortages(
         host = host_bytes(needs, available, num_processes)
         if host > available.host:
             options = [needs.host_option, needs.device_option if available.device is None else ""]
-            found.append(
-                _shortage(needs.stage, host, "host memory", available.host, " or ".join(filter(None, options)))
-            )
+            option = " or ".join(filter(None, options))
+            found.append(_shortage(needs.stage, host, "host memory", available.host, option))
     disk = sum(needs.disk for needs in stages) - on_disk
     if disk > available.disk:
         options = [needs.disk_option for needs in stages if needs.disk_option]
@@ -74,3 +92,18 @@ def shortages(
 def _shortage(stage: str, needed: int, what: str, available: int, option: str) -> str:
     remedy = f"; change {option}" if option else ""
     return f"{stage} may need {readable(needed)} of {what}, but {readable(available)} are free{remedy}"
+
+
+def table(stages: Sequence[StageNeeds], available: Available, num_processes: int) -> Table:
+    """Lay out the needs, with what is available in the last row."""
+    laid_out = Table(title="Expected at most, beside what the process has now")
+    for column in ("stage", "device memory", "host memory", "disk"):
+        laid_out.add_column(column, justify="left" if column == "stage" else "right")
+    on_device = available.device is not None
+    for needs in stages:
+        host = readable(host_bytes(needs, available, num_processes))
+        laid_out.add_row(needs.stage, readable(needs.device) if on_device else "", host, readable(needs.disk))
+    laid_out.add_section()
+    free = readable(available.device) if available.device is not None else "(is host memory)"
+    laid_out.add_row("available", free, readable(available.host), readable(available.disk))
+    return laid_out

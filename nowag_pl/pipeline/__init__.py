@@ -1,1 +1,0 @@
-"""The stages over blocks: calibrate, compress, compare; artefacts, manifest, resume. Knows ranks, not the Trainer."""

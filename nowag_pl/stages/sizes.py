@@ -1,0 +1,275 @@
+"""Sizes of a model and of what a plan makes of it, from the model on the meta device and the methods' empty modules."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+from torch import nn
+
+from nowag_pl.compressors import Compressor
+from nowag_pl.compressors.budget import settings_of
+from nowag_pl.models.assembly import empty_like_described
+from nowag_pl.models.checkpoint import Checkpoint
+from nowag_pl.models.streaming import find_blocks
+from nowag_pl.modules import CompressedLinear
+from nowag_pl.stages.compression_run import CompressionRun
+
+MEASURED_TOKENS = 4096  # whose logits are in memory together; 2 GB in float32 for a vocabulary of 128,000
+UNTOLD_BYTES = 16  # per weight, to restore it, and for gradients, where a method cannot tell what it makes
+
+Methods = Mapping[str, Sequence[Compressor]]  # by whole name of a linear: its method, then others for a budget
+
+
+class LinearSizes(NamedTuple):
+    """Sizes of a compressed linear without its bias; or those of several, summed or the largest of each.
+
+    Attributes:
+        inputs: length of an input.
+        weights: number of weights of the dense linear.
+        values: number of values that can be trained.
+        packed: bytes of masks and codes.
+        held: bytes of values and `packed` in memory.
+        stored: bytes on disk.
+        candidates: bytes on disk with every setting that a budget may choose.
+        restoring: bytes beside the weight while it is restored.
+        keeping: bytes kept of the weight for gradients.
+        compressing: bytes while it is compressed.
+        pairs: pairs of inputs in its full second moment; 0 where none is gathered.
+    """
+
+    inputs: int = 0
+    weights: int = 0
+    values: int = 0
+    packed: int = 0
+    held: int = 0
+    stored: int = 0
+    candidates: int = 0
+    restoring: int = 0
+    keeping: int = 0
+    compressing: int = 0
+    pairs: int = 0
+
+    @classmethod
+    def of(cls, linear: nn.Linear | CompressedLinear, methods: Sequence[Compressor], itemsize: int) -> "LinearSizes":
+        """Return the sizes of a compressed linear, or of what the first method makes of a dense one.
+
+        Raises:
+            ValueError: that method does not fit the shape.
+        """
+        shape = (linear.out_features, linear.in_features)
+        num_weights = shape[0] * shape[1]
+        made = [linear] if isinstance(linear, CompressedLinear) else _made(linear, methods)
+        stored = [num_weights * itemsize if each is None else each.storage_bytes for each in made]
+        sizes = cls(shape[1], num_weights, stored=stored[0], candidates=sum(stored))
+        sizes = sizes._replace(compressing=max((method.working_bytes(shape) for method in methods), default=0))
+        if (first := made[0]) is None:
+            untold = UNTOLD_BYTES * num_weights
+            return sizes._replace(values=num_weights, held=stored[0], restoring=untold, keeping=untold)
+        values = [parameter for name, parameter in first.named_parameters() if name != "bias"]
+        packed = sum(buffer.nbytes for buffer in first.buffers())
+        return sizes._replace(
+            values=sum(parameter.numel() for parameter in values),
+            packed=packed,
+            held=packed + sum(parameter.nbytes for parameter in values),
+            restoring=first.restoring_bytes,
+            keeping=first.gradient_bytes,
+        )
+
+    @classmethod
+    def summed(cls, linears: Iterable["LinearSizes"]) -> "LinearSizes":
+        """Return the sum of each size."""
+        return cls(*map(sum, zip(*linears, strict=True)))
+
+    @classmethod
+    def largest(cls, linears: Iterable["LinearSizes"]) -> "LinearSizes":
+        """Return the largest of each size."""
+        return cls(*map(max, zip(*linears, strict=True)))
+
+
+def _made(linear: nn.Linear, methods: Sequence[Compressor]) -> list[CompressedLinear | None]:
+    """Return the modules that methods make of a linear; the first has to fit, others may be left out by a budget."""
+    shape, dtype, has_bias = (linear.out_features, linear.in_features), linear.weight.dtype, linear.bias is not None
+    made = [methods[0].empty(shape, dtype, has_bias)]
+    for method in methods[1:]:
+        with suppress(ValueError):
+            made.append(method.empty(shape, dtype, has_bias))
+    return made
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of a model and of what is made of it, in bytes unless said otherwise.
+
+    Attributes:
+        num_blocks: decoder blocks.
+        hidden: length of a hidden state.
+        widest: longest input or output of a linear.
+        vocabulary: number of token ids.
+        itemsize: of a weight.
+        skeleton: embeddings, head and norms outside of the blocks.
+        others: all of the blocks that is not compressed.
+        dense_block: largest block with dense linears.
+        compressed_block: largest block with compressed linears, in memory.
+        block_values: number of values that can be trained in a block at most.
+        total: sums over all compressed linears.
+        block: the largest sums over those of a block.
+        linear: the largest of a linear.
+        is_compressed_here: whether methods are applied, for which second moments are gathered.
+    """
+
+    num_blocks: int
+    hidden: int
+    widest: int
+    vocabulary: int
+    itemsize: int
+    skeleton: int
+    others: int
+    dense_block: int
+    compressed_block: int
+    block_values: int
+    total: LinearSizes
+    block: LinearSizes
+    linear: LinearSizes
+    is_compressed_here: bool
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, methods: Methods | None = None) -> "ModelSizes":
+        """Return the sizes of a model, dense or compressed, whose weights need not be there.
+
+        Args:
+            checkpoint: the model.
+            methods: of the linears that are compressed; None: it stays as it is.
+
+        Raises:
+            ValueError: a method does not fit the shape of a linear; the message names it. Or the decoder blocks are
+                not found.
+        """
+        model, itemsize = checkpoint.build(empty=True), checkpoint.dtype.itemsize
+        empty_like_described(model, checkpoint.compressed_linears)
+        model.tie_weights()
+        name = find_blocks(model)
+        blocks = list(cast(nn.ModuleList, model.get_submodule(name)))
+        linears = [_linears(f"{name}.{number}", block, methods or {}, itemsize) for number, block in enumerate(blocks)]
+        others = [_others(block, each) for block, each in zip(blocks, linears, strict=True)]
+        sums = [LinearSizes.summed(each.values()) for each in linears]
+        in_blocks = {id(parameter) for block in blocks for parameter in block.parameters()}
+        outside = (parameter for parameter in model.parameters() if id(parameter) not in in_blocks)
+        return cls(
+            num_blocks=len(blocks),
+            hidden=cast(nn.Embedding, model.get_input_embeddings()).embedding_dim,
+            widest=max(width for block in blocks for width in _widths(block)),
+            vocabulary=checkpoint.vocab_size,
+            itemsize=itemsize,
+            skeleton=sum(parameter.numel() for parameter in outside) * itemsize,
+            others=sum(others),
+            dense_block=max(itemsize * each.weights + rest for each, rest in zip(sums, others, strict=True)),
+            compressed_block=max(each.held + rest for each, rest in zip(sums, others, strict=True)),
+            block_values=max(each.values + rest // itemsize for each, rest in zip(sums, others, strict=True)),
+            total=LinearSizes.summed(sums),
+            block=LinearSizes.largest(sums),
+            linear=LinearSizes.largest(sizes for each in linears for sizes in each.values()),
+            is_compressed_here=methods is not None,
+        )
+
+    @property
+    def dense_blocks(self) -> int:
+        """All blocks with dense linears."""
+        return self.itemsize * self.total.weights + self.others
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether any linear is compressed, here or before."""
+        return self.total.weights > 0
+
+    @property
+    def stored(self) -> int:
+        """The whole model on disk, with compressed linears."""
+        return self.skeleton + self.others + self.total.stored
+
+    @property
+    def trained_values(self) -> int:
+        """How many values are trained end to end at most: of a compressed model, those in its blocks."""
+        return self.total.values + (self.others + (0 if self.is_compressed else self.skeleton)) // self.itemsize
+
+    @property
+    def frozen_values(self) -> int:
+        """How many are not: embeddings and head of a compressed model."""
+        return self.skeleton // self.itemsize if self.is_compressed else 0
+
+    def hidden_states(self, num_sequences: int, seq_len: int) -> int:
+        """Return the size of hidden states of that many sequences."""
+        return num_sequences * seq_len * self.hidden * self.itemsize
+
+    def activations(self, num_tokens: int) -> int:
+        """Return what a block holds beside its weights while that many tokens pass it."""
+        return num_tokens * (4 * self.itemsize * self.hidden + (3 * self.itemsize + 8) * self.widest)
+
+    def passing(self, num_tokens: int, itemsize: int) -> int:
+        """Return what is there beside a block while tokens pass it: a restored weight, and activations."""
+        weight = itemsize * self.linear.weights + self.linear.restoring
+        return weight + self.activations(num_tokens) * itemsize // self.itemsize
+
+    def measuring(self, num_tokens: int, compared: bool = True) -> int:
+        """Return what a batch's logits take while they are measured, and compared with the dense model's.
+
+        At most 4096 tokens are measured together, 1024 at a time in float32.
+        """
+        alone = 5 if self.itemsize == 4 else 9  # and widened
+        logits, working = (4, 22) if compared else (2, alone)  # each with a copy
+        together = min(num_tokens, MEASURED_TOKENS)
+        return self.vocabulary * (logits * self.itemsize * together + working * min(num_tokens, 1024))
+
+    def forward(self, num_tokens: int, itemsize: int, compared: bool = False) -> int:
+        """Return what a forward without gradients holds beside the model: a block's, or logits and what is measured."""
+        logits = itemsize * num_tokens * self.vocabulary + self.measuring(num_tokens, compared)
+        return max(self.passing(num_tokens, itemsize), logits)
+
+
+def methods_of(run: CompressionRun) -> Methods:
+    """Return the method of every linear that a run compresses, with what its budget may choose instead.
+
+    Raises:
+        ValueError: a pattern of the plan matches no linear.
+    """
+    settings, assignment = run.plan.compression, run.assignment
+    assert settings is not None
+    offered = [] if settings.budget is None else settings_of(settings.compressor, settings.budget)
+    names = [
+        f"{run.model.block_name(index)}.{name}" for index in range(len(run.model)) for name in run.model.linears(index)
+    ]
+    # What is given by a pattern is fixed.
+    return {
+        name: offered if offered and name not in assignment.numbers else [assignment.method(name)] for name in names
+    }
+
+
+def _widths(block: nn.Module) -> list[int]:
+    """Return the lengths of the inputs and outputs of a block's linears."""
+    linears = [module for module in block.modules() if isinstance(module, nn.Linear | CompressedLinear)]
+    return [width for linear in linears for width in (linear.in_features, linear.out_features)]
+
+
+def _linears(block_name: str, block: nn.Module, methods: Methods, itemsize: int) -> dict[str, LinearSizes]:
+    """Return the sizes of the compressed linears of a block by their name in it."""
+    found = {}
+    full = any(method.full_second_moment for each in methods.values() for method in each)
+    for name, module in block.named_modules():
+        of_linear = methods.get(f"{block_name}.{name}", ())
+        if isinstance(module, CompressedLinear) or of_linear:
+            try:
+                sizes = LinearSizes.of(cast(nn.Linear | CompressedLinear, module), of_linear, itemsize)
+            except ValueError as error:
+                raise ValueError(f"{block_name}.{name}: {error}") from error
+            # Linears may share a second moment, which shapes do not tell.
+            found[name] = sizes._replace(pairs=sizes.inputs**2 * full)
+    return found
+
+
+def _others(block: nn.Module, linears: Mapping[str, LinearSizes]) -> int:
+    """Return the bytes of a block's parameters but for those of compressed linears; their biases are among them."""
+    return sum(
+        parameter.nbytes
+        for name, parameter in block.named_parameters()
+        if name.rpartition(".")[0] not in linears or name.endswith(".bias")
+    )
