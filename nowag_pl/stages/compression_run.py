@@ -132,8 +132,10 @@ class CompressionRun:
             # Moments of other linears are not there.
             described["linears"] = {"targets": selection.targets, "ignore": selection.ignore}
         if settings.guidance is not None:
+            # Gradients are those of the dense model, and their power is taken when they are used.
+            of_gradients = {name: value for name, value in described.items() if name != "mode"}
+            self.store.claim("guidance", {**of_gradients, "labels": settings.guidance.labels}, GUIDANCE)
             described["guidance"] = dataclasses.asdict(settings.guidance)
-            self.store.claim("guidance", described, GUIDANCE)
         self.store.claim("calibration", described, MOMENTS)
         self._settings["calibration"] = described
         self._windows = windows

@@ -93,7 +93,7 @@ def test_ranks_share_the_sequences_in_their_order(model_folder, tmp_path):
 
 def test_other_guidance_is_refused(model_folder, tmp_path):
     calibrated(model_folder(), tmp_path / "run", guidance=TEXT)
-    with pytest.raises(ValueError, match=r"guidance\.guidance = .*'text'.* not .*'model'"):
+    with pytest.raises(ValueError, match=r"guidance\.labels = 'text', not 'model'"):
         calibrated(model_folder(), tmp_path / "run", guidance=MODEL)
     with pytest.raises(ValueError, match=r"calibration\.guidance = .* not None"):
         calibrated(model_folder(), tmp_path / "run")
