@@ -33,7 +33,7 @@ DENSE_BITS = 16.0
 
 
 def fit(run_dir: Path, options: list[str], threads: int) -> None:
-    """Run `main.py fit` unless it is finished; what each attempt cost is added up in cost.json.
+    """Run `main.py fit` unless it is finished; cost.json adds up what the attempts cost, and counts them.
 
     Raises:
         RuntimeError: it fails.
@@ -56,6 +56,7 @@ def fit(run_dir: Path, options: list[str], threads: int) -> None:
         "cpu_seconds": before.get("cpu_seconds", 0.0) + usage.ru_utime + usage.ru_stime,
         "seconds": before.get("seconds", 0.0) + time.perf_counter() - started,
         "peak_memory_bytes": max(before.get("peak_memory_bytes", 0), usage.ru_maxrss * 1024),
+        "attempts": before.get("attempts", 0) + 1,
         "hardware": hardware(threads),
     }
     write_json(run_dir / COST, cost)
@@ -66,6 +67,8 @@ def fit(run_dir: Path, options: list[str], threads: int) -> None:
 def row_of(run_dir: Path, method: str, text: str) -> dict[str, Any]:
     """Return the figures of a finished run."""
     report, cost = read_json(run_dir / REPORT), read_json(run_dir / COST)
+    # A run that was interrupted did some of its work twice: its time is not that of the method.
+    in_one_go = cost["attempts"] == 1
     return {
         "method": method,
         "bits_per_weight": report["bits_per_weight"],
@@ -75,8 +78,8 @@ def row_of(run_dir: Path, method: str, text: str) -> dict[str, Any]:
         "kl_divergence": report["kl_divergence"][text]["one_shot"],
         "top1_agreement": _logged(run_dir, f"top1_agreement/{text}"),
         "windows": report["protocol"][text]["num_windows"],
-        "cpu_seconds": cost["cpu_seconds"],
-        "stage_seconds": report["seconds"],
+        "cpu_seconds": cost["cpu_seconds"] if in_one_go else None,
+        "stage_seconds": report["seconds"] if in_one_go else None,
         "peak_memory_bytes": cost["peak_memory_bytes"],
         "hardware": cost["hardware"],
         "command": f"python main.py fit --model.path {report['model']} --config configs/method/{method}.yaml",
