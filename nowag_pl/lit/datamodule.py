@@ -65,25 +65,7 @@ class TokenDataModule(LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        for name, texts in {
-            "calibration_files": calibration_files,
-            "eval_files": eval_files,
-            "eval_datasets": eval_datasets,
-            "python_packages": python_packages,
-        }.items():
-            if texts is not None and not texts:
-                raise ValueError(f"Expected an entry in data.{name}, but got {texts}. null takes the default.")
-        if calibration_files and calibration_dataset:
-            raise ValueError("Expected data.calibration_files or data.calibration_dataset, but got both.")
-        if calibration_dataset and calibration_dataset.protocol != "stream":
-            raise ValueError(
-                f"Expected data.calibration_dataset.protocol to be 'stream', but got {calibration_dataset.protocol!r}, "
-                "which is for evaluation."
-            )
-        if both := sorted(set(eval_files or {}) & set(eval_datasets or {})):
-            raise ValueError(
-                f"Expected each name in data.eval_files or data.eval_datasets, but got {both[0]!r} in both."
-            )
+        _check_sources(calibration_files, calibration_dataset, eval_files, eval_datasets, python_packages)
         for name, value in {
             "seq_len": seq_len,
             "eval_batch_size": eval_batch_size,
@@ -276,6 +258,33 @@ class _Windows(Dataset[dict[str, Tensor]]):
     def __getitem__(self, share: Share) -> dict[str, Tensor]:
         index = torch.tensor(share.indices)
         return {"tokens": self._windows[index].long(), "index": index, "weight": torch.tensor(share.weights)}
+
+
+def _check_sources(
+    calibration_files: list[str] | None,
+    calibration_dataset: HubDataset | None,
+    eval_files: dict[str, str] | None,
+    eval_datasets: dict[str, HubDataset] | None,
+    python_packages: list[str] | None,
+) -> None:
+    """Raise ValueError where it is not clear which texts are meant."""
+    for name, texts in {
+        "calibration_files": calibration_files,
+        "eval_files": eval_files,
+        "eval_datasets": eval_datasets,
+        "python_packages": python_packages,
+    }.items():
+        if texts is not None and not texts:
+            raise ValueError(f"Expected an entry in data.{name}, but got {texts}. null takes the default.")
+    if calibration_files and calibration_dataset:
+        raise ValueError("Expected data.calibration_files or data.calibration_dataset, but got both.")
+    if calibration_dataset and calibration_dataset.protocol != "stream":
+        raise ValueError(
+            f"Expected data.calibration_dataset.protocol to be 'stream', but got {calibration_dataset.protocol!r}, "
+            "which is for evaluation."
+        )
+    if both := sorted(set(eval_files or {}) & set(eval_datasets or {})):
+        raise ValueError(f"Expected each name in data.eval_files or data.eval_datasets, but got {both[0]!r} in both.")
 
 
 @contextmanager

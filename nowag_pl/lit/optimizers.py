@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import ceil, inf
+from math import ceil, cos, inf, pi
 from typing import Any
 
 from lightning.pytorch import Trainer
 from torch import nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR
 
 from nowag_pl.lit.datamodule import data_of
 
@@ -41,10 +41,30 @@ class OptimizerSettings:
         """Return AdamW over the parameters that are trained."""
         return AdamW(decay_groups(parameters, self.weight_decay), lr=self.learning_rate, betas=(0.9, 0.95))
 
-    def scheduler(self, optimizer: AdamW, steps: int) -> LRScheduler:
-        """Return a warm-up and a cosine decay over so many steps."""
-        share = self.warmup_fraction
-        return OneCycleLR(optimizer, self.learning_rate, steps, pct_start=share, cycle_momentum=False)
+    def scheduler(self, optimizer: AdamW, steps: int) -> LambdaLR:
+        """Return a warm-up and a decay over so many steps, see :func:`rate_share`."""
+        return LambdaLR(optimizer, lambda step: rate_share(step, steps, self.warmup_fraction))
+
+
+def rate_share(step: int, steps: int, warmup_fraction: float) -> float:
+    """Return the share of the highest learning rate at a step: a line up, then half a cosine down.
+
+    Neither the first step nor the last one has a rate of 0, so that a training of one step trains.
+
+    Args:
+        step: from 0 on.
+        steps: of the whole training.
+        warmup_fraction: share of the steps in which the rate rises, in [0, 1).
+
+    Example:
+        >>> [round(rate_share(step, 4, 0.5), 3) for step in range(4)]
+        [0.333, 0.667, 1.0, 0.5]
+    """
+    warmup = warmup_fraction * steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    # Lightning asks once more after the last step.
+    return 0.5 * (1 + cos(pi * min((step - warmup) / (steps - warmup), 1.0)))
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

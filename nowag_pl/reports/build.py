@@ -33,21 +33,7 @@ def build_report(
     """
     rows = run.statistics()
     num_compressed = num_weights(rows)
-
-    def phases(metric: str, names: tuple[str, ...]) -> dict[str, dict[str, float | None]]:
-        texts = metrics["one_shot"].get(metric, {})
-        return {text: {name: figures.get(name, {}).get(metric, {}).get(text) for name in names} for text in texts}
-
-    figures = dict(metrics)
-    both: tuple[str, ...] = ()
-    if "blockwise" in metrics:
-        figures.setdefault("finetuned", metrics["blockwise"])
-        both = ("blockwise",) if "finetuned" in metrics else ()
-    finetuned = "blockwise" in metrics
-    stage_seconds = run.stage_seconds()
-    seconds = {**seconds, "finetuning": seconds.get("finetuning", 0.0) + stage_seconds.pop("finetuning")}
-
-    num_bytes, itemsize = sum(row["bytes"] for row in rows), run.checkpoint.dtype.itemsize
+    num_bytes = sum(row["bytes"] for row in rows)
     peaks = run.peak_memory or {"evaluation": peak_memory_bytes(run.device)}
     kept = ("name", "shape", "loss", "bits_per_weight", "sparsity", "setting")
     return {
@@ -61,24 +47,54 @@ def build_report(
         "sparsity": mean_over_weights(rows, "sparsity"),
         "budget": run.budget,
         "bytes_on_disk": num_bytes,
-        "perplexity": phases("perplexity", ("dense", "one_shot", *both, "finetuned")),
-        "kl_divergence": phases("kl_divergence", ("one_shot", *both, "finetuned")),
-        "seconds": {**stage_seconds, **seconds},
-        "finetuned_blocks": run.finetuning_statistics() if finetuned else [],
+        **_quality(metrics),
+        "seconds": _seconds(run, seconds),
+        "finetuned_blocks": run.finetuning_statistics() if "blockwise" in metrics else [],
         "peak_memory_bytes": max(peaks.values()),
         "peak_memory": peaks,
         "protocol": {
             text: {"num_windows": len(tokens), "sha256": tokens_digest(tokens)} for text, tokens in windows.items()
         },
-        "bytes": {
-            "dense_linears": num_compressed * itemsize,
-            "linears": num_bytes,
-            "dense_model": run.num_parameters * itemsize,
-            "model": (run.num_parameters - num_compressed) * itemsize + num_bytes,
-        },
+        "bytes": _bytes(run, num_compressed, num_bytes),
         "settings": json.loads(json.dumps(run.settings)),
         "command": provenance.command(),
         "versions": provenance.versions(),
         "device": provenance.device_name(run.device),
         "linears": [{key: row[key] for key in kept if key in row} for row in rows],
     }
+
+
+def _quality(metrics: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
+    """Return perplexity and divergence by text and state of the model; the last finetuning counts as "finetuned"."""
+    figures, names = dict(metrics), ["one_shot", "finetuned"]
+    if {"blockwise", "finetuned"} <= metrics.keys():
+        names.insert(1, "blockwise")
+    elif "blockwise" in metrics:
+        figures["finetuned"] = metrics["blockwise"]
+
+    def by_text(metric: str, states: list[str]) -> dict[str, dict[str, float | None]]:
+        texts = metrics["one_shot"].get(metric, {})
+        return {text: {state: figures.get(state, {}).get(metric, {}).get(text) for state in states} for text in texts}
+
+    return {
+        "perplexity": by_text("perplexity", ["dense", *names]),
+        "kl_divergence": by_text("kl_divergence", names),
+    }
+
+
+def _bytes(run: CompressionRun, num_compressed: int, num_bytes: int) -> dict[str, int]:
+    """Return the sizes of all compressed linears and of the whole model, before and after."""
+    itemsize = run.checkpoint.dtype.itemsize
+    return {
+        "dense_linears": num_compressed * itemsize,
+        "linears": num_bytes,
+        "dense_model": run.num_parameters * itemsize,
+        "model": (run.num_parameters - num_compressed) * itemsize + num_bytes,
+    }
+
+
+def _seconds(run: CompressionRun, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Return the time of all stages; finetuning is that of the blocks and that of end-to-end training together."""
+    of_artefacts = run.stage_seconds()
+    finetuning = of_artefacts["finetuning"] + seconds.get("finetuning", 0.0)
+    return {**of_artefacts, **seconds, "finetuning": finetuning}
