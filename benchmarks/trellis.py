@@ -1,11 +1,13 @@
-"""Error and speed of the trellis on unit Gaussian numbers, tail-biting, on one thread.
+"""Error and speed of the trellis on unit Gaussian numbers, tail-biting, on one thread; or the speed of reading it.
 
 python -m benchmarks.trellis                      every code at 2 bits, `mul1` at 1 to 4, for 8, 12 and 16 state bits
 python -m benchmarks.trellis --sequences 64       fewer numbers: the error's spread grows to 1 %
+python -m benchmarks.trellis --read               unpacking, and products of one token with packed tiles of `mul1`
 """
 
 import argparse
 import time
+from collections.abc import Callable
 
 import torch
 from rich.console import Console
@@ -13,7 +15,8 @@ from rich.table import Table
 
 from nowag_pl.functional.trellis.codes import code_values
 from nowag_pl.functional.trellis.paths import tail_biting_path
-from nowag_pl.functional.trellis.quantize import SPREAD
+from nowag_pl.functional.trellis.quantize import SPREAD, decode_tiles
+from nowag_pl.kernels.cpu.trellis_matmul import multiply
 
 PUBLISHED = {  # QTIP's table of random numbers, T = 256; at 2 bits also for other states
     (1, 12): 0.2803,
@@ -38,14 +41,45 @@ def measure(code: str, bits: int, state_bits: int, targets: torch.Tensor) -> tup
     return float(error), targets.numel() / seconds
 
 
+def read_speeds(bits: int, state_bits: int, size: int = 4096) -> list[float]:
+    """Return the weights of a nanosecond that are unpacked, and multiplied from packed tiles and in bfloat16."""
+    packed = torch.randint(-(2**15), 2**15, (size // 16, size // 16, 16 * bits), dtype=torch.int16)
+    values, token = code_values("mul1", state_bits), torch.randn(1, size)
+    dense, half_token = torch.randn(size, size).bfloat16(), token.bfloat16()
+    functions = (
+        lambda: decode_tiles(packed, values, bits),
+        lambda: multiply(token, packed, state_bits),
+        lambda: torch.nn.functional.linear(half_token, dense),
+    )
+    return [size * size / 1e9 / min(seconds(function) for _ in range(7)) for function in functions]
+
+
+def seconds(function: Callable[[], torch.Tensor]) -> float:
+    """Return the seconds of this thread that a function takes."""
+    start = time.thread_time()
+    function()
+    return time.thread_time() - start
+
+
+def print_read_speeds() -> None:
+    table = Table("L", "k", "unpacked, G weights/s", "product, G weights/s", "bfloat16 product, G weights/s")
+    for bits, state_bits in ((2, 12), (2, 16), (3, 16), (4, 16)):
+        table.add_row(str(state_bits), str(bits), *(f"{speed:.2f}" for speed in read_speeds(bits, state_bits)))
+    Console().print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--sequences", type=int, default=400, help="sequences of 256; an eighth of them at 16 state bits"
     )
     parser.add_argument("--state_bits", type=int, nargs="+", default=[8, 12, 16])
+    parser.add_argument("--read", action="store_true", help="measure reading instead of searching")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.read:
+        print_read_speeds()
+        return
     targets = torch.randn(arguments.sequences, 256, generator=torch.Generator().manual_seed(0))
     table = Table("code", "L", "k", "error", "published", "weights/s/core")
     for state_bits in arguments.state_bits:
