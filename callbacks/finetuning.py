@@ -13,7 +13,7 @@ from nowag_pl.stages.plan import FinetuningSettings, Plan
 
 
 class ModelFinetuning(Stage):
-    """Finetune every compressed block to do what the dense block does, one after the other.
+    """Finetune every compressed block to give the dense block's outputs, one after the other.
 
     Inputs are the hidden states that the compressed and finetuned blocks before it produce. Everything continuous is
     trained: kept weights, codebooks, scales, norms, biases. Of all epochs and the block as it was, the one with the
@@ -91,7 +91,7 @@ class ModelFinetuning(Stage):
         self._done = True
 
     def _trainer_settings(self, trainer: Trainer) -> dict[str, Any]:
-        """Return what the blocks' Trainers take over from this one."""
+        """Return the settings that the blocks' Trainers take over from this one."""
         on_cuda = isinstance(trainer.accelerator, CUDAAccelerator)
         precision = self.settings.precision
         if precision == "auto":

@@ -21,7 +21,8 @@ from nowag_pl.functional.vq.refine import Refinement, refine
 from nowag_pl.modules import MaskedLinear, VQLinear
 
 DAMPING = 0.01
-REFIT_STEPS = 60  # of conjugate gradients
+# Steps of conjugate gradients.
+REFIT_STEPS = 60
 
 
 @dataclass(frozen=True)

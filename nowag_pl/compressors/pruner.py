@@ -77,7 +77,8 @@ class Pruner(Compressor):
     def alternatives(self) -> list[dict[str, Any]]:
         """Return other sparsities, up to 0.3 away, in steps of 0.1."""
         if self.sparsity is None:
-            return []  # a pattern
+            # A pattern.
+            return []
         others = (round(self.sparsity + step / 10, 6) for step in (-3, -2, -1, 1, 2, 3))
         return [{"sparsity": sparsity} for sparsity in others if 0 <= sparsity < 1]
 

@@ -10,7 +10,8 @@ helps most. The sum of the losses is above the least possible one by less than t
 import heapq
 from collections.abc import Sequence
 
-Choice = tuple[int, float]  # cost in bits, loss
+# Cost in bits, and loss.
+Choice = tuple[int, float]
 
 
 def convex_hull(choices: Sequence[Choice]) -> list[int]:
@@ -28,7 +29,8 @@ def convex_hull(choices: Sequence[Choice]) -> list[int]:
     hull: list[int] = []
     for number in sorted(range(len(choices)), key=lambda number: choices[number]):
         if hull and choices[number][1] >= choices[hull[-1]][1]:
-            continue  # another one is cheaper and no worse
+            # Another one is cheaper and no worse.
+            continue
         while len(hull) > 1 and _slope(choices, hull[-2], hull[-1]) <= _slope(choices, hull[-2], number):
             hull.pop()
         hull.append(number)
@@ -64,7 +66,8 @@ def allocate(choices: Sequence[Sequence[Choice]], budget: int) -> list[int]:
         hull = hulls[linear]
         cost = choices[linear][hull[step]][0] - choices[linear][hull[step - 1]][0]
         if cost > left:
-            continue  # later steps of other linears may still be paid
+            # Later steps of other linears may still be paid.
+            continue
         left -= cost
         chosen[linear] = hull[step]
         if step + 1 < len(hull):

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 2**20  # 4 MiB in float32
+# 4 MiB in float32.
+CHUNK_ELEMENTS = 2**20
 
 
 def row_chunks(num_rows: int, num_columns: int) -> Iterator[slice]:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nowag_pl.functional.moments import damped_inverse_factor
 
-RIDGE = 0.03  # pulls W' to W, as a share of the mean of the diagonal
+# Pulls W' to W, as a share of the mean of the diagonal.
+RIDGE = 0.03
 
 
 def corrected_weight(

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-DAMPING_TRIALS = 4  # each with ten times the damping of the one before
+# Each trial has ten times the damping of the one before.
+DAMPING_TRIALS = 4
 
 
 def mean_squares(second_moment: Tensor) -> Float[Tensor, " in"]:

@@ -72,7 +72,8 @@ def column_norms(weight: Float[Tensor, "out in"]) -> Float[Tensor, " in"]:
     """
     squares = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
     compiled = is_for_numba(weight.device, weight.numel())
-    for rows in row_chunks(*weight.shape):  # in float64, so that squares cannot overflow
+    # Squares are summed in float64, where they cannot overflow.
+    for rows in row_chunks(*weight.shape):
         if compiled:
             from nowag_pl.kernels.cpu.normalization import add_squares
 

@@ -122,7 +122,8 @@ def keep_n_of_m(scores: Float[Tensor, "out in"], pattern: tuple[int, int]) -> Bo
 
 def _keep_in_rows(scores: Tensor, num_removed: int) -> Tensor:
     """Return the mask of rows `[rows, columns]` that are compared each for itself."""
-    if scores.device.type == "cpu":  # NumPy's is ten times as fast
+    if scores.device.type == "cpu":
+        # NumPy's partition is ten times as fast as kthvalue.
         ordered = np.partition(scores.numpy(), num_removed - 1, axis=1)
         threshold = torch.from_numpy(ordered[:, num_removed - 1 : num_removed])
     else:
@@ -151,7 +152,8 @@ def _keep_in_groups(scores: Tensor, num_kept: int, group_size: int) -> Tensor:
     members = scores.reshape(-1, group_size).unbind(dim=1)  # M tensors [groups]
     keep = torch.empty(members[0].shape[0], group_size, dtype=torch.bool, device=scores.device)
     for j, score in enumerate(members):
-        rank = torch.zeros_like(score, dtype=torch.int16)  # how many of the group go before this one
+        # The number of scores in the group that go before this one.
+        rank = torch.zeros_like(score, dtype=torch.int16)
         for i, other in enumerate(members):
             if i != j:
                 rank += (other >= score) if i < j else (other > score)

@@ -8,9 +8,11 @@ from torch import Tensor
 from nowag_pl.functional import chunks
 from nowag_pl.kernels.cpu.threads import in_threads
 
-MIN_SAMPLED = 2**19  # values of which a sample is drawn
+# From so many values on, a sample is drawn.
+MIN_SAMPLED = 2**19
 SAMPLE_SIZE = 2**16
-SAMPLE_MARGIN = 512  # ranks in the sample, at least four standard deviations
+# Ranks in the sample: at least four standard deviations.
+SAMPLE_MARGIN = 512
 
 
 def mark_largest(values: Float[Tensor, " n"], num_removed: int, keep: Bool[Tensor, " n"]) -> bool:
@@ -30,7 +32,8 @@ def mark_largest(values: Float[Tensor, " n"], num_removed: int, keep: Bool[Tenso
     if values.device.type != "cpu" or len(values) < MIN_SAMPLED:
         return False
     array, mask = values.numpy(), keep.numpy()
-    sample = np.sort(array[:: len(array) // SAMPLE_SIZE | 1])  # an odd step meets all columns of a matrix
+    # An odd step meets all columns of a matrix.
+    sample = np.sort(array[:: len(array) // SAMPLE_SIZE | 1])
     rank = num_removed * len(sample) // len(array)
     low, high = sample[max(rank - SAMPLE_MARGIN, 0)], sample[min(rank + SAMPLE_MARGIN, len(sample) - 1)]
 
@@ -42,7 +45,8 @@ def mark_largest(values: Float[Tensor, " n"], num_removed: int, keep: Bool[Tenso
             np.greater(array[part], high, out=mask[part])
             num_above += int(np.count_nonzero(mask[part]))
             places.append(start + np.flatnonzero((array[part] >= low) ^ mask[part]))
-            if sum(len(found) for found in places) > (last - first) // 8:  # an index takes 8 bytes
+            # An index takes 8 bytes: more of them would take more memory than the values.
+            if sum(len(found) for found in places) > (last - first) // 8:
                 return None
         return num_above, np.concatenate(places)
 

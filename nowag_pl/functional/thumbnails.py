@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_DECADES = 12  # what is smaller than the largest value by more than this shows as that
+# Smaller values show as if they were this far below the largest.
+_DECADES = 12
 
 
 def downsample(matrix: Float[Tensor, "rows columns"], max_size: int) -> Float[Tensor, "small_rows small_columns"]:
@@ -92,7 +93,8 @@ def principal_axes(
     points = points.double()
     mean = points.mean(dim=0)
     centred = points - mean
-    _, vectors = torch.linalg.eigh(centred.T @ centred)  # ascending
+    # Eigenvalues ascend.
+    _, vectors = torch.linalg.eigh(centred.T @ centred)
     axes = vectors.flip(1)[:, :num_axes]
     largest = axes.gather(0, axes.abs().argmax(dim=0, keepdim=True))
     return mean.float(), (axes * largest.sign()).float()

@@ -84,6 +84,6 @@ class ResumableLoader(DataLoader[Any]):
         return {"position": self._position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin behind those batches; behind the last one, with the next epoch."""
+        """Begin after those batches; after the last one, with the next epoch."""
         assert isinstance(self.sampler, SharedBatches)
         self.sampler.skip = state["position"] % len(self.sampler)

@@ -23,8 +23,8 @@ class BlockModule(LightningModule):
     Args:
         block: the block; all of its parameters are trained, held in float32.
         forward_block: `(block, hidden, arguments) -> hidden`.
-        arguments: `(batch_size, seq_len) -> ` what the block is called with beside hidden states.
-        scale: mean square of what the target block adds to its input; an error of 1 is as if it added nothing.
+        arguments: `(batch_size, seq_len) -> ` the block's other arguments beside hidden states.
+        scale: mean square of the target block's output minus its input; an error of 1 is as good as no block at all.
         learning_rate: of AdamW.
         plateau_patience: epochs without a lower held-out error after which the learning rate is halved.
     """
@@ -52,7 +52,7 @@ class BlockModule(LightningModule):
         self._held_out = MeanMetric()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the hidden states behind the block, `[batch, seq_len, hidden]`, for those in front of it."""
+        """Return the hidden states after the block, `[batch, seq_len, hidden]`, for those before it."""
         hidden = hidden.float()
         arguments = tree_map(
             lambda value: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value,
@@ -83,7 +83,7 @@ class BlockModule(LightningModule):
         """AdamW; the learning rate is halved where the held-out error does not fall."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self._learning_rate, weight_decay=0.0)
         scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=self._plateau_patience)
-        # Lightning would step it behind the checkpoint of the epoch, which could not be resumed exactly.
+        # Lightning would step it after the checkpoint of the epoch, which could not be resumed exactly.
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": ERROR, "frequency": _NEVER}}
 
     def _errors(self, batch: dict[str, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Blockwise finetuning: every compressed block is trained to do what the dense block does, one after the other.
+"""Blockwise finetuning: one after the other, compressed blocks are trained to give the dense block's outputs.
 
 Inputs of a block are the hidden states that the compressed and already finetuned blocks before it produce. Each block
 has a small Trainer of its own; a killed run goes on at its block and epoch.

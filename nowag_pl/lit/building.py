@@ -1,4 +1,4 @@
-"""Where the model of a module comes from: its checkpoint, or what a run has made of it."""
+"""Where the model of a module comes from: its checkpoint, or the compressed model of a run."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def build_whole(
 
     Args:
         checkpoint: dense or compressed model.
-        compressed: what a run has made of it, if any has; it goes before the rest.
+        compressed: the result of a run, which goes before the checkpoint; None where there is none.
         random_init: start from random weights instead of the checkpoint's.
         verify: compare the files of a compressed checkpoint with their checksums.
     """

@@ -256,7 +256,7 @@ class TokenDataModule(LightningDataModule):
     def val_dataloader(self) -> list[ResumableLoader]:
         """Return one loader per evaluation text, `{"tokens": [batch, seq_len], "index": [batch], "weight": [batch]}`.
 
-        Each rank takes every n-th window. Every rank has equally many batches, as sharded models need; what pads them
+        Each rank takes every n-th window. Every rank has equally many batches, as sharded models need; padding
         has weight 0 and does not count, so that the perplexity is the same on any number of ranks.
         """
         return [self._loader(windows, self.eval_batch_size, seed=None) for windows in self.eval_windows.values()]
@@ -292,7 +292,7 @@ def _user_cache() -> Path:
 
 
 def data_of(trainer: Trainer) -> TokenDataModule:
-    """Return a Trainer's data as what it is.
+    """Return a Trainer's data with its own type.
 
     Raises:
         TypeError: it is another data module.

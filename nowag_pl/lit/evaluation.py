@@ -16,7 +16,7 @@ PAPER_TASKS = ("winogrande", "piqa", "hellaswag", "arc_easy", "arc_challenge", "
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """What is asked of a model.
+    """The questions that a model is asked.
 
     Attributes:
         tasks: names of tasks or groups of tasks of the harness.
@@ -52,7 +52,7 @@ def task_manager(settings: TaskSettings) -> Any:
     """Return the harness's index of tasks.
 
     Args:
-        settings: what is asked.
+        settings: the questions.
 
     Raises:
         ValueError: the harness is not installed, or does not know a task.
@@ -75,12 +75,12 @@ def task_manager(settings: TaskSettings) -> Any:
 
 
 def evaluate_tasks(model: nn.Module, tokenizer: Any, settings: TaskSettings, manager: Any) -> dict[str, Any]:
-    """Ask the model what the settings say.
+    """Ask the model the questions of the settings.
 
     Args:
         model: a transformers model, dense or compressed, on the device where it shall run.
         tokenizer: its tokenizer.
-        settings: what is asked.
+        settings: the questions.
         manager: from :func:`task_manager`.
 
     Returns:
@@ -136,7 +136,7 @@ def _add_rows(table: Table, leading: list[str], result: dict[str, Any]) -> None:
 
 
 def _task_result(name: str, results: Any) -> dict[str, Any]:
-    """Gather what the harness says of one task in several places."""
+    """Gather the figures of one task, which the harness gives in several places."""
     return {
         **_metrics(results["results"][name]),
         "version": results["versions"].get(name),

@@ -44,7 +44,7 @@ class LitCausalLM(TextModule):
         run_dir: folder of artefacts and report; without it nothing can be compressed.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is an option of the command line
         self,
         path: str = EMBEDDED,
         dtype: str = "auto",
@@ -150,13 +150,13 @@ class LitCausalLM(TextModule):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        """Refuse what has diverged, before it is saved."""
+        """Refuse a model that has diverged, before it is saved."""
         for name, parameter in self.named_parameters():
             if not bool(local_part(parameter).isfinite().all()):
                 raise self._diverged(f"values that are not finite in {name}")
 
     def on_fit_end(self) -> None:
-        """Round what was trained."""
+        """Round trained values to the types in which they are stored."""
         assert self.model is not None
         narrow(self.model, self._types, self._is_sharded)
         self._types = {}
@@ -184,7 +184,7 @@ class LitCausalLM(TextModule):
         self._validation.add(dataloader_idx, batch, self._measured)
 
     def _measured(self, tokens: Tensor) -> Tensor:
-        """Return logits; after training in the model's own type, so that what is reported is what is saved."""
+        """Return logits; after training in the model's own type, so that the figures are those of the saved model."""
         in_training = self.trainer.state.fn == TrainerFn.FITTING
         with nullcontext() if in_training else torch.autocast(self.device.type, enabled=False):
             return self(tokens)

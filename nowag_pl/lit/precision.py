@@ -35,14 +35,14 @@ def check_precision(precision: str) -> None:
 
 
 def widen(model: nn.Module, everything: bool) -> dict[str, Types]:
-    """Hold what is trained in float32; embeddings and head of a compressed model are not trained.
+    """Hold trained parameters in float32; embeddings and head of a compressed model are not trained.
 
     Args:
         model: dense or compressed; it is changed.
-        everything: hold what is not trained in float32 too, so that all of the model computes in one type.
+        everything: hold the other parameters in float32 too, so that all of the model computes in one type.
 
     Returns:
-        What :func:`narrow` needs.
+        The types of all parameters, for :func:`narrow`.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
     stored = {f"{name}.{key}": dtype for name, linear in linears.items() for key, dtype in linear.stored_dtypes.items()}
@@ -56,7 +56,7 @@ def widen(model: nn.Module, everything: bool) -> dict[str, Types]:
 
 
 def narrow(model: nn.Module, types: Mapping[str, Types], sharded: bool) -> None:
-    """Round what was trained to the types in which it is stored, so that what is measured is what is saved.
+    """Round trained parameters to the types in which they are stored, so that the saved model is the measured one.
 
     Args:
         model: the model; it is changed.

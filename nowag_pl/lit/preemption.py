@@ -13,7 +13,7 @@ _log = logging.getLogger("nowag_pl")
 
 
 class _Request:
-    """What the signal handler of this process knows."""
+    """The state of this process's signal handler."""
 
     received = 0  # number of the signal
     trainers: list[Trainer] = []  # noqa: RUF012 - those in training, the innermost last
@@ -57,7 +57,7 @@ def stop_if_asked() -> None:
 
 
 class Preemption(Callback):
-    """Save and stop when SIGTERM came: all ranks behind the same step.
+    """Save and stop when SIGTERM came: all ranks after the same step.
 
     Lightning's own handler talks to the other ranks from inside of the signal, which can hang.
 
@@ -91,12 +91,12 @@ class Preemption(Callback):
             raise SIGTERMException()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what an epoch made; what saves later saves more."""
+        """Save at the end of an epoch; a checkpoint callback may save again after the validation."""
         if self._is_wanted(trainer):
             self._save(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop between two epochs where their state is saved; what came later waits for the next step."""
+        """Stop between two epochs where their state is saved; a later signal waits for the next step."""
         if self._saved_step == trainer.global_step:
             raise SIGTERMException()
 

@@ -37,12 +37,12 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Shard the parameters of a model; masks and codes stay whole on every rank.
 
     A compressed linear is a group of its own, as its parameters have types of their own and it computes in that of its
-    input; the rest of each block is a group, and what remains is one.
+    input; the rest of each block is a group, and the rest of the model is one.
 
     Args:
         model: model with at least one list of blocks.
         mesh: ranks, one-dimensional.
-        dtype: type in which what is not compressed computes.
+        dtype: type in which everything but compressed linears computes.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in model.modules():
@@ -64,7 +64,7 @@ def _unify_types(linear: CompressedLinear) -> None:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of a tensor, which may be sharded."""
+    """Return this rank's part of a tensor, which may be sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -1,4 +1,4 @@
-"""The declared base of callbacks that do a stage of a fit, and typed access to what a Trainer holds."""
+"""The declared base of callbacks that do a stage of a fit, and typed access to the module and data of a Trainer."""
 
 from lightning.pytorch import Callback, LightningModule
 
@@ -17,11 +17,11 @@ class Stage(Callback):
     """
 
     def announce(self, plan: Plan) -> None:
-        """Enter in the plan of the run what this stage will do."""
+        """Enter the settings of this stage in the plan of the run."""
 
 
 def module_of(pl_module: LightningModule) -> LitCausalLM:
-    """Return the module as what it is.
+    """Return the module with its own type.
 
     Raises:
         TypeError: it is another module.

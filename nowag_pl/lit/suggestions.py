@@ -1,4 +1,4 @@
-"""A command-line parser that knows what was meant."""
+"""A command-line parser that suggests the right name after a wrong one."""
 
 import argparse
 import difflib
@@ -22,7 +22,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 
 class SuggestingParser(LightningArgumentParser):
-    """Lightning's parser, which says after an error what may have been meant."""
+    """Lightning's parser, with a suggestion after an error."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with the message, and with the nearest known names where it speaks of an unknown one."""
@@ -33,7 +33,7 @@ class SuggestingParser(LightningArgumentParser):
 
 
 def explained(message: str) -> str:
-    r"""Return an error message without what jsonargparse puts around one of ours, or with what may be wrong in YAML.
+    r"""Return an error message without the words of jsonargparse around one of ours, or with a hint on YAML.
 
     Args:
         message: of jsonargparse, argparse, or this package.
@@ -47,7 +47,7 @@ def explained(message: str) -> str:
     if own := re.search(r"- (Expected [\w.]+ .*, but got .*)", message):
         return own[1]
     if re.search(r"Expected a <class 'dict'>.*Given value: \{[^}]*\w:[^\s]", message, re.DOTALL):
-        return f"{message}\nYAML wants a space behind the colon: {{name: file.txt}}"
+        return f"{message}\nYAML wants a space after the colon: {{name: file.txt}}"
     return message
 
 
@@ -71,7 +71,7 @@ def suggestion(message: str, options: Iterable[str] = ()) -> str | None:
 
 
 def _unknown(message: str, options: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield what is not known, and what is known with what is shown for it."""
+    """Yield each unknown name with the known ones, which map to the text that is shown for them."""
     for option in re.findall(r"(?<![\w-])--[\w.]+", message.partition("unrecognized arguments:")[2]):
         yield option, _same(options)
     for key in re.findall(r"(?:does not accept option|[Kk]ey) '([\w.]+)'", message):

@@ -33,7 +33,7 @@ from nowag_pl.stages.sizes import ModelSizes
 
 __all__ = ["CompressionTrainer", "Phase", "check_checkpoint", "is_compressing", "validated_phase"]
 
-_KEYWORDS = ("best", "last", "hpc")  # what Lightning finds itself
+_KEYWORDS = ("best", "last", "hpc")  # words that Lightning resolves itself
 
 
 class CompressionTrainer(PhasedTrainer):
@@ -86,14 +86,14 @@ class CompressionTrainer(PhasedTrainer):
         self.validate(module, val_dataloaders, datamodule=datamodule)
 
     def _announce(self, module: LitCausalLM) -> None:
-        """Let every stage enter in a fresh plan what it will do."""
+        """Let every stage enter its settings in a fresh plan."""
         module.plan = Plan()
         for callback in self.callbacks:
             if isinstance(callback, Stage):
                 callback.announce(module.plan)
 
     def _check_plan(self, module: LitCausalLM, ckpt_path: str | Path | None) -> None:
-        """Refuse before hours of compression what would be refused, or left out, after it."""
+        """Refuse, before hours of compression, settings that would be refused or ignored after it."""
         wanted = {
             "ckpt_path": bool(ckpt_path),
             "trainer.max_steps": self.max_steps > 0,
@@ -115,7 +115,7 @@ class CompressionTrainer(PhasedTrainer):
         module.objective.check(module.checkpoint)
 
     def _claim_training(self, module: LitCausalLM) -> None:
-        """Enter in the manifest what the end-to-end training depends on, or check that it is what it was."""
+        """Enter the settings of the end-to-end training in the manifest, or check that they have not changed."""
         if module.run_dir is None:
             return
         data, objective = data_of(self), module.objective
@@ -174,7 +174,7 @@ class CompressionTrainer(PhasedTrainer):
         self,
         model: LightningModule,
         datamodule: LightningDataModule | None = None,
-        tasks: list[str] = list(PAPER_TASKS),  # noqa: B006 - what --help shows; it is only read
+        tasks: list[str] = list(PAPER_TASKS),  # noqa: B006 - --help shows it; it is only read
         num_fewshot: int | None = None,
         limit: int | None = None,
         batch_size: int = 8,
@@ -194,7 +194,7 @@ class CompressionTrainer(PhasedTrainer):
             include_path: folder with task definitions (YAML) of your own.
 
         Returns:
-            What is written, see :func:`nowag_pl.lit.evaluation.evaluate_tasks`; nothing on ranks above zero.
+            The figures, as in :func:`nowag_pl.lit.evaluation.evaluate_tasks`; nothing on ranks above zero.
 
         Raises:
             ValueError: the harness is not installed, a task is unknown, or a number is out of its range.
@@ -223,7 +223,7 @@ def check_checkpoint(ckpt_path: str | None) -> None:
     """Raise ValueError where a checkpoint to go on from is not there, or is another file.
 
     Args:
-        ckpt_path: what Lightning takes: a file, a folder, an address, or a word.
+        ckpt_path: as Lightning takes it: a file, a folder, an address, or a word.
     """
     if ckpt_path is None or ckpt_path in _KEYWORDS or "://" in ckpt_path:
         return

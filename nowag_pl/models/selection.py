@@ -107,9 +107,9 @@ def _near(pattern: str, names: Iterable[str]) -> str:
     # The longest word of the pattern says most of what was meant.
     words = sorted(re.findall(r"\w+", pattern), key=len)
     by_end = {kind.rpartition(".")[2]: kind for kind in kinds}
-    near = difflib.get_close_matches(words[-1], by_end, n=2, cutoff=0.5) if words else []
+    near = difflib.get_close_matches(words[-1], by_end, n=1, cutoff=0.6) if words else []
     shown = [by_end[end] for end in near] or kinds[:_MOST_SHOWN]
-    return f"Did you mean {' or '.join(shown)}?" if near else f"There are {', '.join(shown)}."
+    return f"Did you mean {shown[0]}?" if near else f"There are {', '.join(shown)}."
 
 
 def find_linears(block: nn.Module) -> dict[str, nn.Linear]:

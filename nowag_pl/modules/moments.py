@@ -99,7 +99,8 @@ class SecondMoment(RunningMean):
         if self.num_tokens == 0:
             raise RuntimeError("Expected at least one update before compute, but got none.")
         mean = super().compute()
-        finite = mean_squares(mean).isfinite()  # no product of two is larger than both squares
+        # No product of two is larger than both squares.
+        finite = mean_squares(mean).isfinite()
         if not finite.all():
             raise ValueError(
                 f"Expected finite activations, but got NaN or infinity in {int((~finite).sum())} of "

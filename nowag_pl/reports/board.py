@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run: one method for each kind of page."""
+"""The pages of a run in TensorBoard, one method for each kind."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ _TABLE = ("perplexity", "kl_divergence")  # figures by text and phase in the tab
 
 
 class Board:
-    """Writes to one run of TensorBoard. The step of what belongs to a block is its number.
+    """Writes to one run of TensorBoard. The number of a block is the step of its entries.
 
     Args:
         writer: where to.
@@ -130,7 +130,7 @@ def _scalars(folder: Path, tag: str) -> list[float]:
 def summary_markdown(
     title: str, rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, Mapping[str, float]], seq_len: int
 ) -> str:
-    """Say what was compressed, how far, and what it cost.
+    """Return the number of weights, their bits and loss, and the cost in quality, in a few lines of Markdown.
 
     Args:
         title: model and method.

@@ -1,4 +1,4 @@
-"""The report of a run: what was compressed, how far, and what it costs in quality."""
+"""The report of a run: the compressed linears, their size, and the cost in quality."""
 
 import json
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ def build_report(
     metrics: Mapping[str, Mapping[str, Mapping[str, float]]],
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Put together what report.json holds.
+    """Put together the content of report.json.
 
     Args:
         run: a run whose stages are done.

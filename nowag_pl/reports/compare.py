@@ -15,7 +15,7 @@ from nowag_pl.run.wording import COMPRESSED_PHASES
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a perplexity was measured on. Only equal ones compare.
+    """The text and windows of a measured perplexity. Only equal ones compare.
 
     Attributes:
         text: name of the evaluation text.
@@ -36,14 +36,14 @@ class Run:
 
     Attributes:
         name: of its folder, with as many parent folders as tell it from the others.
-        report: what report.json holds.
+        report: content of report.json.
     """
 
     name: str
     report: Mapping[str, Any]
 
     def protocol(self, text: str) -> Protocol:
-        """Return what a perplexity of this run was measured on."""
+        """Return the text and windows on which a perplexity of this run was measured."""
         known = self.report.get("protocol", {}).get(text, {})
         return Protocol(text, self.report["seq_len"], known.get("num_windows"), known.get("sha256"))
 

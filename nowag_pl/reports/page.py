@@ -16,7 +16,7 @@ def report_page(report: Mapping[str, Any]) -> str:
     """Return the page of one run.
 
     Args:
-        report: what report.json holds.
+        report: content of report.json.
     """
     finetuned = report["finetuned_blocks"]
     errors = {f"{key} finetuning": [row[key] for row in finetuned] for key in ("before", "after")}

@@ -1,4 +1,4 @@
-"""What compression did, in a size that can be looked at: a few linears of a few blocks, one block at a time."""
+"""Views of compressed linears, small enough to look at: a few linears of a few blocks, one block at a time."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -123,7 +123,7 @@ def inspect_linear(
         block: number of its block.
         name: its name in the block.
         linear: the dense linear `[out, in]`.
-        compressed: what became of it.
+        compressed: the linear in its place.
         second_moment: `[in]`.
         limits: how much to look at.
     """
@@ -167,7 +167,7 @@ def _codewords(weight: Tensor, compressed: VQLinear, num_samples: int) -> Codewo
 
 @dataclass(frozen=True)
 class BlockErrors:
-    """Error of each block's output, relative to what the dense block adds to its input; 1 is as if it added nothing.
+    """Error of each block's output, relative to the dense block's output minus its input; 1 is as good as no block.
 
     Attributes:
         alone: of the compressed block on the inputs of the dense one.
@@ -193,17 +193,17 @@ def block_errors(model: StreamedModel, load_compressed: Callable[[int], nn.Modul
     for index in range(len(model)):
         arguments = model.arguments(index, 1, windows.shape[1])
         block, compressed = model.load_block(index), load_compressed(index).to(model.device)
-        added = alone = behind = 0.0
+        added = alone = together = 0.0
         for number, hidden in enumerate(dense):
             inputs = hidden.to(model.device)
             target = model.forward_block(block, inputs, arguments)
             added += _sum_of_squares(target - inputs)
             alone += _sum_of_squares(model.forward_block(compressed, inputs, arguments) - target)
             output = model.forward_block(compressed, accumulated[number].to(model.device), arguments)
-            behind += _sum_of_squares(output - target)
+            together += _sum_of_squares(output - target)
             dense[number], accumulated[number] = target.cpu(), output.cpu()
         errors.alone.append(alone / (added or 1.0))
-        errors.accumulated.append(behind / (added or 1.0))
+        errors.accumulated.append(together / (added or 1.0))
     return errors
 
 

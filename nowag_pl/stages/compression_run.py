@@ -21,7 +21,7 @@ from nowag_pl.files import read_json
 from nowag_pl.models.assembly import assemble
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.format.saving import save_streamed
-from nowag_pl.models.selection import find_linears
+from nowag_pl.models.selection import Selection, find_linears
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear
 from nowag_pl.run.fingerprint import fingerprint
@@ -125,6 +125,10 @@ class CompressionRun:
         }
         described: dict[str, Any] = {"num_sequences": len(windows), "seq_len": windows.shape[1]}
         described |= {"mode": settings.mode, "seed": settings.seed, "tokens_sha256": self.calibration["sha256"]}
+        selection = selection_of(self.plan.compression)
+        if selection is not None and selection != Selection():
+            # Moments of other linears are not there.
+            described["linears"] = {"targets": selection.targets, "ignore": selection.ignore}
         self.store.claim("calibration", described, MOMENTS)
         self._settings["calibration"] = described
         self._windows = windows

@@ -232,7 +232,6 @@ def test_pattern_that_does_not_divide_names_the_linear(fit):
     ("setting", "patterns"),
     [
         ("sparsity=1.5", ["sparsity", r"1\.5"]),
-        ("sparsity=-0.1", ["sparsity", r"-0\.1"]),
         ("pattern=[4, 2]", ["pattern"]),
         ("sparsity=half", ["sparsity", "half"]),
     ],
@@ -246,22 +245,14 @@ def test_sparsity_beside_a_pattern(fit):
     assert_refused(outcome, "sparsity or pattern")
 
 
-def test_more_codewords_than_subvectors_names_the_linear(fit):
+def test_more_codewords_than_subvectors_names_the_linear_before_anything_is_written(fit, tmp_path):
     outcome = fit(
         "--compression.compressor=nowag_pl.NoWagQuantizer",
         "--compression.compressor.subvector_dim=4",
         "--compression.compressor.codebook_size=256",
     )
     assert_refused(outcome, r"model\.layers\.0\.self_attn\.[kv]_proj", "256", "128")
-
-
-def test_more_codewords_than_subvectors_is_said_before_anything_is_written(fit, tmp_path):
-    fit(
-        "--compression.compressor=nowag_pl.NoWagQuantizer",
-        "--compression.compressor.subvector_dim=4",
-        "--compression.compressor.codebook_size=256",
-    )
-    assert not list((tmp_path / "run").glob("compressed/*.safetensors"))
+    assert not list((tmp_path / "run").glob("*/*.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -278,7 +269,7 @@ def test_more_codewords_than_subvectors_is_said_before_anything_is_written(fit, 
         ("--compression.budget.num_sequences=0", "^Expected compression.budget.num_sequences of at least 1"),
         ("--data.calibration_files=[]", r"data.calibration_files, but got \[\]"),
         ("--data.eval_files={}", "data.eval_files, but got {}"),
-        ("--data.eval_files={mine:text.txt}", "a space behind the colon"),
+        ("--data.eval_files={mine:text.txt}", "a space after the colon"),
         ("--run_dir=", "run_dir to name a folder"),
         ("--trainer.devices=0", "devices"),
     ],

@@ -57,6 +57,11 @@ DISTILLED = "--model.objective=nowag_pl.lit.objectives.Distillation"
 DISTILLATION = (*END_TO_END, DISTILLED, "--model.objective.temperature=1.5")
 
 
+def also_slow(*values):
+    """Return further values of a test, for the slow suite."""
+    return [pytest.param(*(each if isinstance(each, tuple) else (each,)), marks=pytest.mark.slow) for each in values]
+
+
 class CutError(Exception):
     """The process ends here."""
 
@@ -87,7 +92,7 @@ def unpacked_zeros(model) -> int:
     return sum(int((layer.mlp.up_proj.weight == 0).sum()) for layer in model.model.layers)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["nowag_vq", *also_slow("nowag_p_2_4", "armor_2_4")])
 def test_blockwise_finetuning_wins_perplexity_back(method, fit, command_line, workplace, tmp_path):
     assert fit(*METHODS[method], *BLOCKWISE).code == 0
     report = read_report(tmp_path / "run")
@@ -104,7 +109,7 @@ def test_blockwise_finetuning_wins_perplexity_back(method, fit, command_line, wo
     assert unpacked_zeros(model) == unpacked_zeros(load_compressed(folder))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["nowag_p_2_4", "armor_2_4", pytest.param("nowag_vq", marks=pytest.mark.slow)])
 def test_end_to_end_goes_on_from_the_finetuned_blocks(method, fit, workplace, tmp_path):
     outcome = fit(*METHODS[method], *BLOCKWISE, *DISTILLATION)
     assert outcome.code == 0
@@ -165,7 +170,8 @@ def test_finished_run_trains_nothing_again(fit, tmp_path, monkeypatch):
     assert_equal_tensors(exported(tmp_path / "run"), tensors)
 
 
-@pytest.mark.parametrize("step", [2, 6, 8])  # 4 in an epoch
+# There are 4 steps in an epoch.
+@pytest.mark.parametrize("step", [6, *also_slow(2, 8)])
 def test_end_to_end_training_that_is_cut_goes_on_to_the_same_bytes(step, fit, tmp_path, monkeypatch):
     assert fit(*DISTILLATION, name="whole").code == 0
     training_step, steps = LitCausalLM.training_step, []
@@ -188,7 +194,7 @@ def test_end_to_end_training_that_is_cut_goes_on_to_the_same_bytes(step, fit, tm
     assert_equal_tensors(exported(tmp_path / "run"), exported(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("step", [2, 4, 5, 8])  # 4 in an epoch
+@pytest.mark.parametrize("step", [4, 5, *also_slow(2, 8)])
 def test_sigterm_behind_any_step_loses_none(step, fit, tmp_path, monkeypatch):
     training_step = LitCausalLM.training_step
 
@@ -233,7 +239,7 @@ def test_finetuned_export_of_an_earlier_command_is_named(fit, caplog):
     assert "run/export_finetuned is of an earlier command" in caplog.text
 
 
-@pytest.mark.parametrize("checkpoints", [True, False])
+@pytest.mark.parametrize("checkpoints", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sigterm_between_two_epochs_loses_none(checkpoints, fit, tmp_path, monkeypatch, caplog):
     settings = (*DISTILLATION, f"--trainer.enable_checkpointing={checkpoints}")
     assert fit(*settings, name="whole").code == 0
@@ -251,8 +257,10 @@ def test_sigterm_between_two_epochs_loses_none(checkpoints, fit, tmp_path, monke
     assert_equal_tensors(exported(tmp_path / "run"), exported(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("every", [1, 3, 4])  # 4 steps in an epoch
-@pytest.mark.parametrize("step", [3, 4, 5])
+@pytest.mark.parametrize(
+    ("step", "every"),
+    [(4, 4), (5, 3), *also_slow((3, 3), (4, 1), (5, 1))],
+)
 def test_run_cut_after_a_checkpoint_between_epochs(step, every, fit, tmp_path, monkeypatch):
     settings = (*DISTILLATION, f"--checkpoint.every_n_train_steps={every}")
     assert fit(*settings, name="whole").code == 0
@@ -287,22 +295,20 @@ def test_end_to_end_training_from_a_named_checkpoint(fit, tmp_path):
     assert_equal_tensors(exported(tmp_path / "run"), tensors)
 
 
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [
-        ("--model.learning_rate=0.001", r"training.learning_rate = 0.003, not 0.001"),
-        ("--trainer.max_epochs=3", "training.max_epochs = 2, not 3"),
-        ("--finetuning.learning_rate=0.001", "finetuning.learning_rate = 0.003, not 0.001"),
-        ("--model.objective.temperature=2", "training.objective.temperature = 1.5, not 2"),
-        ("--data.max_train_windows=9", "training.tokens_sha256"),
-    ],
-)
-def test_changed_settings_are_refused_by_name(change, name, fit, tmp_path):
+def test_changed_settings_are_refused_by_name(fit, tmp_path):
     assert fit(*BLOCKWISE, *DISTILLATION).code == 0
-    outcome = fit(*BLOCKWISE, *DISTILLATION, change)
-    assert outcome.code == 1
-    assert name in outcome.message
-    assert "to start again" in outcome.message
+    for change, name in {
+        "--model.learning_rate=0.001": "training.learning_rate = 0.003, not 0.001",
+        "--model.warmup_fraction=0.5": "training.warmup_fraction = 0.05, not 0.5",
+        "--trainer.max_epochs=3": "training.max_epochs = 2, not 3",
+        "--finetuning.learning_rate=0.001": "finetuning.learning_rate = 0.003, not 0.001",
+        "--model.objective.temperature=2": "training.objective.temperature = 1.5, not 2",
+        "--data.max_train_windows=9": "training.tokens_sha256",
+    }.items():
+        outcome = fit(*BLOCKWISE, *DISTILLATION, change)
+        assert outcome.code == 1
+        assert name in outcome.message
+        assert "to start again" in outcome.message
 
 
 @pytest.mark.parametrize(
@@ -346,7 +352,10 @@ LONG = (
     "signum",
     [signal.SIGTERM, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGINT, signal.SIGKILL))],
 )
-@pytest.mark.parametrize("point", ["finetuned/checkpoints/block_001/last.ckpt", "training/last.ckpt"])
+@pytest.mark.parametrize(
+    "point",
+    ["training/last.ckpt", pytest.param("finetuned/checkpoints/block_001/last.ckpt", marks=pytest.mark.slow)],
+)
 def test_stopped_process_goes_on_to_the_same_bytes(point, signum, fit, model_folder, workplace, tmp_path):
     settings = (*BLOCKWISE, *DISTILLATION, *LONG)
     run_dir, log = tmp_path / "run", tmp_path / "log"
@@ -367,10 +376,9 @@ def test_stopped_process_goes_on_to_the_same_bytes(point, signum, fit, model_fol
     assert artefacts(run_dir) == artefacts(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("stage", ["moments/block_001.safetensors"])
-def test_signal_outside_of_training_stops_at_once(stage, signum, fit, model_folder, workplace, tmp_path):
-    run_dir, log = tmp_path / "run", tmp_path / "log"
+@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_signal_outside_of_training_stops_at_once(signum, fit, model_folder, workplace, tmp_path):
+    run_dir, log, stage = tmp_path / "run", tmp_path / "log", "moments/block_001.safetensors"
     arguments = fit_arguments(workplace, model_folder("qwen2", num_blocks=20), run_dir)
     assert stop_when(start(arguments, log), (run_dir / stage).exists, log, signum) == 128 + signum
     assert f"Stopped by {signum.name}" in log.read_text()

@@ -3,7 +3,6 @@
 import gc
 import json
 import warnings
-from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -75,7 +74,7 @@ def hidden_states(model: nn.Module, windows: torch.Tensor) -> list[torch.Tensor]
     return seen
 
 
-@pytest.mark.parametrize(("family", "compressor"), [*product(["qwen2", "llama"], COMPRESSORS), ("qwen2", "armor")])
+@pytest.mark.parametrize(("family", "compressor"), [("qwen2", "pruner"), ("llama", "quantizer"), ("qwen2", "armor")])
 def test_every_block_comes_nearer_to_its_targets(family, compressor, finetuned):
     run = finetuned(family=family, compressor=compressor)
     rows = run.finetuning_statistics()
@@ -153,15 +152,13 @@ def scripted(monkeypatch):
     return rates, states
 
 
-@pytest.mark.parametrize(
-    ("patience", "halvings"), [(0, [0, 0, 0, 1, 2, 3, 3]), (1, [0, 0, 0, 0, 1, 1, 1]), (2, [0, 0, 0, 0, 0, 1, 1])]
-)
+@pytest.mark.parametrize(("patience", "halvings"), [(0, [0, 0, 0, 1, 2, 3, 3]), (1, [0, 0, 0, 0, 1, 1, 1])])
 def test_learning_rate_is_halved_after_epochs_without_gain(patience, halvings, one_block, scripted):
     one_block(plateau_patience=patience, stop_patience=9, max_epochs=7, learning_rate=0.008)
     assert list(scripted[0].values()) == pytest.approx([0.008 / 2**number for number in halvings])
 
 
-@pytest.mark.parametrize(("patience", "epochs", "best"), [(1, 3, 1), (2, 4, 1), (4, 7, 5)])
+@pytest.mark.parametrize(("patience", "epochs", "best"), [(2, 4, 1), (4, 7, 5)])
 def test_training_stops_after_epochs_without_gain_and_keeps_the_best(patience, epochs, best, one_block, scripted):
     run = one_block(stop_patience=patience, max_epochs=7)
     (row,), states = run.finetuning_statistics(), scripted[1]
@@ -264,20 +261,20 @@ def test_bfloat16_block_is_trained_in_float32_and_stored_as_it_was(finetuned, mo
     assert sum(row["after"] < row["before"] for row in run.finetuning_statistics()) >= 2
 
 
-def test_mapped_hidden_states_give_the_same_blocks(finetuned, tmp_path):
-    finetuned("memory", activations="memory")
-    finetuned("disk", activations="disk")
-    assert artefacts(tmp_path / "memory") == artefacts(tmp_path / "disk")
-
-
-def test_place_of_the_hidden_states_may_change_in_a_run(finetuned, tmp_path):
+def test_mapped_hidden_states_give_the_same_blocks_and_may_come_later(finetuned, tmp_path):
     finetuned(activations="memory")
+    before = artefacts(tmp_path / "run")
     (tmp_path / "run" / "finetuned" / "block_002.safetensors").unlink()
     finetuned(activations="disk")
+    assert artefacts(tmp_path / "run") == before
 
 
-def test_nothing_temporary_is_left(finetuned, tmp_path):
+def test_lost_block_is_made_again_as_it_was_and_nothing_temporary_is_left(finetuned, tmp_path):
     finetuned()
+    before = artefacts(tmp_path / "run")
+    (tmp_path / "run" / "finetuned" / "block_001.safetensors").unlink()
+    finetuned()
+    assert artefacts(tmp_path / "run") == before
     names = sorted(file.name for file in (tmp_path / "run" / "finetuned").iterdir())
     assert names == [*(f"block_{index:03d}.safetensors" for index in range(3)), "checkpoints"]
     assert not list((tmp_path / "run" / "finetuned" / "checkpoints").iterdir())
@@ -303,9 +300,13 @@ def cut_at(monkeypatch, step, module=BlockModule, name="training_step"):
     monkeypatch.setattr(module, name, cutting)
 
 
+SLOW_CUTS = [("block", 1), ("block", 10), ("block", 27), ("model", 9)]
+
+
 # 3 steps in an epoch, 3 epochs in a block: inside the first epoch, a later one, later blocks
 @pytest.mark.parametrize(
-    ("targets", "step"), [("block", 1), ("block", 5), ("block", 10), ("block", 27), ("model", 9), ("model", 14)]
+    ("targets", "step"),
+    [("block", 5), ("model", 14), *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW_CUTS)],
 )
 def test_cut_run_goes_on_to_the_same_bytes(targets, step, finetuned, tmp_path, monkeypatch):
     settings = {"targets": targets, "stop_patience": 9}
@@ -324,7 +325,7 @@ def test_cut_run_goes_on_to_the_same_bytes(targets, step, finetuned, tmp_path, m
     assert artefacts(tmp_path / "cut") == artefacts(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize("compressor", ["quantizer", pytest.param("pruner", marks=pytest.mark.slow)])
 def test_run_cut_behind_the_last_epoch_trains_no_more(compressor, finetuned, tmp_path, monkeypatch):
     settings = {"stop_patience": 1, "max_epochs": 12, "learning_rate": 0.03, "compressor": compressor}
     steps = []
@@ -357,36 +358,21 @@ def test_resume_reads_no_finished_block(finetuned, monkeypatch, tmp_path):
     assert set(read) == {2}
 
 
-def test_lost_block_is_made_again_as_it_was(finetuned, tmp_path):
-    finetuned()
-    before = artefacts(tmp_path / "run")
-    (tmp_path / "run" / "finetuned" / "block_001.safetensors").unlink()
-    finetuned()
-    assert artefacts(tmp_path / "run") == before
-
-
 def test_finished_run_does_nothing_again(finetuned, monkeypatch):
     finetuned()
     monkeypatch.setattr(StreamedModel, "load_block", lambda *args: pytest.fail("a block was read"))
     finetuned()
 
 
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [
+def test_other_settings_are_refused_and_named(finetuned, tmp_path):
+    finetuned()
+    for change, name in [
         ({"learning_rate": 1e-4}, r"finetuning\.learning_rate = 0\.003, not 0\.0001"),
         ({"targets": "model"}, r"finetuning\.targets = 'block', not 'model'"),
         ({"train": TRAIN.flip(0)}, r"finetuning\.train_sha256"),
-    ],
-)
-def test_other_settings_are_refused_and_named(change, name, finetuned, tmp_path):
-    finetuned()
-    with pytest.raises(ValueError, match=rf"{name}.*choose another run_dir, or delete \S+finetuned to start again"):
-        finetuned(**change)
-
-
-def test_blocks_of_another_compression_are_refused(finetuned, tmp_path):
-    finetuned()
+    ]:
+        with pytest.raises(ValueError, match=rf"{name}.*choose another run_dir, or delete \S+finetuned to start again"):
+            finetuned(**change)
     for file in (tmp_path / "run" / "compressed").iterdir():
         file.unlink()
     with pytest.raises(ValueError, match=r"compression\.compressor = 'NoWagPruner', not 'NoWagQuantizer'"):
@@ -482,8 +468,5 @@ def test_errors_of_every_block_lie_in_tensorboard(finetuned, tmp_path):
         assert len(errors) == row["epochs"] == 3
         assert min(errors) == pytest.approx(row["after"], rel=0.05)
         assert len(events.Scalars("train/error")) == 9
-
-
-def test_report_of_finetuning_is_json(finetuned):
-    rows = finetuned().finetuning_statistics()
+    rows = run.finetuning_statistics()
     assert json.loads(json.dumps(rows)) == rows

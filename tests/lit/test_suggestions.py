@@ -33,7 +33,7 @@ def test_nearest_name_is_found(message, expected):
 
 def test_yaml_without_a_space_is_explained():
     said = "Union subtypes\n - Expected a <class 'dict'>\nGiven value type: <class 'str'>\nGiven value: {mine:a.txt}"
-    assert "a space behind the colon" in explained(said)
+    assert "a space after the colon" in explained(said)
     assert explained(said.replace("mine:", "mine: ")) == said.replace("mine:", "mine: ")
 
 

@@ -21,7 +21,8 @@ from nowag_pl.functional.armor.objective import (
     reconstruct,
 )
 
-CHECK_ITERS = 50  # iterations over which the gain is compared with the tolerance
+# Iterations over which the gain is compared with the tolerance.
+CHECK_ITERS = 50
 Selection = Literal["gradient", "random"]
 
 

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from nowag_pl.functional.armor.objective import ArmorFactors, ArmorTarget
 
-MAX_SUPPORTS = 256  # of a group: all are solved for
-_DAMPING = 1e-6  # of the mean diagonal of G: channels without activations make it singular
+# Supports of a group, all of which are solved for.
+MAX_SUPPORTS = 256
+# Share of the mean of G's diagonal: channels without activations make G singular.
+_DAMPING = 1e-6
 
 
 class Groups(NamedTuple):
@@ -134,7 +136,8 @@ def _quadratic(
     gram = (weighted_rows @ rows.mT) * (weighted_column * column).sum(dim=-1)[..., None, None]
     blocks = residual.view(num_rows, -1, num_columns, rows.shape[-1])  # [p, a, q, b]
     projected = torch.einsum("paqb,pqa->pqb", blocks, weighted_column)
-    linear = _times(weighted_rows, projected) + _times(gram, before)  # the residual lacks what the group does now
+    # The residual lacks the group's present part.
+    linear = _times(weighted_rows, projected) + _times(gram, before)
     return _Quadratic(gram, linear, column, rows)
 
 

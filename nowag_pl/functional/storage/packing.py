@@ -18,7 +18,8 @@ from nowag_pl.functional.patterns import check_row
 from nowag_pl.kernels.bits import code_bits
 from nowag_pl.kernels.dispatch import is_for_numba
 
-_SLOTS = 8  # eight values of b bits fill b bytes
+# Eight values of b bits fill b bytes.
+_SLOTS = 8
 MAX_BITS = 24
 # Wider groups are stored as plain bits.
 MAX_TABLE_GROUP = 16

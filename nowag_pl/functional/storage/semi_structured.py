@@ -8,7 +8,8 @@ from torch.sparse import to_sparse_semi_structured
 
 PATTERN = (2, 4)
 DTYPES = (torch.float16, torch.bfloat16)
-MULTIPLE = 64  # of rows and columns; enough for either backend of torch.sparse
+# Rows and columns have to be multiples of it; enough for either backend of torch.sparse.
+MULTIPLE = 64
 MIN_CAPABILITY = (8, 0)
 
 

@@ -18,7 +18,8 @@ from nowag_pl.functional.vq.kmeans_start import kmeans_plus_plus
 from nowag_pl.functional.vq.nearest import chunk_points, point_features, search
 from nowag_pl.functional.vq.quantized import SubvectorWeights
 
-CUDA_PART_ELEMENTS = 2**25  # features at a time, 128 MiB: few kernels are launched
+# Features at a time on CUDA: 128 MiB, so that few kernels are launched.
+CUDA_PART_ELEMENTS = 2**25
 
 
 class KMeansResult(NamedTuple):
@@ -147,7 +148,8 @@ def _assign(points: _Points, codebook: Tensor) -> _Assignment:
     sums, loss = codebook.new_zeros(num_codewords, 2 * dim), codebook.new_zeros((), dtype=torch.float64)
     find_nearest = search(codebook, num_points, chunk_size)
     for selected, features in points.parts():
-        part_codes, nearest = codes[selected], distances[selected]  # views
+        # Views, into which the search writes.
+        part_codes, nearest = codes[selected], distances[selected]
         find_nearest(features, part_codes, nearest)
         nearest.add_((features[:, dim:] * points.points[selected]).sum(dim=1)).clamp_(min=0)
         _add_by_code(sums, part_codes.long(), features)
@@ -158,8 +160,10 @@ def _assign(points: _Points, codebook: Tensor) -> _Assignment:
 def _add_by_code(sums: Tensor, codes: Tensor, features: Tensor) -> None:
     """Add the features of each codeword's points, always in the same order."""
     if sums.device.type == "cpu":
-        sums.index_add_(0, codes, features)  # with int32 codes it takes three times as long
-    else:  # where it would add in any order
+        # The codes are int64: with int32 this takes three times as long.
+        sums.index_add_(0, codes, features)
+    else:
+        # Elsewhere index_add_ adds in any order.
         add_sorted(sums, codes, features)
 
 

@@ -12,8 +12,10 @@ from torch import Tensor
 from nowag_pl.functional.vq.nearest import codeword_features, point_features, search
 from nowag_pl.functional.vq.quantized import SubvectorWeights
 
-START_POINTS_PER_CODEWORD = 64  # the start is drawn from a random sample of at most so many points
-MAX_CANDIDATES = 1024  # at once; so many distances of each of them are in memory
+# The start is drawn from a random sample of at most so many points.
+START_POINTS_PER_CODEWORD = 64
+# Candidates drawn at once; a distance for each pair of them is in memory.
+MAX_CANDIDATES = 1024
 
 
 def kmeans_plus_plus(
@@ -40,14 +42,16 @@ def kmeans_plus_plus(
     points, weights = points[sample], weights[sample]
     features = point_features(points, weights)  # [n, 2 d]
     offset = (features[:, points.shape[1] :] * points).sum(dim=1)  # [n]: sum_j w x^2, what the features leave out
-    distances = torch.ones_like(offset)  # equal chances for the first
+    # The first codeword is any point, with equal chances.
+    distances = torch.ones_like(offset)
     chosen = _draw(points, features, offset, distances, 1, generator)
     distances.fill_(torch.inf)
     newest, nearest, codes = chosen, torch.empty_like(offset), torch.empty_like(offset, dtype=torch.int32)
     while len(chosen) < num_codewords:
         search(points[newest], len(points))(features, codes, nearest)
         torch.minimum(distances, nearest.add_(offset).clamp_(min=0), out=distances)
-        count = min(len(chosen), MAX_CANDIDATES)  # while as many are added, most of each distance is left
+        # While at most as many are added as there are, most of each distance is left.
+        count = min(len(chosen), MAX_CANDIDATES)
         newest = _draw(points, features, offset, distances, count, generator)
         chosen = torch.cat([chosen, newest])
     return points[chosen[:num_codewords]]
@@ -63,7 +67,8 @@ def _draw(
 ) -> Int[Tensor, " kept"]:
     """Draw candidates by distances that leave each other out, and return those that the others let through."""
     draws = torch.rand(2, count, generator=generator, dtype=torch.float64)
-    cumulative = distances.cpu().cumsum(0, dtype=torch.float64)  # on CUDA sums differ from time to time
+    # Summed on the CPU, since on CUDA sums differ from time to time.
+    cumulative = distances.cpu().cumsum(0, dtype=torch.float64)
     candidates = torch.searchsorted(cumulative, draws[0] * cumulative[-1], right=True)
     candidates = candidates.clamp_(max=len(points) - 1).to(points.device)
     products = features[candidates] @ codeword_features(points[candidates])

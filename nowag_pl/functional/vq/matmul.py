@@ -25,13 +25,19 @@ from nowag_pl.functional.vq.quantized import grouped
 from nowag_pl.kernels.bits import code_bits
 from nowag_pl.kernels.dispatch import is_for_numba, is_for_triton
 
-CPU_MAX_TOKENS = 64  # faster beyond, too (benchmarks/README.md), but what is measured there stays exact
-CPU_MAX_LOOKUP_TOKENS = 4  # from columns; measured, benchmarks/README.md
-CUDA_MAX_TOKENS = 256  # an estimate, never measured; the same command measures it
-TILE_BYTES = 4 * 2**20  # decoded rows at a time
-MAX_LOOKUP_RATIO = 4  # codewords per row of the weight, above which computing all products costs more than it saves
+# It is faster beyond that, too (benchmarks/README.md), but perplexities are measured with the exact weight.
+CPU_MAX_TOKENS = 64
+# Tokens that are looked up from columns (measured, benchmarks/README.md).
+CPU_MAX_LOOKUP_TOKENS = 4
+# An estimate that was never measured; the same command measures it.
+CUDA_MAX_TOKENS = 256
+# Size of the rows that are decoded at a time.
+TILE_BYTES = 4 * 2**20
+# Codewords per row of the weight, above which computing all products costs more than it saves.
+MAX_LOOKUP_RATIO = 4
 
-_Decode = Callable[[Tensor, int, Tensor], None]  # codebook, first row, where the rows go
+# Takes the codebook, the number of the first row, and the tensor to write to.
+_Decode = Callable[[Tensor, int, Tensor], None]
 
 
 def is_for_few_tokens(num_tokens: int, device: torch.device) -> bool:
@@ -159,7 +165,8 @@ def _by_tiles(tokens: Tensor, codebook: Tensor, in_scale: Tensor, out_scale: Ten
     groups = grouped(tokens * in_scale, codebook.shape[1]).to(dtype)  # [tokens, groups, d]
     inputs, codewords = groups.flatten(1), codebook.to(dtype).contiguous()
     num_rows, num_groups = len(out_scale), groups.shape[1]
-    num_tile_rows = max(TILE_BYTES // (num_groups * codewords[0].nbytes) // 8, 1) * 8  # a tile starts with a whole byte
+    # A tile starts with a whole byte.
+    num_tile_rows = max(TILE_BYTES // (num_groups * codewords[0].nbytes) // 8, 1) * 8
     buffer = inputs.new_empty(min(num_tile_rows, num_rows), inputs.shape[1])
     products = []
     for start in range(0, num_rows, num_tile_rows):

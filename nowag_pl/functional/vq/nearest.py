@@ -14,11 +14,14 @@ from torch import Tensor
 
 from nowag_pl.kernels.dispatch import is_for_numba, is_for_triton
 
-CPU_CHUNK_ELEMENTS = 2**18  # distances at a time: 1 MiB, which stays in the cache of one core
-CUDA_CHUNK_ELEMENTS = 2**25  # 128 MiB
+# Distances at a time on a CPU: 1 MiB, which stays in the cache of one core; on CUDA: 128 MiB.
+CPU_CHUNK_ELEMENTS = 2**18
+CUDA_CHUNK_ELEMENTS = 2**25
 ROW_BLOCKS = 64
-NUMBA_MAX_DIM = 16  # its instructions are as many
-TRITON_MAX_DIM = 32  # its tiles fit into registers and shared memory
+# Longest codeword for Numba, whose kernel has as many instructions.
+NUMBA_MAX_DIM = 16
+# Longest codeword for Triton, whose tiles have to fit into registers and shared memory.
+TRITON_MAX_DIM = 32
 
 
 def point_features(points: Float[Tensor, "n d"], weights: Float[Tensor, "n d"]) -> Float[Tensor, "n width"]:

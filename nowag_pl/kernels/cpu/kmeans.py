@@ -24,8 +24,10 @@ from torch import Tensor
 
 from nowag_pl.kernels.cpu.threads import in_threads
 
-_LANES = 16  # codewords in a register of AVX-512; elsewhere several registers stand for one
-_POINTS, _REGISTERS = 4, 2  # points and registers of codewords that meet at a time
+# Codewords in a register of AVX-512; elsewhere several registers stand for one.
+_LANES = 16
+# Points and registers of codewords that meet at a time.
+_POINTS, _REGISTERS = 4, 2
 _WORD, _INDEX = ir.IntType(32), ir.IntType(64)
 _FLOATS, _WORDS = ir.VectorType(ir.FloatType(), _LANES), ir.VectorType(_WORD, _LANES)
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from nowag_pl.kernels.cpu.threads import in_threads
 
-_ROWS = 4  # that a sum of squares meets at a time
+# Rows that a sum of squares meets at a time.
+_ROWS = 4
 _compiled = numba.njit(nogil=True, error_model="numpy")
 
 

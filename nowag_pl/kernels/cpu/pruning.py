@@ -13,8 +13,10 @@ from torch import Tensor
 from nowag_pl.kernels.bits import INTEGERS
 from nowag_pl.kernels.cpu.threads import in_threads
 
-_BLOCK = 2**14  # weights, which stay in the caches of a core
-_WORDS = {4: np.uint32, 8: np.uint64}  # which hold the mask of a group, a byte for each weight
+# Weights that stay in the caches of a core.
+_BLOCK = 2**14
+# Integers that hold the mask of a group, a byte for each weight.
+_WORDS = {4: np.uint32, 8: np.uint64}
 GROUP_SIZES = tuple(_WORDS)
 _compiled = numba.njit(nogil=True)
 
@@ -62,7 +64,8 @@ def pack_numbers(
     """
     packed = torch.empty(-(-len(keep) * bits // 8), dtype=torch.uint8)
     pack, arrays = _pack_kernel(keep.shape[1], bits), (keep.numpy(), number_of.numpy(), packed.numpy())
-    num_octets = -(-len(keep) // 8)  # eight numbers fill whole bytes
+    # Eight numbers fill whole bytes.
+    num_octets = -(-len(keep) // 8)
     complete = in_threads(lambda first, last: pack(first, last, *arrays), 0, num_octets)
     return packed if all(complete) else None
 
@@ -73,7 +76,8 @@ def _pick(first: int, last: int, values: np.ndarray, picked: np.ndarray, keep: n
     """Write the kept values of some blocks."""
     place, written, stop = np.uint64(first * _BLOCK), ends[first], ends[last]
     while written < stop:
-        picked[written] = values[place]  # without a branch: the next value takes the place of one that is not kept
+        # Without a branch: the next value takes the place of one that is not kept.
+        picked[written] = values[place]
         written += np.uint64(keep[place])
         place += np.uint64(1)
 

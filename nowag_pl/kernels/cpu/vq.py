@@ -21,10 +21,13 @@ from torch import Tensor
 from nowag_pl.kernels.bits import INTEGERS, code_bits
 from nowag_pl.kernels.cpu.threads import in_threads
 
-_BLOCK_BYTES = 2**20  # products at a time, so that they stay in the cache of a core
+# Products at a time, so that they stay in the cache of a core.
+_BLOCK_BYTES = 2**20
 _MAX_BLOCK_GROUPS = 128
-_CHUNK = 512  # codewords, which stay in the first cache while they meet a block of groups
-_TILE_ROWS = 64  # whose windows are cut together
+# Codewords that stay in the first cache while they meet a block of groups.
+_CHUNK = 512
+# Rows whose windows are cut together.
+_TILE_ROWS = 64
 compiled = numba.njit(nogil=True, fastmath=True, error_model="numpy")
 
 
@@ -65,7 +68,8 @@ def sum_lookups(
             size = min(block_size, last - block)
             multiply(values, columns, block, block + size, products)
             windows = np.empty((_TILE_ROWS, -(-size // per_window)), np.uint64)
-            products[size : windows.shape[1] * per_window] = 0  # the last window reaches into the next groups
+            # The last window reaches into the next groups.
+            products[size : windows.shape[1] * per_window] = 0
             for part in parts:
                 add_lookups(*part, num_groups, block, products, windows, sums)
         return sums
@@ -130,7 +134,8 @@ def _parts(codes: np.ndarray, bits: int, start: int, stop: int, length: int = 1)
 def _window(words: np.ndarray, bit: int) -> np.uint64:
     """Return 64 bits that start at any bit."""
     word, shift = np.uint64(bit) >> np.uint64(6), np.uint64(bit) & np.uint64(63)
-    above = (words[word + np.uint64(1)] << np.uint64(1)) << (np.uint64(63) - shift)  # a shift by 64 is undefined
+    # In two steps, since a shift by 64 is undefined.
+    above = (words[word + np.uint64(1)] << np.uint64(1)) << (np.uint64(63) - shift)
     return (words[word] >> shift) | above
 
 
@@ -162,7 +167,7 @@ def _lookup_kernel(bits: int) -> Callable[..., None]:
     per_window, mask = 64 // bits, np.uint64(2**bits - 1)
 
     @compiled
-    def add_lookups(  # noqa: PLR0913
+    def add_lookups(
         words: np.ndarray,
         first_bit: int,
         start: int,
@@ -189,7 +194,8 @@ def _lookup_kernel(bits: int) -> Callable[..., None]:
                 total = np.float32(0)
                 for number in range(num_windows):
                     window, group = windows[row, number], number * per_window
-                    even, odd = np.float32(0), np.float32(0)  # two sums do not wait for each other
+                    # Two sums do not wait for each other.
+                    even, odd = np.float32(0), np.float32(0)
                     for slot in range(0, per_window - 1, 2):
                         even += products[group + slot, (window >> np.uint64(slot * bits)) & mask]
                         odd += products[group + slot + 1, (window >> np.uint64((slot + 1) * bits)) & mask]

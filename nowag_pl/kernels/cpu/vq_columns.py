@@ -23,7 +23,8 @@ from nowag_pl.kernels.cpu.vq import (
     product_kernel,
 )
 
-_COPIED_GROUPS = 16  # at a time: so many columns are read, and no more, since what lies a row apart shuts others out
+# Columns read at a time, and no more: values that lie a row apart shut each other out of the cache.
+_COPIED_GROUPS = 16
 
 
 def sum_column_lookups(
@@ -49,7 +50,8 @@ def sum_column_lookups(
             stop = min(block + block_size, last)
             for token in range(len(values)):
                 multiply(values[token], chunks, block, stop, products)
-                products[stop - block] = 0  # the pair of the last group, if it has no other
+                # The pair of the last group, if it has no other.
+                products[stop - block] = 0
                 _add_lookups(codes, block, stop, products, sums[token])
         return sums
 

@@ -14,9 +14,12 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-_POINTS, _CODEWORDS = 64, 32  # of a program, so that none of its 128 registers is spilled
-_MIN_DOT = 16  # what tl.dot takes
-_ERROR = 2.0**-18  # of a product of three TF32 parts, as a share of the sum of its terms' sizes; some of it is reserve
+# Of one program, whose 128 registers hold them without spilling.
+_POINTS, _CODEWORDS = 64, 32
+# Smallest side that tl.dot takes.
+_MIN_DOT = 16
+# Error of a product of three TF32 parts, as a share of the sum of its terms' sizes, with some reserve.
+_ERROR = 2.0**-18
 
 
 def find_nearest(
@@ -62,7 +65,8 @@ def _launch(features: Tensor, codeword_features: Tensor, codes: Tensor, distance
     """Run the kernel with a precision of products that `tl.dot` knows; return which points are doubtful."""
     num_points, width = features.shape
     doubtful = torch.empty(num_points, dtype=torch.bool, device=features.device)
-    with torch.cuda.device_of(features):  # Triton launches on the current device
+    # Triton launches on the current device.
+    with torch.cuda.device_of(features):
         _kernel[(triton.cdiv(num_points, _POINTS),)](
             features.contiguous(),
             codeword_features.contiguous(),
@@ -84,7 +88,7 @@ def _launch(features: Tensor, codeword_features: Tensor, codes: Tensor, distance
 
 @triton.jit
 @no_type_check  # Triton compiles the plain function
-def _kernel(  # noqa: PLR0913
+def _kernel(
     features_ptr,  # [n, 2 d]
     codewords_ptr,  # [2 d, k]
     codes_ptr,  # int32 [n]

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from nowag_pl.kernels.bits import code_bits
 
-_TOKENS = 64  # at most, of one program
-_MIN_DOT = 16  # what tl.dot takes
+# Tokens of one program, at the most.
+_TOKENS = 64
+# Smallest side that tl.dot takes.
+_MIN_DOT = 16
 _ROWS, _GROUPS = 16, 32
 
 
@@ -40,7 +42,8 @@ def fused_matmul(
     output = tokens.new_empty(num_tokens, len(out_scale))
     block_tokens = 1 if num_tokens == 1 else min(max(triton.next_power_of_2(num_tokens), _MIN_DOT), _TOKENS)
     grid = (triton.cdiv(len(out_scale), _ROWS), triton.cdiv(num_tokens, block_tokens))
-    with torch.cuda.device_of(tokens):  # Triton launches on the current device
+    # Triton launches on the current device.
+    with torch.cuda.device_of(tokens):
         _kernel[grid](
             tokens.contiguous(),
             codes,
@@ -64,7 +67,7 @@ def fused_matmul(
 
 @triton.jit
 @no_type_check  # Triton compiles the plain function
-def _kernel(  # noqa: PLR0913
+def _kernel(
     tokens_ptr,  # [tokens, in]
     codes_ptr,  # uint8 [bytes]
     codebook_ptr,  # [k, d]
@@ -85,14 +88,16 @@ def _kernel(  # noqa: PLR0913
     tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     num_groups = (in_features + DIM - 1) // DIM
     row_bits = rows.to(tl.int64) * num_groups * BITS
-    one = tl.zeros((ROWS, GROUPS), dtype=tl.float32)  # sums of one token, added up at the end
+    # Sums of one token, added up at the end.
+    one = tl.zeros((ROWS, GROUPS), dtype=tl.float32)
     many = tl.zeros((TOKENS, ROWS), dtype=tl.float32)
     for start in range(0, num_groups, GROUPS):
         groups = start + tl.arange(0, GROUPS)
         inside = (rows < out_features)[:, None] & (groups < num_groups)[None, :]
         bit = row_bits[:, None] + (groups * BITS)[None, :]
         word = tl.zeros((ROWS, GROUPS), dtype=tl.int32)
-        for byte in tl.static_range((BITS + 14) // 8):  # a code may start at any of the 8 bits of its first byte
+        # A code may start at any of the 8 bits of its first byte.
+        for byte in tl.static_range((BITS + 14) // 8):
             index = (bit >> 3) + byte
             value = tl.load(codes_ptr + index, mask=inside & (index < num_bytes), other=0)
             word |= value.to(tl.int32) << (8 * byte)

@@ -1,4 +1,4 @@
-"""What end-to-end training minimises; each is chosen by its class_path."""
+"""Objectives of end-to-end training, each chosen by its class_path."""
 
 from nowag_pl.lit.objectives.base import Objective
 from nowag_pl.lit.objectives.distillation import Distillation

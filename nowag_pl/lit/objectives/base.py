@@ -1,4 +1,4 @@
-"""The declared base of objectives: a loss for every predicted token, and what it needs beside the model."""
+"""The declared base of objectives: a loss for every predicted token, and its needs beside the model."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -12,7 +12,7 @@ from nowag_pl.stages.teacher import TeacherSettings
 
 
 class Objective(ABC):
-    """What end-to-end training minimises.
+    """A loss that end-to-end training minimises.
 
     Lifecycle: `check` before anything is computed; `prepare` when the training is set up, with every process up and
     nothing wrapped; `train_dataloader` once; `losses` at every step.

@@ -16,7 +16,7 @@ class Distillation(Objective):
     """Train a compressed model towards the dense model's predictions.
 
     Args:
-        temperature: what both models' logits are divided by; above 1, unlikely tokens count more.
+        temperature: divides the logits of both models; above 1, unlikely tokens count more.
         top_k: keep only so many of the dense model's likeliest tokens at each position, 8 bytes each, and lump the
             others together. null: keep its hidden states, from which all logits follow.
         batch_size: windows that pass a block of the dense model together.

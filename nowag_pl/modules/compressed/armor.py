@@ -14,7 +14,8 @@ from nowag_pl.functional.storage.bits import armor_bits_per_weight
 from nowag_pl.functional.storage.packing import pack_keep, pattern_bits, unpack_keep
 from nowag_pl.modules.compressed.base import CompressedLinear, dtype_name, rounded_to
 
-_STORED_DTYPE = torch.float16  # of a wider weight: norms and normalised values need little range
+# For a wider weight: norms and normalised values need little range.
+_STORED_DTYPE = torch.float16
 
 
 class ArmorLinear(CompressedLinear):
@@ -152,7 +153,8 @@ class ArmorLinear(CompressedLinear):
             (in_features // in_block, in_block, in_block),
             (num_groups * pattern[0],),
         )
-        linear = cls.__new__(cls)  # neither a dense core nor its mask is needed to be replaced
+        # Without a dense core and a mask that are to be replaced.
+        linear = cls.__new__(cls)
         CompressedLinear.__init__(linear, in_features, out_features, cls.empty_bias(settings))
         mask = torch.zeros(ceil(num_groups * pattern_bits(pattern) / 8), dtype=torch.uint8)
         dtype = getattr(torch, settings["dtype"])

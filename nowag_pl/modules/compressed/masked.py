@@ -104,7 +104,8 @@ class MaskedLinear(CompressedLinear):
         num_bits = out_features * in_features
         if pattern is not None:
             num_bits = num_bits // pattern[1] * pattern_bits(pattern)
-        linear = cls.__new__(cls)  # a mask need not be packed to be replaced
+        # Without packing a mask that is to be replaced.
+        linear = cls.__new__(cls)
         CompressedLinear.__init__(linear, in_features, out_features, cls.empty_bias(settings))
         values = torch.zeros(settings["num_kept"], dtype=getattr(torch, settings["dtype"]))
         linear._hold(values, torch.zeros(ceil(num_bits / 8), dtype=torch.uint8), pattern)

@@ -17,7 +17,8 @@ from nowag_pl.kernels.bits import code_bits
 from nowag_pl.modules.compressed.base import CompressedLinear, dtype_name, rounded_to
 from nowag_pl.modules.compressed.coded import CodedLinear
 
-_STORED_DTYPE = torch.float16  # more of its 16 bits are mantissa; norms and unit vectors need little range
+# More of its 16 bits are mantissa than bfloat16's; norms and unit vectors need little range.
+_STORED_DTYPE = torch.float16
 
 
 class VQLinear(CodedLinear):
@@ -145,7 +146,8 @@ class VQLinear(CodedLinear):
         num_codewords, dim = settings["codebook_size"], settings["subvector_dim"]
         num_bits = out_features * ceil(in_features / dim) * code_bits(num_codewords)
         values = [torch.zeros(shape) for shape in ((num_codewords, dim), (in_features,), (out_features,))]
-        linear = cls.__new__(cls)  # codes need not be packed to be replaced
+        # Without packing codes that are to be replaced.
+        linear = cls.__new__(cls)
         CompressedLinear.__init__(linear, in_features, out_features, cls.empty_bias(settings))
         linear._hold(values, torch.zeros(ceil(num_bits / 8), dtype=torch.uint8), getattr(torch, settings["dtype"]))
         return linear

@@ -56,8 +56,8 @@ def line_figure(
     Args:
         title: of the figure.
         lines: name to values.
-        x_label: what is counted.
-        y_label: what the values are, and their unit.
+        x_label: name of the counted things.
+        y_label: name and unit of the values.
         first: number of the first value.
         ordered: the names have an order, such as blocks, and get colours that show it.
     """
@@ -91,8 +91,8 @@ def scatter_figure(
     Args:
         title: of the figure.
         points: name, group (which has a colour and a place in the legend), x and y of each.
-        x_label: what x is, and its unit.
-        y_label: what y is, and its unit.
+        x_label: name and unit of x.
+        y_label: name and unit of y.
         levels: name and y of horizontal lines, such as dense models.
     """
     figure = new_figure(9.0, 4.6)

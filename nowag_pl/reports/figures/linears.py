@@ -14,10 +14,11 @@ _MAPS = {"loss": ".3f", "sparsity": ".2f", "bits_per_weight": ".2f"}
 
 
 def linear_drawing(view: LinearView) -> Figure:
-    """Draw the matrices of one linear: above as they are, below normalised, and to the right what became of them."""
+    """Draw the matrices of one linear: above as they are, below normalised, and to the right the compressed ones."""
     images = view.images
     low, high = color_limits(images["error"])
-    scale = (max(low, high - _ERROR_DECADES), high)  # what is exact would take most of the colours
+    # Weights that are exact would take most of the colours.
+    scale = (max(low, high - _ERROR_DECADES), high)
     above: list[Panel | None] = [
         Panel("log10 of weight |W|", images["weight"]),
         Panel("log10 of importance h W²", images["importance"]),

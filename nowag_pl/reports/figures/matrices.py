@@ -74,7 +74,7 @@ def _draw(figure: Figure, panel: Panel, left: int, bottom: int) -> None:
 
 
 def color_limits(values: Tensor) -> tuple[float, float]:
-    """Return what the ends of a scale stand for: all values but the most extreme."""
+    """Return the ends of a scale, between which all values but the most extreme lie."""
     low, high = np.quantile(values.cpu().numpy(), [_MARGIN, 1 - _MARGIN])
     return float(low), float(high)
 
@@ -87,7 +87,7 @@ def heat_map_figure(
     Args:
         maps: title, values by row and column (None where there is none), and the format of a value, such as ".3f".
         columns: their names.
-        row_label: what a row is.
+        row_label: name of a row.
     """
     num_rows = len(maps[0][1])
     height = max(2.6, min(0.26 * num_rows, 14.0)) + 1.4

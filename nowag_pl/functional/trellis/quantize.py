@@ -1,0 +1,206 @@
+"""A linear's weight on a trellis: NoWag's normalisation, rotation, error feedback, and scales fitted at the end.
+
+1. Columns and rows are divided by their norms (NoWag, arXiv:2504.14569), which leaves two vectors of scales.
+2. Random signs and Hadamard blocks on both sides make the entries nearly Gaussian, as the code's values are.
+3. Blocks of 16 columns go on the trellis (QTIP, arXiv:2406.11235), a tile of 16 x 16 a sequence, each with the errors
+   of those before it fed in. What an error counts is what it does to the output: with D the scales of the columns and
+   Had S the rotation, `E Had S D H D S Had E^T`. The scales of the rows cancel.
+4. Both vectors of scales are fitted to the output by least squares.
+
+Signs, levels and scales end in two vectors, so that k bits a weight and 16 bits a row and column are all there is.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int16
+from torch import Tensor
+
+from nowag_pl.functional.moments import damp, damped_inverse_factor, mean_squares, output_error
+from nowag_pl.functional.normalization import denormalize, normalize
+from nowag_pl.functional.trellis.codes import Code, code_values
+from nowag_pl.functional.trellis.feedback import Block, quantize_with_feedback
+from nowag_pl.functional.trellis.paths import MEMORY, tail_biting_path
+from nowag_pl.functional.trellis.rotation import hadamard_block, random_signs, rotate, rotate_back, rotate_metric
+from nowag_pl.functional.trellis.scales import refit_scales
+from nowag_pl.functional.trellis.tiles import TILE, from_tiles, pack_states, pad_to_tiles, to_tiles, unpack_states
+from nowag_pl.kernels.dispatch import has_module
+
+# By the bits of a weight: standard deviation of the values at which a unit Gaussian is quantized best, measured with
+# `mul1` and 12 state bits; the optimum is flat, and that of other codes and states is 0.3 % lower at most.
+SPREAD = (0.9, 1.03, 1.1, 1.15, 1.21, 1.26, 1.33, 1.43)
+
+
+@dataclass(frozen=True)
+class TrellisSettings:
+    """How a weight is put on a trellis.
+
+    Attributes:
+        bits: k, bits of a weight, 1 to 8.
+        state_bits: L, bits of a state, at most 16.
+        code: what number a state stands for.
+        rotation: "both" sides, or "none" as in the paper of NoWag.
+        feedback: whether the errors of columns are made up for in those after them. Without it, and without rotation,
+            NoWag's importance weights the squared errors.
+        damping: what is added to the diagonal of the metric, as a share of its mean.
+        refit_rounds: how often both scales are fitted.
+        multiple: what sizes are padded to: 16, or 128 for the EXL3 format.
+        memory: bytes for the search on a GPU.
+    """
+
+    bits: int = 2
+    state_bits: int = 12
+    code: Code = "mul1"
+    rotation: Literal["both", "none"] = "both"
+    feedback: bool = True
+    damping: float = 0.01
+    refit_rounds: int = 2
+    multiple: int = TILE
+    memory: int = MEMORY
+
+
+class TrellisWeight(NamedTuple):
+    """A weight on a trellis; sizes are padded to tiles, and the scales hold the signs of the rotation."""
+
+    packed: Int16[Tensor, "in_tiles out_tiles words"]
+    in_scale: Float[Tensor, " padded_in"]
+    out_scale: Float[Tensor, " padded_out"]
+    shape: tuple[int, int]
+
+
+def quantize_trellis(
+    weight: Float[Tensor, "out in"],
+    second_moment: Float[Tensor, "in in"] | Float[Tensor, " in"],
+    settings: TrellisSettings,
+    generator: torch.Generator,
+    table: Float[Tensor, " entries"] | None = None,
+) -> TrellisWeight:
+    """Put a weight on a trellis.
+
+    Args:
+        weight: W, of any floating type.
+        second_moment: H, mean of x x^T, or its diagonal.
+        settings: how.
+        generator: of the signs.
+        table: numbers of the code `table`.
+
+    Raises:
+        ValueError: H cannot be inverted, or bits, state bits or code are out of range.
+    """
+    values = code_values(settings.code, settings.state_bits, table).to(weight.device)
+    padded, padding = pad_to_tiles(weight.float(), settings.multiple), -weight.shape[1] % settings.multiple
+    moment = torch.diag(second_moment) if second_moment.dim() == 1 else second_moment
+    moment = torch.nn.functional.pad(moment.float(), (0, padding, 0, padding))
+    target, in_scale, out_scale = _prepare(padded, settings, generator)
+    # The values as they are stored stand for numbers that are `step` times larger.
+    step = SPREAD[settings.bits - 1] / float(values.std())
+    packed = _search(target / step, moment, in_scale, values, settings)
+    found = TrellisWeight(packed, in_scale, out_scale * step, (weight.shape[0], weight.shape[1]))
+    return _refit(weight.float(), found, moment[: weight.shape[1], : weight.shape[1]], values, settings)
+
+
+def reconstruct(
+    weight: TrellisWeight, values: Float[Tensor, " states"], bits: int, rotation: Literal["both", "none"]
+) -> Float[Tensor, "out in"]:
+    """Return the weight that a packed one stands for, float32: `diag(r2) Had Q Had diag(r1)`.
+
+    Args:
+        weight: packed states and scales.
+        values: number of every state.
+        bits: k.
+        rotation: as it was quantized.
+    """
+    numbers = decode_tiles(weight.packed, values, bits)
+    if rotation == "both":
+        restored = rotate_back(numbers, weight.out_scale.float(), weight.in_scale.float())
+    else:
+        restored = denormalize(numbers, weight.in_scale.float(), weight.out_scale.float())
+    return restored[: weight.shape[0], : weight.shape[1]]
+
+
+def decode_tiles(
+    packed: Int16[Tensor, "in_tiles out_tiles words"], values: Float[Tensor, " states"], bits: int
+) -> Float[Tensor, "padded_out padded_in"]:
+    """Return the numbers of all tiles as a matrix, without scales and rotation.
+
+    Args:
+        packed: from :func:`~nowag_pl.functional.trellis.tiles.pack_states`.
+        values: number of every state.
+        bits: k.
+    """
+    if packed.device.type == "cpu" and not values.requires_grad and has_module("numba"):
+        from nowag_pl.kernels.cpu.trellis import decode
+
+        return decode(packed, values, bits)
+    states = unpack_states(packed, bits, (len(values) - 1).bit_length())
+    return from_tiles(values[states.long()])
+
+
+def _prepare(padded: Tensor, settings: TrellisSettings, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what goes on the trellis, with a mean square of 1, and the scales of columns and rows that restore it."""
+    target, in_scale, out_scale = normalize(padded)
+    if settings.rotation == "both":
+        out_signs, in_signs = (random_signs(size, generator, padded.device) for size in padded.shape)
+        target = rotate(target, out_signs, in_signs)
+        in_scale, out_scale = in_scale * in_signs, out_scale * out_signs
+        # A factor of a whole Hadamard block commutes with the rotation; padding makes them differ.
+        in_level = _levels(target, hadamard_block(padded.shape[1]))
+        target = target / in_level
+        out_level = _levels(target.T, hadamard_block(padded.shape[0]))
+        return target / out_level[:, None], in_scale * in_level, out_scale * out_level
+    level = _nonzero(target.square().mean().sqrt())
+    return target / level, in_scale, out_scale * level
+
+
+def _levels(matrix: Tensor, block: int) -> Tensor:
+    """Return the root mean square of each block of columns, once for every column."""
+    return _nonzero(matrix.square().mean(dim=0).unflatten(0, (-1, block)).mean(dim=1).sqrt()).repeat_interleave(block)
+
+
+def _nonzero(values: Tensor) -> Tensor:
+    return torch.where(values > 0, values, torch.ones_like(values))
+
+
+def _search(target: Tensor, moment: Tensor, in_scale: Tensor, values: Tensor, settings: TrellisSettings) -> Tensor:
+    """Return the packed states of a normalised and rotated weight."""
+    states = []
+
+    def quantize(block: Block) -> Tensor:
+        tiles = to_tiles(block.target)[0]
+        weights = to_tiles(block.metric.diagonal().expand(len(block.target), -1))[0]
+        path = tail_biting_path(tiles, values, settings.bits, weights / weights.mean(), settings.memory)
+        states.append(path)
+        return from_tiles(values[path.long()][None])
+
+    rotated = settings.rotation == "both"
+    if settings.feedback:
+        metric = rotate_metric(moment, in_scale) if rotated else moment * in_scale * in_scale[:, None]
+        factor = damped_inverse_factor(metric, settings.damping)[1]
+    else:
+        factor = torch.diag(torch.ones_like(in_scale) if rotated else _nonzero(mean_squares(moment)).rsqrt())
+    quantize_with_feedback(target, factor, TILE, quantize)
+    return pack_states(torch.stack(states), settings.bits)
+
+
+def _refit(
+    weight: Tensor, found: TrellisWeight, moment: Tensor, values: Tensor, settings: TrellisSettings
+) -> TrellisWeight:
+    """Fit the scales; keep what they were where that is no better."""
+    num_out, num_in = found.shape
+    damped = damp(moment, settings.damping)
+    ones = found._replace(in_scale=torch.ones_like(found.in_scale), out_scale=torch.ones_like(found.out_scale))
+    direction = reconstruct(ones, values, settings.bits, settings.rotation)
+    in_scale, out_scale = found.in_scale[:num_in], found.out_scale[:num_out]
+    least = output_error(weight, denormalize(direction, in_scale, out_scale), damped).sum(dtype=torch.float64)
+    best = found
+    for _ in range(settings.refit_rounds):
+        in_scale, out_scale = refit_scales(weight, direction, in_scale, out_scale, damped)
+        error = output_error(weight, denormalize(direction, in_scale, out_scale), damped).sum(dtype=torch.float64)
+        if error < least:
+            all_scales = (
+                torch.cat([in_scale, found.in_scale[num_in:]]),
+                torch.cat([out_scale, found.out_scale[num_out:]]),
+            )
+            least, best = error, found._replace(in_scale=all_scales[0], out_scale=all_scales[1])
+    return best

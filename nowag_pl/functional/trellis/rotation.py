@@ -1,0 +1,95 @@
+"""Rotation of a weight by random signs and Hadamard blocks, which makes its entries nearly Gaussian.
+
+The incoherence processing of QuIP# (arXiv:2402.04396) and QTIP (arXiv:2406.11235), in blocks as the EXL3 format has
+them: the block's size is the largest power of two up to 128 that divides the size of the weight.
+"""
+
+from math import gcd, sqrt
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+MAX_BLOCK = 128
+
+
+def hadamard_block(size: int) -> int:
+    """Return the size of the blocks for a number of rows or columns.
+
+    Args:
+        size: rows or columns.
+
+    Example:
+        >>> [hadamard_block(size) for size in (4096, 576, 48, 7)]
+        [128, 64, 16, 1]
+    """
+    return gcd(size, MAX_BLOCK)
+
+
+def hadamard(matrix: Float[Tensor, "*rows size"]) -> Float[Tensor, "*rows size"]:
+    """Multiply rows by an orthonormal, symmetric matrix of Hadamard blocks (Sylvester's), so that twice is once undone.
+
+    Args:
+        matrix: rows.
+
+    Example:
+        >>> import torch
+        >>> hadamard(torch.tensor([[1.0, 1.0]])).tolist()
+        [[1.4142135381698608, 0.0]]
+    """
+    shape, block = matrix.shape, hadamard_block(matrix.shape[-1])
+    half = 1
+    while half < block:
+        first, second = matrix.reshape(*shape[:-1], -1, 2, half).unbind(dim=-2)
+        matrix = torch.stack([first + second, first - second], dim=-2)
+        half *= 2
+    return matrix.reshape(shape) / sqrt(block)
+
+
+def random_signs(size: int, generator: torch.Generator, device: torch.device) -> Float[Tensor, " size"]:
+    """Return ones and minus ones, drawn on the generator's device.
+
+    Args:
+        size: how many.
+        generator: source of randomness.
+        device: where they go.
+    """
+    drawn = torch.randint(0, 2, (size,), generator=generator, device=generator.device)
+    return (2 * drawn - 1).to(device, torch.float32)
+
+
+def rotate(
+    weight: Float[Tensor, "out in"], out_signs: Float[Tensor, " out"], in_signs: Float[Tensor, " in"]
+) -> Float[Tensor, "out in"]:
+    """Return `Had S_out W S_in Had`.
+
+    Args:
+        weight: W.
+        out_signs: diagonal of S_out.
+        in_signs: diagonal of S_in.
+    """
+    return hadamard(hadamard(weight * in_signs).T.contiguous() * out_signs).T.contiguous()
+
+
+def rotate_back(
+    weight: Float[Tensor, "out in"], out_signs: Float[Tensor, " out"], in_signs: Float[Tensor, " in"]
+) -> Float[Tensor, "out in"]:
+    """Undo :func:`rotate`.
+
+    Args:
+        weight: rotated weight.
+        out_signs: diagonal of S_out, or any scales of rows that are to be multiplied afterwards.
+        in_signs: diagonal of S_in, or any scales of columns.
+    """
+    return hadamard(hadamard(weight).T.contiguous()).T * out_signs[:, None] * in_signs
+
+
+def rotate_metric(second_moment: Float[Tensor, "in in"], in_scale: Float[Tensor, " in"]) -> Float[Tensor, "in in"]:
+    """Return `Had D H D Had`, by which the error of a rotated weight counts as H counts that of the weight.
+
+    Args:
+        second_moment: H, mean of x x^T.
+        in_scale: diagonal of D, what multiplies the columns after the rotation: signs and column scales.
+    """
+    scaled = second_moment * in_scale * in_scale[:, None]
+    return hadamard(hadamard(scaled).T.contiguous())
