@@ -4,7 +4,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from nowag_pl.lit.phases import is_compressing
 from nowag_pl.lit.stage import Stage, data_of, module_of
-from nowag_pl.stages.plan import CalibrationMode, CalibrationSettings, Plan
+from nowag_pl.stages.plan import CalibrationMode, CalibrationSettings, GuidanceSettings, Plan
 
 
 class ModelCalibration(Stage):
@@ -18,6 +18,8 @@ class ModelCalibration(Stage):
             they have after the blocks that are compressed already; "corrected" those that they have after all linears
             that are compressed already, and fits every linear to give what the dense model has at its place.
         batch_size: sequences that pass a block together on each device; a smaller number takes less memory.
+        guidance: weight every token by the squared gradient of the end loss at each linear's output, which takes one
+            pass forwards and one back. null: all tokens count alike.
         enabled: Calibrate. On the command line, compression.enabled decides this.
     """
 
@@ -27,9 +29,10 @@ class ModelCalibration(Stage):
         seed: int = 0,
         mode: CalibrationMode = "dense",
         batch_size: int = 8,
+        guidance: GuidanceSettings | None = None,
         enabled: bool = True,
     ) -> None:
-        self.settings = CalibrationSettings(num_sequences, seed, mode, batch_size)
+        self.settings = CalibrationSettings(num_sequences, seed, mode, batch_size, guidance)
         self.enabled = enabled
         self._done = False
 

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 from nowag_pl.models.format.registration import install as _install
 
 if TYPE_CHECKING:
-    from nowag_pl.compressors import ArmorCompressor, MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner
+    from nowag_pl.compressors import (
+        ArmorCompressor,
+        MagnitudePruner,
+        NoWagPruner,
+        NoWagQuantizer,
+        NoWagTrellis,
+        WandaPruner,
+    )
     from nowag_pl.models.format.saving import load_compressed, save_compressed, save_dense
     from nowag_pl.models.peft import lora_for_compressed
     from nowag_pl.modules import SecondMoment, accelerate
@@ -18,6 +25,7 @@ _HOMES = {
     "MagnitudePruner": "nowag_pl.compressors",
     "NoWagPruner": "nowag_pl.compressors",
     "NoWagQuantizer": "nowag_pl.compressors",
+    "NoWagTrellis": "nowag_pl.compressors",
     "SecondMoment": "nowag_pl.modules",
     "WandaPruner": "nowag_pl.compressors",
     "accelerate": "nowag_pl.modules",
@@ -31,6 +39,7 @@ __all__ = [
     "MagnitudePruner",
     "NoWagPruner",
     "NoWagQuantizer",
+    "NoWagTrellis",
     "SecondMoment",
     "WandaPruner",
     "accelerate",

@@ -11,7 +11,7 @@ from nowag_pl.compressors import Compressor
 from nowag_pl.compressors.budget import Budget
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.stages.compression_run import CompressionRun
-from nowag_pl.stages.plan import CalibrationMode, CalibrationSettings, CompressionSettings, Plan
+from nowag_pl.stages.plan import CalibrationMode, CalibrationSettings, CompressionSettings, GuidanceSettings, Plan
 
 WINDOWS = random_tokens(7, seq_len=24)
 
@@ -21,10 +21,11 @@ def plan_of(
     mode: CalibrationMode = "dense",
     batch_size: int = 3,
     seed: int = 0,
+    guidance: GuidanceSettings | None = None,
     **more: Any,
 ) -> Plan:
     """Return a plan that calibrates and compresses; `more` are settings of the compression."""
-    calibration = CalibrationSettings(seed=seed, mode=mode, batch_size=batch_size)
+    calibration = CalibrationSettings(7, seed, mode, batch_size, guidance)
     return Plan(calibration, CompressionSettings(compressor or NoWagPruner(), **more))
 
 

@@ -4,6 +4,7 @@ from nowag_pl.compressors.armor import ArmorCompressor
 from nowag_pl.compressors.base import Compressor
 from nowag_pl.compressors.baselines import MagnitudePruner, WandaPruner
 from nowag_pl.compressors.nowag import NoWagPruner, NoWagQuantizer
+from nowag_pl.compressors.trellis import NoWagTrellis
 
 __all__ = [
     "ArmorCompressor",
@@ -11,5 +12,6 @@ __all__ = [
     "MagnitudePruner",
     "NoWagPruner",
     "NoWagQuantizer",
+    "NoWagTrellis",
     "WandaPruner",
 ]

@@ -71,13 +71,14 @@ def changed(compressor: Compressor, changes: Mapping[str, Any], option: str) -> 
         ValueError: the compressor is no dataclass, lacks a field, or a value is out of its range.
     """
     known = _fields(compressor)
+    assert dataclasses.is_dataclass(compressor)
     if unknown := sorted(changes.keys() - known.keys()):
         raise ValueError(
             f"Expected fields of {type(compressor).__name__} in {option}, which are {', '.join(known)}, but got "
             f"{', '.join(unknown)}."
         )
     try:
-        return dataclasses.replace(compressor, **changes)  # type: ignore[type-var]
+        return dataclasses.replace(compressor, **changes)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{option}: {dict(changes)}: {error}") from error
 

@@ -3,6 +3,7 @@
 from nowag_pl.modules.compressed.armor import ArmorLinear
 from nowag_pl.modules.compressed.base import CompressedLinear
 from nowag_pl.modules.compressed.masked import MaskedLinear
+from nowag_pl.modules.compressed.trellis import TrellisLinear
 from nowag_pl.modules.compressed.vq import VQLinear
 from nowag_pl.modules.moments import CrossMoment, SecondMoment
 from nowag_pl.modules.running.acceleration import accelerate
@@ -18,6 +19,7 @@ __all__ = [
     "SecondMoment",
     "SemiStructuredArmorLinear",
     "SemiStructuredLinear",
+    "TrellisLinear",
     "VQLinear",
     "accelerate",
 ]

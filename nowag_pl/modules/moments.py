@@ -56,11 +56,12 @@ class SecondMoment(RunningMean):
         super().__init__(*(num_features, num_features) if full else (num_features,))
 
     @torch.no_grad()
-    def update(self, activations: Tensor) -> None:
+    def update(self, activations: Tensor, weights: Tensor | None = None) -> None:
         """Add tokens.
 
         Args:
             activations: `[..., num_features]`, any floating type.
+            weights: how much each token counts, `[...]`; None: 1.
 
         Raises:
             ValueError: the last dimension is not `num_features`.
@@ -68,11 +69,13 @@ class SecondMoment(RunningMean):
         if activations.shape[-1] != len(self.total):
             raise ValueError(f"Expected activations of {len(self.total)} features, but got {activations.shape[-1]}.")
         if self.total.dim() == 1:
-            tokens = activations.reshape(-1, len(self.total))  # [tokens, features]
-            self.total += tokens.float().square().sum(dim=0, dtype=torch.float64)
+            squares = activations.reshape(-1, len(self.total)).float().square()  # [tokens, features]
+            if weights is not None:
+                squares = squares * weights.reshape(-1, 1)
+            self.total += squares.sum(dim=0, dtype=torch.float64)
         else:
-            for sequence in activations.reshape(-1, *activations.shape[-2:]):  # [seq_len, features]
-                self.total += sequence.float().T @ sequence.float()
+            for number, sequence in enumerate(activations.reshape(-1, *activations.shape[-2:])):  # [seq_len, features]
+                self.total += weighted(sequence.float(), weights, number).T @ sequence.float()
         self.num_tokens += activations[..., 0].numel()
 
     @torch.no_grad()
@@ -131,14 +134,26 @@ class CrossMoment(RunningMean):
         super().__init__(num_rows, num_columns)
 
     @torch.no_grad()
-    def update(self, rows: Tensor, columns: Tensor) -> None:
+    def update(self, rows: Tensor, columns: Tensor, weights: Tensor | None = None) -> None:
         """Add tokens.
 
         Args:
             rows: a, `[..., seq_len, num_rows]`, any floating type.
             columns: b, `[..., seq_len, num_columns]`, the same tokens.
+            weights: how much each token counts, `[..., seq_len]`; None: 1.
         """
         sequences = (part.reshape(-1, *part.shape[-2:]) for part in (rows, columns))
-        for left, right in zip(*sequences, strict=True):  # [seq_len, features]
-            self.total += left.float().T @ right.float()
+        for number, (left, right) in enumerate(zip(*sequences, strict=True)):  # [seq_len, features]
+            self.total += weighted(left.float(), weights, number).T @ right.float()
         self.num_tokens += columns[..., 0].numel()
+
+
+def weighted(sequence: Tensor, weights: Tensor | None, number: int) -> Tensor:
+    """Return the tokens of a sequence `[seq_len, features]` times their weights.
+
+    Args:
+        sequence: float32.
+        weights: of the tokens of several sequences, `[..., seq_len]`; None leaves the tokens as they are.
+        number: of the sequence among them.
+    """
+    return sequence if weights is None else sequence * weights.reshape(-1, len(sequence))[number][:, None]

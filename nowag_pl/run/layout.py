@@ -3,6 +3,7 @@
 from pathlib import Path
 
 # Stages that write one artefact per block, by the name of their folder.
+GUIDANCE = "guidance"
 MOMENTS = "moments"
 COMPRESSED = "compressed"
 FINETUNED = "finetuned"

@@ -9,6 +9,7 @@ from nowag_pl.run.layout import MOMENTS
 from nowag_pl.run.progress import Report
 from nowag_pl.run.store import ArtefactStore
 from nowag_pl.stages.correction import CorrectedMoments
+from nowag_pl.stages.guidance import read_guidance
 from nowag_pl.stages.hidden import HiddenStates
 from nowag_pl.stages.loop import BlockStage, over_blocks
 from nowag_pl.stages.moments import DenseMoments, Gathered, MomentSource, PropagatedMoments, StoredMoments
@@ -17,21 +18,22 @@ from nowag_pl.stages.plan import CalibrationSettings
 _log = logging.getLogger("nowag_pl")
 
 
-def calibrate(model: StreamedModel, store: ArtefactStore, windows: Tensor, batch_size: int) -> None:
+def calibrate(model: StreamedModel, store: ArtefactStore, windows: Tensor, settings: CalibrationSettings) -> None:
     """Write the mean squares of the dense model for every block that lacks them.
 
     Args:
         model: dense model.
         store: run directory.
         windows: calibration sequences `[num_sequences, seq_len]`, the same on every rank; each takes its share.
-        batch_size: sequences that pass a block together.
+        settings: batch size and guidance.
 
     Raises:
         ValueError: an activation is NaN or infinite; the message names block and linear.
     """
     if not store.missing(MOMENTS, len(model)):
         return
-    source = DenseMoments(model, HiddenStates(model, store.ranks.share(windows), batch_size), store.ranks, full=False)
+    states = HiddenStates(model, store.ranks.share(windows), settings.batch_size)
+    source = DenseMoments(model, states, store.ranks, full=False, weights=read_guidance(store, settings.guidance))
 
     def work(index: int, block: nn.Module, report: Report) -> str:
         for _ in source.groups(block, index):
@@ -58,10 +60,11 @@ def moment_source(
     if is_stored or not store.missing(stage, len(model)):
         return StoredMoments(model, store)
     states = HiddenStates(model, store.ranks.share(windows), settings.batch_size)
+    weights = read_guidance(store, settings.guidance)
     if settings.mode == "corrected":
-        return CorrectedMoments(model, states, store.ranks, full)
+        return CorrectedMoments(model, states, store.ranks, full, weights)
     kind = DenseMoments if settings.mode == "dense" else PropagatedMoments
-    return kind(model, states, store.ranks, full)
+    return kind(model, states, store.ranks, full, weights)
 
 
 def write_moments(model: StreamedModel, store: ArtefactStore, index: int, gathered: Gathered | None) -> None:

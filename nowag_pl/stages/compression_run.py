@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from nowag_pl.models.selection import Selection, find_linears
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear
 from nowag_pl.run.fingerprint import fingerprint
-from nowag_pl.run.layout import BUDGET, COMPRESSED, DECISION, FINETUNED, MOMENTS
+from nowag_pl.run.layout import BUDGET, COMPRESSED, DECISION, FINETUNED, GUIDANCE, MOMENTS
 from nowag_pl.run.memory import measured_memory
 from nowag_pl.run.ranks import Ranks
 from nowag_pl.run.store import ArtefactStore
@@ -35,6 +36,7 @@ from nowag_pl.stages.budget.candidates import Choices
 from nowag_pl.stages.budget.spread import Budgeted, compress_within_budget
 from nowag_pl.stages.calibration import calibrate, moment_source
 from nowag_pl.stages.compression import compress, read_block
+from nowag_pl.stages.guidance import write_guidance
 from nowag_pl.stages.plan import CalibrationSettings, CompressionSettings, FinetuningSettings, Plan
 from nowag_pl.stages.teacher import DenseReference, Teacher, TeacherSettings
 
@@ -129,12 +131,20 @@ class CompressionRun:
         if selection is not None and selection != Selection():
             # Moments of other linears are not there.
             described["linears"] = {"targets": selection.targets, "ignore": selection.ignore}
+        if settings.guidance is not None:
+            # Gradients are those of the dense model, and their power is taken when they are used.
+            of_gradients = {name: value for name, value in described.items() if name != "mode"}
+            self.store.claim("guidance", {**of_gradients, "labels": settings.guidance.labels}, GUIDANCE)
+            described["guidance"] = dataclasses.asdict(settings.guidance)
         self.store.claim("calibration", described, MOMENTS)
         self._settings["calibration"] = described
         self._windows = windows
+        if settings.guidance is not None:
+            with self.measuring("calibration"):
+                write_guidance(self.model, self.store, windows, settings)
         if settings.mode == "dense" and not self._needs_full_second_moment:
             with self.measuring("calibration"):
-                calibrate(self.model, self.store, windows, settings.batch_size)
+                calibrate(self.model, self.store, windows, settings)
 
     @property
     def _needs_full_second_moment(self) -> bool:
@@ -259,14 +269,14 @@ class CompressionRun:
 
     def stage_seconds(self) -> dict[str, float]:
         """Return the time that the artefacts took, also those of an earlier, interrupted process."""
-        stages = {"calibration": MOMENTS, "compression": COMPRESSED, "finetuning": FINETUNED}
+        stages = {"calibration": (GUIDANCE, MOMENTS), "compression": (COMPRESSED,), "finetuning": (FINETUNED,)}
         seconds = {
             name: sum(
                 self.store.read_metadata(stage, index)["seconds"]
-                for index in range(len(self.model))
+                for stage, index in product(folders, range(len(self.model)))
                 if self.store.path(stage, index).is_file()
             )
-            for name, stage in stages.items()
+            for name, folders in stages.items()
         }
         if (decision := self._decision) is not None:
             seconds["budget"] = decision["seconds"]

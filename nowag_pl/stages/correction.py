@@ -21,7 +21,17 @@ from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear, CrossMoment, SecondMoment
 from nowag_pl.run.ranks import Ranks
 from nowag_pl.stages.hidden import HiddenStates, forward
-from nowag_pl.stages.moments import Gathered, LinearGroup, Made, MomentSource, check_finite_weights, naming, put
+from nowag_pl.stages.moments import (
+    Gathered,
+    LinearGroup,
+    Made,
+    MomentSource,
+    TokenWeights,
+    Weights,
+    check_finite_weights,
+    naming,
+    put,
+)
 
 SAMPLE_TOKENS = 16
 
@@ -40,19 +50,19 @@ class Drift(NamedTuple):
     """Moments of the linears of a group.
 
     Attributes:
-        second_moment: mean of `x~ x~^T`, `[in, in]`.
+        second_moments: mean of `x~ x~^T`, `[in, in]`, of each linear; the same one for all where tokens count alike.
         drifts: mean of `(y - y~) x~^T` of each linear, `[out, in]`; y its target, y~ what takes its place before the
             linear is compressed.
         num_tokens: over how many tokens.
     """
 
-    second_moment: Tensor
+    second_moments: dict[str, Tensor]
     drifts: dict[str, Tensor]
     num_tokens: int
 
     def corrected(self, name: str, linear: nn.Linear) -> nn.Linear:
         """Return a linear that comes nearest to its target on what it is called with."""
-        weight = corrected_weight(linear.weight, self.drifts[name], self.second_moment)
+        weight = corrected_weight(linear.weight, self.drifts[name], self.second_moments[name])
         parameter = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
         return copy.deepcopy(linear, {id(linear.weight): parameter})
 
@@ -65,9 +75,13 @@ class CorrectedMoments(MomentSource):
         states: hidden states of this rank before block 0.
         ranks: the processes of the run.
         full: whether compressors need the matrices of x x^T; they are gathered either way.
+        weights: how much each token counts; None: all alike.
     """
 
-    def __init__(self, model: StreamedModel, states: HiddenStates, ranks: Ranks, full: bool) -> None:
+    def __init__(
+        self, model: StreamedModel, states: HiddenStates, ranks: Ranks, full: bool, weights: TokenWeights | None = None
+    ) -> None:
+        self._weights = weights
         self._model = model
         self._dense_states = states.fork()
         self._states = states
@@ -87,17 +101,20 @@ class CorrectedMoments(MomentSource):
         for group in find_groups(self._model, block, index):
             started = time.perf_counter()
             drift = self._gather(block, index, group)
-            squares |= {name: mean_squares(drift.second_moment).clone() for name in group}
+            squares |= {name: mean_squares(moment).clone() for name, moment in drift.second_moments.items()}
             seconds += time.perf_counter() - started
             self._gathered = Gathered(squares, drift.num_tokens, seconds)
-            moment = drift.second_moment if self._full else mean_squares(drift.second_moment)
-            yield LinearGroup({name: linears[name] for name in group}, dict.fromkeys(group, moment), drift.corrected)
+            moments = drift.second_moments
+            if not self._full:
+                moments = {name: mean_squares(moment) for name, moment in moments.items()}
+            yield LinearGroup({name: linears[name] for name in group}, moments, drift.corrected)
         self._block = None
 
     def _gather(self, block: nn.Module, index: int, group: Group) -> "Drift":
         assert self._block is not None
         blocks = BlockPair(self._model, index, block, self._block)
-        return gather_drift(blocks, (self._dense_states, self._states), group, self._ranks)
+        weights = self._weights and {name: self._weights(index, name) for name in group}
+        return gather_drift(blocks, (self._dense_states, self._states), group, self._ranks, weights)
 
     def compressed(self, linears: Mapping[str, Callable[[], CompressedLinear]]) -> None:
         """Put the compressed linears of a group before what comes after them."""
@@ -172,7 +189,13 @@ def _target(own: Point, seen: Mapping[Point, Tensor]) -> Point:
 
 
 @torch.no_grad()
-def gather_drift(blocks: BlockPair, states: tuple[HiddenStates, HiddenStates], group: Group, ranks: Ranks) -> Drift:
+def gather_drift(
+    blocks: BlockPair,
+    states: tuple[HiddenStates, HiddenStates],
+    group: Group,
+    ranks: Ranks,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Drift:
     """Gather and reduce the moments of a group.
 
     Args:
@@ -180,6 +203,7 @@ def gather_drift(blocks: BlockPair, states: tuple[HiddenStates, HiddenStates], g
         states: hidden states of this rank before either, possibly none; they stay there.
         group: the linears.
         ranks: the processes of the run.
+        weights: how much each token of this rank counts for each linear, `[num_mine, seq_len]`; None: all alike.
 
     Returns:
         Float32, on the device.
@@ -189,25 +213,33 @@ def gather_drift(blocks: BlockPair, states: tuple[HiddenStates, HiddenStates], g
     """
     model, index = blocks.model, blocks.number
     linears, leader = model.linears(index, blocks.dense), next(iter(group))
-    moment = SecondMoment(linears[leader].in_features, full=True).to(model.device)
+    # Linears of a group share their input, and the matrix of it where tokens count alike.
+    own = list(group) if weights else [leader]
+    moments = {name: SecondMoment(linears[name].in_features, full=True).to(model.device) for name in own}
     crosses = {
         name: CrossMoment(linears[name].out_features, linears[name].in_features).to(model.device) for name in group
     }
+    counted = {name: Weights(weights[name]) for name in group} if weights else {}
     source, targets = Point(leader, "input"), list(group.values())
     for dense_hidden, hidden in zip(*(each.batches() for each in states), strict=True):
         with captured(blocks.dense, targets, stop=True) as dense:
             forward(model, blocks.dense, index, dense_hidden)
         with captured(blocks.compressed, [source, *targets], stop=True) as compressed:
             forward(model, blocks.compressed, index, hidden)
-        moment.update(compressed[source])
+        inputs = compressed[source]
+        of_tokens = {name: each.of(inputs) for name, each in counted.items()}
+        for name, moment in moments.items():
+            moment.update(inputs, of_tokens.get(name))
         for name, target in group.items():
-            crosses[name].update(dense[target].float() - compressed[target].float(), compressed[source])
-    moment.all_reduce()
-    for cross in crosses.values():
-        cross.all_reduce()
+            difference = dense[target].float() - compressed[target].float()
+            crosses[name].update(difference, inputs, of_tokens.get(name))
+    for each in (*moments.values(), *crosses.values()):
+        each.all_reduce()
     with naming(f"{model.block_name(index)}.{leader}"):
-        second_moment = moment.compute()
-    return Drift(second_moment, {name: cross.compute() for name, cross in crosses.items()}, int(moment.num_tokens))
+        computed = {name: moment.compute() for name, moment in moments.items()}
+    second_moments = {name: computed.get(name, computed[leader]) for name in group}
+    drifts = {name: cross.compute() for name, cross in crosses.items()}
+    return Drift(second_moments, drifts, int(moments[leader].num_tokens))
 
 
 class _Captured(Exception):  # noqa: N818 - no error

@@ -22,6 +22,7 @@ from nowag_pl.run.ranks import Ranks
 from nowag_pl.run.store import ArtefactStore
 from nowag_pl.stages.hidden import HiddenStates
 
+TokenWeights = Callable[[int, str], Tensor]  # number of a block, name of a linear to `[num_mine, seq_len]`
 Made = Callable[[int], dict[str, CompressedLinear]]  # number of a block to what takes the place of its linears
 
 
@@ -133,13 +134,17 @@ class DenseMoments(MomentSource):
         states: hidden states of this rank before block 0.
         ranks: the processes of the run.
         full: whether to gather the matrices of x x^T.
+        weights: how much each token counts; None: all alike.
     """
 
-    def __init__(self, model: StreamedModel, states: HiddenStates, ranks: Ranks, full: bool) -> None:
+    def __init__(
+        self, model: StreamedModel, states: HiddenStates, ranks: Ranks, full: bool, weights: TokenWeights | None = None
+    ) -> None:
         self._model = model
         self._states = states
         self._ranks = ranks
         self._full = full
+        self._weights = weights
         self._gathered: Gathered | None = None
         self._has_passed = False
 
@@ -152,7 +157,7 @@ class DenseMoments(MomentSource):
     def _gather(self, block: nn.Module, index: int, advance: bool) -> dict[str, Tensor]:
         started = time.perf_counter()
         check_finite_weights(self._model, block, index)
-        observed = Observed(self._model, block, index, self._full)
+        observed = Observed(self._model, block, index, self._full, self._weights)
         with observed:
             self._states.run(block, index, advance)
         moments, num_tokens = observed.compute(self._ranks)
@@ -202,21 +207,26 @@ def put(block: nn.Module, linears: Mapping[str, CompressedLinear], model: Stream
 class Observed:
     """Second moments of the inputs of a block's linears while the context is open.
 
-    Linears that are called with the same tensor share one matrix, which is gathered for the first of them.
+    Linears that are called with the same tensor share one matrix, which is gathered for the first of them, unless
+    tokens count in another way for each.
 
     Args:
         model: dense model.
         block: the block.
         index: its number.
         full: whether to gather the matrices of x x^T.
+        weights: how much each token counts; None: all alike.
     """
 
-    def __init__(self, model: StreamedModel, block: nn.Module, index: int, full: bool) -> None:
+    def __init__(
+        self, model: StreamedModel, block: nn.Module, index: int, full: bool, weights: TokenWeights | None = None
+    ) -> None:
         self._title = model.block_name(index)
         self._linears = model.linears(index, block)
         self._full = full
+        self._weights = weights and {name: Weights(weights(index, name)) for name in self._linears}
         self.moments: dict[str, SecondMoment] = {}
-        if not full:
+        if not full or weights is not None:
             self.moments = {name: self._empty(name) for name in self._linears}
         # The linear that was called with the same input first, by linear.
         self._leaders: dict[str, str] = {}
@@ -244,8 +254,9 @@ class Observed:
         Raises:
             RuntimeError: it shared its input with another linear in an earlier call, and does not now.
         """
-        if not self._full:
-            self.moments[name].update(activations)
+        if not self._full or self._weights:
+            weights = self._weights[name].of(activations) if self._weights else None
+            self.moments[name].update(activations, weights)
             return
         if activations is not self._input:
             self._input, self._leader = activations, name
@@ -288,6 +299,23 @@ class Observed:
                 with naming(f"{self._title}.{name}"):
                     computed[moment] = moment.compute().cpu()
         return {name: computed[moment] for name, moment in moments.items()}, num_tokens
+
+
+class Weights:
+    """How much each token counts, handed out batch by batch as the sequences pass.
+
+    Args:
+        weights: of all sequences of this rank, `[num_sequences, seq_len]`.
+    """
+
+    def __init__(self, weights: Tensor) -> None:
+        self._weights = weights
+        self._position = 0
+
+    def of(self, activations: Tensor) -> Tensor:
+        """Return the weights of the next sequences, `[batch, seq_len]`, for activations `[batch, seq_len, ...]`."""
+        start, self._position = self._position, self._position + len(activations)
+        return self._weights[start : self._position].to(activations.device)
 
 
 def check_finite_weights(model: StreamedModel, block: nn.Module, index: int) -> None:

@@ -11,6 +11,24 @@ CalibrationMode = Literal["dense", "propagated", "corrected"]
 
 
 @dataclass(frozen=True)
+class GuidanceSettings:
+    """How calibration tokens are weighted by the end loss.
+
+    Attributes:
+        labels: whose gradients: "text" for the next tokens of the text; "model" for tokens that the model itself draws,
+            whose squared gradients are the Fisher information.
+        power: of the squared gradients; below 1, tokens count more alike.
+    """
+
+    labels: Literal["text", "model"] = "text"
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.power <= 2:
+            raise ValueError(f"Expected calibration.guidance.power above 0 and at most 2, but got {self.power}.")
+
+
+@dataclass(frozen=True)
 class CalibrationSettings:
     """How second moments are gathered.
 
@@ -19,12 +37,14 @@ class CalibrationSettings:
         seed: which places of the calibration text.
         mode: as for :class:`~callbacks.calibration.ModelCalibration`.
         batch_size: sequences that pass a block together on each device.
+        guidance: how tokens are weighted by the end loss; None: all count alike.
     """
 
     num_sequences: int = 128
     seed: int = 0
     mode: CalibrationMode = "dense"
     batch_size: int = 8
+    guidance: GuidanceSettings | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_sequences", "batch_size"):

@@ -42,10 +42,16 @@ def make_linear(bias=True, dtype=torch.float32, out_features=16, in_features=12)
 
 
 @parametrize
-def test_asks_for_the_matrix_and_keeps_the_protocol(name):
+def test_asks_for_the_matrix_and_refuses_others(name):
     assert isinstance(BETTER[name], Compressor)
     assert BETTER[name].full_second_moment
     assert eval(repr(BETTER[name])) == BETTER[name]
+    linear, matrix = make_linear()
+    with pytest.raises(ValueError, match=r"full second moments of 12 input features.*SecondMoment\(num_features, full"):
+        BETTER[name].compress(linear, matrix.diagonal())
+    matrix[2, 3] = float("nan")
+    with pytest.raises(ValueError, match="Expected finite second moments, but got 1 NaN"):
+        BETTER[name].compress(linear, matrix)
 
 
 @pytest.mark.parametrize("compressor", [*PLAIN.values(), WandaPruner(), NoWagQuantizer(weighting="output", restarts=2)])
@@ -101,13 +107,12 @@ def test_refit_keeps_the_mask_of_the_paper_and_alternating_finds_a_better_one():
 
 
 @parametrize
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_inputs_stay_and_types_are_kept(name, dtype):
-    linear, matrix = make_linear(dtype=dtype)
+def test_inputs_stay_and_types_are_kept(name):
+    linear, matrix = make_linear(dtype=torch.bfloat16)
     before = linear.weight.clone(), linear.bias.clone(), matrix.clone()
     compressed = BETTER[name].compress(linear, matrix)
     assert all(map(torch.equal, before, (linear.weight, linear.bias, matrix)))
-    assert compressed.weight.dtype == dtype
+    assert compressed.weight.dtype == torch.bfloat16
     assert torch.equal(compressed.bias, linear.bias)
 
 
@@ -119,21 +124,6 @@ def test_dead_channels_and_zero_weights_give_finite_results(name):
     linear.weight.data[2] = 0
     assert BETTER[name].compress(linear, matrix).weight.isfinite().all()
     assert BETTER[name].compress(linear, torch.zeros(12, 12)).weight.isfinite().all()
-
-
-@parametrize
-def test_mean_squares_alone_are_refused(name):
-    linear, matrix = make_linear()
-    with pytest.raises(ValueError, match=r"full second moments of 12 input features.*SecondMoment\(num_features, full"):
-        BETTER[name].compress(linear, matrix.diagonal())
-
-
-@parametrize
-def test_second_moments_that_are_not_finite_are_refused(name):
-    linear, matrix = make_linear()
-    matrix[2, 3] = float("nan")
-    with pytest.raises(ValueError, match="Expected finite second moments, but got 1 NaN"):
-        BETTER[name].compress(linear, matrix)
 
 
 def test_restarts_take_the_best_start():

@@ -3,8 +3,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nowag_pl.functional import chunks
 from nowag_pl.functional.normalization import normalize
-from nowag_pl.functional.objective import normalized_loss, output_weights, with_mean_one
+from nowag_pl.functional.objective import normalized_loss, output_weights, reconstruction_loss, with_mean_one
 
 
 def scalar_loss(weight, reconstruction, second_moment):
@@ -58,3 +59,17 @@ def test_output_weights_make_errors_those_of_the_output(generator):
     assert ratios == pytest.approx([ratios[0]] * 20)
     assert (float(rows.mean()), float(columns.mean())) == pytest.approx((1, 1))
     assert torch.equal(with_mean_one(torch.zeros(3)), torch.zeros(3))
+
+
+@pytest.mark.parametrize("chunk_elements", [5, 2**20])
+def test_loss_of_matrices_is_that_of_the_normalized_ones(chunk_elements, monkeypatch, generator):
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", chunk_elements)
+    weight, second_moment = torch.randn(6, 5, generator=generator), torch.rand(5, generator=generator)
+    weight[1] *= 100
+    reconstruction = torch.where(torch.rand(6, 5, generator=generator) < 0.5, weight, 0)
+    dense = normalize(weight)
+    rebuilt = reconstruction / dense.in_scale / dense.out_scale[:, None]
+    expected = scalar_loss(dense.weight.tolist(), rebuilt.tolist(), second_moment.tolist())
+    assert 0.1 < expected < 0.9
+    assert reconstruction_loss(weight, reconstruction, second_moment) == pytest.approx(expected, rel=1e-5)
+    assert reconstruction_loss(torch.zeros(2, 5), torch.zeros(2, 5), second_moment) == 0

@@ -115,9 +115,10 @@ def test_an_armor_linear_stays_without_the_hardware(caplog):
 
 
 @pytest.mark.parametrize("kind", SPARSE)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(128,), (3, 128), (2, 5, 128)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("bias", "shape", "dtype"),
+    [(True, (128,), torch.bfloat16), (False, (3, 128), torch.float32), (True, (2, 5, 128), torch.bfloat16)],
+)
 def test_output_is_that_of_the_linear(sparse_cores, kind, bias, shape, dtype, generator):
     make, form = SPARSE[kind]
     linear = make(bias=bias)
@@ -183,9 +184,15 @@ def quantized(rows=40, columns=50, dtype=torch.bfloat16, bias=True):
 
 
 @needs_numba
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", [(50,), (1, 50), (3, 5, 50), (2, 50, 50)])
+@pytest.mark.parametrize(
+    ("bias", "dtype", "shape"),
+    [
+        (True, torch.bfloat16, (50,)),
+        (False, torch.float32, (1, 50)),
+        (True, torch.float32, (3, 5, 50)),
+        (False, torch.bfloat16, (2, 50, 50)),
+    ],
+)
 def test_quantized_linear_looks_up_whole_codes(bias, dtype, shape, generator):
     linear = quantized(dtype=dtype, bias=bias)
     model = nn.Sequential(linear).eval()

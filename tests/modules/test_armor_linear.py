@@ -34,8 +34,9 @@ def restored(module):
     return copy
 
 
-@pytest.mark.parametrize("pattern", [(1, 4), (2, 4), (3, 4), (4, 8)])
-@pytest.mark.parametrize(("out_block", "in_block"), [(3, 4), (1, 8), (6, 8), (2, 2)])
+@pytest.mark.parametrize(
+    ("pattern", "out_block", "in_block"), [((1, 4), 3, 4), ((2, 4), 1, 8), ((3, 4), 6, 8), ((4, 8), 2, 2)]
+)
 def test_weight_is_the_dense_product_of_rounded_factors(out_block, in_block, pattern):
     module, factors = make(out_block=out_block, in_block=in_block, pattern=pattern)
     left, core, right = (tensor.half().float() for tensor in (factors.out_factor, factors.core, factors.in_factor))
@@ -69,8 +70,7 @@ def test_output_under_autocast_has_its_type():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("pattern", "out_block"), [((2, 4), 3), ((3, 4), 1), ((4, 8), 6)])
+@pytest.mark.parametrize(("bias", "pattern", "out_block"), [(True, (2, 4), 3), (False, (3, 4), 1), (True, (4, 8), 6)])
 def test_storage_round_trip(dtype, bias, pattern, out_block):
     module, _ = make(dtype=dtype, bias=bias, pattern=pattern, out_block=out_block)
     copy = restored(module)

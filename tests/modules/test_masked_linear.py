@@ -57,9 +57,8 @@ def test_output_has_the_type_of_the_activations(bias):
     assert module(torch.ones(2, 8, dtype=torch.float32)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "bias"), list(zip(DTYPES, (True, False), strict=True)))
 @pytest.mark.parametrize("pattern", [None, (1, 4), (3, 4), (4, 8)])
-@pytest.mark.parametrize("bias", [True, False])
 def test_storage_round_trip(dtype, pattern, bias):
     _, _, module = make(dtype, pattern, bias)
     copy = restored(module)

@@ -121,8 +121,8 @@ def find_path_by_tensors(
     for step in range(num_steps):
         error = targets[:, step, None] - values
         error = error if roots is None else error * roots[:, step, None]
-        reached = (error.square().unflatten(1, (num_places, -1)) + costs[:, :, None]).view(
-            num_sequences, -1, num_places
+        reached = (error.square().unflatten(1, (num_places, 2**bits)) + costs[:, :, None]).view(
+            num_sequences, 2**bits, num_places
         )
         costs, winner = reached.min(dim=1)
         winners[step] = winner

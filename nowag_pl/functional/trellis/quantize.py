@@ -54,8 +54,8 @@ class TrellisSettings:
     code: Code = "mul1"
     rotation: Literal["both", "none"] = "both"
     feedback: bool = True
-    damping: float = 0.01
-    refit_rounds: int = 2
+    damping: float = 0.025
+    refit_rounds: int = 1
     multiple: int = TILE
     memory: int = MEMORY
 

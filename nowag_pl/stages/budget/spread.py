@@ -12,7 +12,7 @@ from nowag_pl.files import read_json, write_json
 from nowag_pl.functional.allocation import allocate
 from nowag_pl.functional.predictions.divergence import kl_divergence
 from nowag_pl.models.streaming import StreamedModel
-from nowag_pl.run.layout import CANDIDATES, COMPRESSED, DECISION, MOMENTS, SENSITIVITIES, TRIALS
+from nowag_pl.run.layout import CANDIDATES, COMPRESSED, DECISION, GUIDANCE, MOMENTS, SENSITIVITIES, TRIALS
 from nowag_pl.run.progress import block_progress
 from nowag_pl.run.store import ArtefactStore
 from nowag_pl.stages.assignment import Assignment
@@ -22,6 +22,7 @@ from nowag_pl.stages.budget.sensitivity import read_sensitivities, write_sensiti
 from nowag_pl.stages.calibration import moment_source
 from nowag_pl.stages.compression import compress
 from nowag_pl.stages.finetuned import load_compressed_block
+from nowag_pl.stages.guidance import read_guidance
 from nowag_pl.stages.hidden import HiddenStates
 from nowag_pl.stages.moments import DenseMoments, MomentSource, StoredMoments
 from nowag_pl.stages.plan import CalibrationSettings
@@ -123,14 +124,15 @@ def _dense_source(budgeted: Budgeted, store: ArtefactStore, full: bool, has_stor
     if has_stored or not store.missing(CANDIDATES, len(model)):
         return StoredMoments(model, store)
     states = HiddenStates(model, store.ranks.share(budgeted.windows), budgeted.calibration.batch_size)
-    return DenseMoments(model, states, store.ranks, full)
+    return DenseMoments(model, states, store.ranks, full, read_guidance(store, budgeted.calibration.guidance))
 
 
 def _trial(store: ArtefactStore, name: str, has_stored: bool) -> ArtefactStore:
-    """Return a folder for the whole model compressed in one way; it starts with the mean squares that are stored."""
+    """Return a folder for the whole model compressed in one way; it starts with what calibration has stored."""
     trial = ArtefactStore(store.folder / TRIALS / name, store.ranks)
-    if store.ranks.is_zero and has_stored:
-        shutil.copytree(store.folder / MOMENTS, trial.folder / MOMENTS, dirs_exist_ok=True)
+    for stage in (MOMENTS, GUIDANCE) if store.ranks.is_zero else ():
+        if (stage == GUIDANCE or has_stored) and (store.folder / stage).is_dir():
+            shutil.copytree(store.folder / stage, trial.folder / stage, dirs_exist_ok=True)
     store.ranks.broadcast(None)
     return trial
 

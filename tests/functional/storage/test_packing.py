@@ -44,23 +44,19 @@ def test_layout_and_round_trip(data, bits, count):
     assert tensor.tolist() == values
 
 
-@pytest.mark.parametrize("bits", range(MAX_BITS + 1))
-def test_largest_value_of_every_width(bits):
-    values = [2**bits - 1, 0] * 5 + [2**bits - 1]
-    packed = pack(torch.tensor(values), bits)
-    assert packed.tolist() == bit_string_bytes(values, bits)
-    assert unpack(packed, bits, len(values)).tolist() == values
+def test_largest_value_of_every_width():
+    for bits in range(MAX_BITS + 1):
+        values = [2**bits - 1, 0] * 5 + [2**bits - 1]
+        packed = pack(torch.tensor(values), bits)
+        assert packed.tolist() == bit_string_bytes(values, bits)
+        assert unpack(packed, bits, len(values)).tolist() == values
 
 
-@pytest.mark.parametrize("num_codes", [1, 2, 3, 6, 255, 256, 257, 4096, 4097])
-def test_code_bits_is_the_rounded_up_logarithm(num_codes):
-    assert code_bits(num_codes) == ceil(log2(num_codes))
-
-
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_pattern_bits_is_the_logarithm_of_the_combinations(pattern):
-    num_kept, size = pattern
-    assert pattern_bits(pattern) == (size if size > 16 else ceil(log2(comb(size, num_kept))))
+def test_bits_are_the_rounded_up_logarithm_of_codes_and_of_combinations():
+    for num_codes in (1, 2, 3, 6, 255, 256, 257, 4096, 4097):
+        assert code_bits(num_codes) == ceil(log2(num_codes))
+    for num_kept, size in PATTERNS:
+        assert pattern_bits((num_kept, size)) == (size if size > 16 else ceil(log2(comb(size, num_kept))))
 
 
 @given(rows=st.integers(1, 6), columns=st.integers(1, 11), seed=st.integers(0, 99))

@@ -34,14 +34,16 @@ def test_columns_hold_every_code_in_the_narrowest_type(size, dtype):
     assert columns.int().T.tolist() == codes.tolist()
 
 
-@pytest.mark.parametrize(("dim", "size"), [(3, 5), (6, 4096), (4, 256), (1, 2), (2, 70000)])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (70, 37), (9, 300)])
-@pytest.mark.parametrize("num_tokens", [0, 1, CPU_MAX_LOOKUP_TOKENS, CPU_MAX_LOOKUP_TOKENS + 1])
-def test_product_of_every_shape(dim, size, rows, columns, num_tokens):
-    case = problem(rows, columns, dim, size, num_tokens)
-    output = columns_matmul(case.tokens, columns_of(case), *case[2:])
-    assert output.shape == (num_tokens, rows)
-    assert num_tokens == 0 or case.error(output) < 1e-5
+@pytest.mark.parametrize(
+    ("dim", "size", "rows", "columns"),
+    [(3, 5, 1, 1), (6, 4096, 70, 37), (4, 256, 9, 300), (1, 2, 70, 37), (2, 70000, 9, 300), (6, 4096, 1, 1)],
+)
+def test_product_of_every_shape_and_number_of_tokens(dim, size, rows, columns):
+    for num_tokens in (0, 1, CPU_MAX_LOOKUP_TOKENS, CPU_MAX_LOOKUP_TOKENS + 1):
+        case = problem(rows, columns, dim, size, num_tokens)
+        output = columns_matmul(case.tokens, columns_of(case), *case[2:])
+        assert output.shape == (num_tokens, rows)
+        assert num_tokens == 0 or case.error(output) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -66,8 +68,7 @@ def test_blocks_and_threads_change_nothing(block_groups, num_threads, monkeypatc
     assert ones.error(sums) < 1e-5
 
 
-@pytest.mark.parametrize("num_threads", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_threads", "dtype"), [(1, torch.float32), (3, torch.bfloat16)])
 @pytest.mark.parametrize(("dim", "size"), [(6, 4096), (3, 5), (4, 256)])
 def test_decode_some_rows(dim, size, dtype, num_threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)

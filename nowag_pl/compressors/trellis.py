@@ -1,0 +1,91 @@
+"""NoWag on a trellis: NoWag's normalisation (arXiv:2504.14569), then trellis coded quantization (arXiv:2406.11235)."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nowag_pl.compressors.base import Compressor, check_inputs, empty_settings
+from nowag_pl.functional.moments import mean_squares
+from nowag_pl.functional.trellis.codes import Code
+from nowag_pl.functional.trellis.quantize import TrellisSettings, quantize_trellis
+from nowag_pl.functional.trellis.tiles import TILE
+from nowag_pl.modules.compressed.trellis import TrellisLinear
+
+_WORKING_BYTES = 40  # per weight: the target, what is on the trellis, tiles, states, and copies for the scales
+
+
+@dataclass(frozen=True)
+class NoWagTrellis(Compressor):
+    """Normalise, rotate, and put every 16 x 16 weights on a trellis, with the errors of columns fed into later ones.
+
+    Args:
+        bits: bits of a weight, 1 to 8. Beside them there are only 16 bits for each row and column.
+        state_bits: bits of a state of the trellis: 12, or 16 for a few percent less error in 16 times the time.
+        code: numbers of the states: "mul1", "mcg", "3inst" or "1mad".
+        rotation: "both" for random signs and Hadamard blocks on both sides, "none" for NoWag's normalised weight as it
+            is.
+        feedback: whether later columns make up for the errors of those before them, by the full second moments.
+        damping: with feedback, what is added to the diagonal of the second moments, as a share of its mean.
+        refit_rounds: how often both scales are fitted to the linear's output by least squares.
+        seed: seed of the signs.
+    """
+
+    bits: int = 2
+    state_bits: int = 12
+    code: Code = "mul1"
+    rotation: Literal["both", "none"] = "both"
+    feedback: bool = True
+    damping: float = 0.025
+    refit_rounds: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the settings.
+
+        Raises:
+            ValueError: a number is out of its range, or a word is unknown.
+        """
+        for name, (least, most) in {"bits": (1, 8), "state_bits": (8, 16), "refit_rounds": (0, 100)}.items():
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"Expected {name} from {least} to {most}, but got {getattr(self, name)}.")
+        for name, choices in {"code": ("mul1", "mcg", "3inst", "1mad"), "rotation": ("both", "none")}.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"Expected {name} to be one of {choices}, but got {getattr(self, name)!r}.")
+        if not self.damping > 0:
+            raise ValueError(f"Expected damping greater than 0, but got {self.damping}.")
+
+    @property
+    def full_second_moment(self) -> bool:
+        """Whether the matrix of x x^T is needed."""
+        return self.feedback
+
+    def empty(self, shape: tuple[int, int], dtype: torch.dtype, bias: bool = False) -> TrellisLinear:
+        """Return the linear on a trellis without values; see :class:`~nowag_pl.compressors.base.Compressor`."""
+        padded = [size + -size % TILE for size in reversed(shape)]
+        own = {"padded": padded, "bits": self.bits, "state_bits": self.state_bits}
+        own |= {"code": self.code, "rotation": self.rotation}
+        with torch.device("meta"):
+            return TrellisLinear.empty({**empty_settings(shape, dtype, bias), **own})
+
+    def working_bytes(self, shape: tuple[int, int]) -> int:
+        """Return the memory of the search and of the fit of the scales."""
+        return _WORKING_BYTES * shape[0] * shape[1] + self.full_moment_bytes(shape)
+
+    def alternatives(self) -> list[dict[str, Any]]:
+        """Return other bits, from 1 to 4."""
+        return [{"bits": bits} for bits in range(1, 5) if bits != self.bits]
+
+    @torch.no_grad()
+    def compress(self, linear: nn.Linear, second_moment: Tensor) -> TrellisLinear:
+        """Put one linear on a trellis; see :class:`~nowag_pl.compressors.base.Compressor`."""
+        check_inputs(linear, second_moment, self.full_second_moment)
+        moment = second_moment if self.feedback else mean_squares(second_moment)
+        settings = TrellisSettings(
+            self.bits, self.state_bits, self.code, self.rotation, self.feedback, self.damping, self.refit_rounds
+        )
+        generator = torch.Generator().manual_seed(self.seed)
+        found = quantize_trellis(linear.weight, moment.to(linear.weight.device), settings, generator)
+        own = (self.bits, self.state_bits, self.code, self.rotation)
+        return TrellisLinear(found, *own, linear.bias, linear.weight.dtype)

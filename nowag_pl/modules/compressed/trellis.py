@@ -1,0 +1,119 @@
+"""A linear on a trellis: k bits a weight and two vectors of scales, with no codebook to store."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nowag_pl.functional.trellis.codes import Code, code_values
+from nowag_pl.functional.trellis.quantize import TrellisWeight, reconstruct
+from nowag_pl.functional.trellis.tiles import STEPS, TILE
+from nowag_pl.modules.compressed.base import CompressedLinear, dtype_name, rounded_to
+
+# More of its 16 bits are mantissa than bfloat16's; scales need little range.
+_STORED_DTYPE = torch.float16
+
+
+class TrellisLinear(CompressedLinear):
+    """A linear of which every 16 x 16 weights are a path on a trellis, between two rotations, times both scales.
+
+    A tile takes `16 k` words of 16 bits in the layout of EXL3, held two at a time as int32, which every backend of
+    torch.distributed knows. Scales are float32 parameters, so that they can be trained; they hold the signs of the
+    rotation, and are rounded to 16 bits at the start and whenever they are stored.
+
+    Args:
+        weight: packed states and scales, of sizes that are padded to tiles.
+        bits: k, bits of a weight.
+        state_bits: L, bits of a state.
+        code: what number a state stands for.
+        rotation: "both" sides or "none".
+        bias: bias `[out]`, or None.
+        dtype: type of the reconstructed weight.
+    """
+
+    codes: Tensor
+
+    def __init__(
+        self,
+        weight: TrellisWeight,
+        bits: int,
+        state_bits: int,
+        code: Code,
+        rotation: Literal["both", "none"],
+        bias: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias)
+        self.bits, self.state_bits, self.code, self.rotation = bits, state_bits, code, rotation
+        self.dtype = dtype
+        self.in_scale = nn.Parameter(_round(weight.in_scale))
+        self.out_scale = nn.Parameter(_round(weight.out_scale))
+        self.register_buffer("codes", weight.packed.contiguous().view(torch.int32))  # [in / 16, out / 16, 8 k]
+
+    @property
+    def weight(self) -> Tensor:
+        """The reconstructed weight `[out, in]`."""
+        shape = (self.out_features, self.in_features)
+        packed = TrellisWeight(self.codes.view(torch.int16), self.in_scale, self.out_scale, shape)
+        values = code_values(self.code, self.state_bits).to(self.codes.device)
+        return reconstruct(packed, values, self.bits, self.rotation).to(self.dtype)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Paths, and scales in 16 bits."""
+        scales = len(self.in_scale) + len(self.out_scale)
+        return (self.codes.numel() * 32 + scales * 16) / (self.out_features * self.in_features)
+
+    @property
+    def sparsity(self) -> float:
+        """Nothing is removed."""
+        return 0.0
+
+    @property
+    def gradient_bytes(self) -> int:
+        """The numbers of the tiles, before and after the rotation of either side, and the weight, in float32."""
+        return 16 * self.in_features * self.out_features
+
+    @property
+    def restoring_bytes(self) -> int:
+        """The numbers of the tiles in float32, and a rotation of them."""
+        return 8 * self.in_features * self.out_features
+
+    def settings(self) -> dict[str, Any]:
+        """Return shapes, the trellis, and types."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "padded": [len(self.in_scale), len(self.out_scale)],
+            "bits": self.bits,
+            "state_bits": self.state_bits,
+            "code": self.code,
+            "rotation": self.rotation,
+            "bias": self.bias_dtype,
+            "dtype": dtype_name(self.dtype),
+        }
+
+    @classmethod
+    def empty(cls, settings: Mapping[str, Any]) -> "TrellisLinear":
+        """Return a module with the right shapes and zeros."""
+        padded_in, padded_out = settings["padded"]
+        words = STEPS * settings["bits"] // 16
+        weight = TrellisWeight(
+            torch.zeros(padded_in // TILE, padded_out // TILE, words, dtype=torch.int16),
+            torch.zeros(padded_in),
+            torch.zeros(padded_out),
+            (settings["out_features"], settings["in_features"]),
+        )
+        own = (settings["bits"], settings["state_bits"], settings["code"], settings["rotation"])
+        return cls(weight, *own, cls.empty_bias(settings), getattr(torch, settings["dtype"]))
+
+    @property
+    def stored_dtypes(self) -> dict[str, torch.dtype]:
+        """Scales in 16 bits."""
+        return {**super().stored_dtypes, **dict.fromkeys(("in_scale", "out_scale"), _STORED_DTYPE)}
+
+
+def _round(values: Tensor) -> Tensor:
+    """Return float32 values that 16 bits hold exactly."""
+    return rounded_to(values, _STORED_DTYPE, torch.float32, "scales")

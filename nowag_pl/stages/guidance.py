@@ -1,0 +1,82 @@
+"""Guidance: how much each calibration token counts for each linear, by the gradient of the end loss.
+
+One pass forwards and one back; what is kept is one number for each token and linear, by which every kind of second
+moments is weighted: those of the dense model, and those after compressed blocks and linears.
+"""
+
+import time
+
+import torch
+from torch import Tensor
+
+from nowag_pl.functional.guidance import tempered, token_weights
+from nowag_pl.models.streaming import StreamedModel
+from nowag_pl.run.layout import GUIDANCE
+from nowag_pl.run.progress import block_progress
+from nowag_pl.run.store import ArtefactStore
+from nowag_pl.stages.backward import Backward, LinearGradient
+from nowag_pl.stages.moments import TokenWeights
+from nowag_pl.stages.plan import CalibrationSettings, GuidanceSettings
+
+
+def write_guidance(model: StreamedModel, store: ArtefactStore, windows: Tensor, settings: CalibrationSettings) -> None:
+    """Write the squared gradient at every token of every selected linear, for every block that lacks it.
+
+    Args:
+        model: dense model.
+        store: run directory.
+        windows: calibration sequences `[num_sequences, seq_len]`, the same on every rank; each takes its share.
+        settings: which labels, and the sequences that pass a block together.
+
+    Raises:
+        ValueError: a gradient is NaN or infinite; the message names block and linear.
+    """
+    missing = store.missing(GUIDANCE, len(model))
+    if settings.guidance is None or not missing:
+        return
+    ranks, first = store.ranks, min(missing)
+    mine = (len(ranks.share(windows)), windows.shape[1])
+    backward = Backward(model, windows, ranks, settings.batch_size, first, settings.guidance.labels)
+    with block_progress("Guidance", len(model) - first, ranks.is_zero, model.device) as report:
+        for index in reversed(range(first, len(model))):
+            started = time.perf_counter()
+            names = list(model.linears(index)) if index in missing else []
+            weights = {name: torch.zeros(mine) for name in names}
+
+            def look(seen: LinearGradient, weights: dict[str, Tensor] = weights) -> None:
+                rows = slice(seen.start, seen.start + len(seen.gradient))
+                weights[seen.name][rows] = token_weights(seen.gradient).cpu()
+
+            backward.through(index, names, look)
+            if index in missing:
+                together = _of_all_ranks(ranks.gather(weights), windows)
+                _check(together, model.block_name(index))
+                store.write(GUIDANCE, index, together, {"seconds": time.perf_counter() - started})
+            report("")
+
+
+def _of_all_ranks(shares: list[dict[str, Tensor]], windows: Tensor) -> dict[str, Tensor]:
+    """Return the weights of all sequences, `[num_sequences, seq_len]`, of which every rank has every n-th one."""
+    together = {name: torch.zeros(windows.shape) for name in shares[0]}
+    for rank, share in enumerate(shares):
+        for name, weights in share.items():
+            together[name][rank :: len(shares)] = weights
+    return together
+
+
+def _check(weights: dict[str, Tensor], block: str) -> None:
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{block}.{name}: Expected finite gradients of the end loss, but got NaN or infinity.")
+
+
+def read_guidance(store: ArtefactStore, settings: GuidanceSettings | None) -> TokenWeights | None:
+    """Return what gives the weights of this rank's tokens, whose mean over all ranks is 1; None without guidance."""
+    if settings is None:
+        return None
+
+    def weights(index: int, name: str) -> Tensor:
+        everything = store.read(GUIDANCE, index)[0][name]
+        return store.ranks.share(tempered(everything, settings.power))
+
+    return weights
