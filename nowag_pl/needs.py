@@ -1,7 +1,7 @@
 """What the stages of a run will need: device memory, host memory and disk.
 
 The formulas are those of docs/reproduction.md, "Memory and disk". All figures are bytes; those of memory are upper
-bounds, those of disk are what is written but for file headers.
+bounds, those of disk are exact but for file headers.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ class StageNeeds:
         shared_host: host memory of all processes together.
         disk: written into the run directory.
         device_option, host_option, disk_option: options that lower them; disk beside another run_dir.
-        built: host memory of each process in which is made what goes to the device, where they differ.
+        built: host memory of each process in which the model is made before it goes to the device.
     """
 
     stage: str
@@ -122,9 +122,8 @@ def stages_of_fit(
     if plan.export is not None and num_copies:
         stages.append(export(sizes, num_copies, plan.export.dense))
     if training is not None:
-        stages += (
-            [] if training.teacher is None else [teacher(sizes, training.teacher, training.num_windows, data.seq_len)]
-        )
+        if training.teacher is not None:
+            stages.append(teacher(sizes, training.teacher, training.num_windows, data.seq_len))
         stages.append(end_to_end(sizes, data, training, holding))
     return stages
 
@@ -196,7 +195,7 @@ def reference(sizes: ModelSizes, data: DataShape, batch_size: int) -> StageNeeds
 
 
 def teacher(sizes: ModelSizes, settings: TeacherSettings, num_windows: int, seq_len: int) -> StageNeeds:
-    """Return the needs of recording what the dense model teaches: hidden states, or its likeliest tokens."""
+    """Return the needs of recording the teacher's predictions: its hidden states, or its likeliest tokens."""
     tokens, top_k = settings.batch_size * seq_len, settings.top_k
     head = 0 if top_k is None else (2 * sizes.itemsize + 12) * tokens * sizes.vocabulary  # softened, in float32
     hidden = sizes.hidden_states(num_windows, seq_len)
@@ -239,7 +238,7 @@ def finetuning(sizes: ModelSizes, settings: FinetuningSettings, seq_len: int, nu
     """Return the needs of finetuning blocks."""
     hidden = sizes.hidden_states(settings.num_sequences + settings.num_held_out, seq_len)
     activations = sizes.activations(ceil(settings.batch_size / num_ranks) * seq_len)
-    # Every value, its gradient and two moments in float32; what is kept of restored weights, a gradient and a copy.
+    # Every value, its gradient and two moments in float32; restored weights, a gradient of one and a copy.
     states = 16 * sizes.block_values + sizes.block.packed + sizes.block.keeping + 8 * sizes.linear.weights
     return StageNeeds(
         "finetuning",
@@ -266,8 +265,8 @@ def export(sizes: ModelSizes, num_copies: int, dense: bool = False) -> StageNeed
 def end_to_end(sizes: ModelSizes, data: DataShape, training: Training, holding: Holding) -> StageNeeds:
     """Return the needs of training end to end.
 
-    Every trained value has a gradient and two moments in float32. What is kept of restored weights for gradients is
-    whole on every rank, as activations are; none of these is computed twice.
+    Every trained value has a gradient and two moments in float32. Restored weights that are kept for gradients
+    are whole on every rank, as activations are; none of these is computed twice.
     """
     trained, parameters, packed = sizes.trained_values, holding.parameters(sizes), sizes.total.packed
     buckets = 4 * trained if holding.num_ranks > 1 and not holding.sharded else 0  # of DDP

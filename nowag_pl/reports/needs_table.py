@@ -40,7 +40,7 @@ class Available:
 
 
 def show(stages: Sequence[StageNeeds], folder: Path, device: torch.device, num_processes: int = 1) -> None:
-    """Print the needs and what there is, and warn of each thing that does not fit.
+    """Print the needs beside the available memory and disk, and warn where they do not fit.
 
     Args:
         stages: needs of the stages of one run.
@@ -56,7 +56,7 @@ def show(stages: Sequence[StageNeeds], folder: Path, device: torch.device, num_p
 
 
 def host_bytes(needs: StageNeeds, available: Available, num_processes: int) -> int:
-    """Return the host memory of a stage; where the device is the host, with what the device would need."""
+    """Return the host memory of a stage, with its device memory where the device is the host."""
     each = needs.host + LIBRARY_BYTES + max(needs.built, needs.device if available.device is None else 0)
     return num_processes * each + needs.shared_host
 
@@ -68,9 +68,9 @@ def shortages(
 
     Args:
         stages: needs of the stages of one run.
-        available: what there is.
+        available: free memory and disk.
         num_processes: processes that share host memory and disk.
-        on_disk: what an earlier process of the same run has written already.
+        on_disk: bytes that an earlier process of the same run has written already.
     """
     found = []
     for needs in stages:
@@ -95,8 +95,8 @@ def _shortage(stage: str, needed: int, what: str, available: int, option: str) -
 
 
 def table(stages: Sequence[StageNeeds], available: Available, num_processes: int) -> Table:
-    """Lay out the needs, with what is available in the last row."""
-    laid_out = Table(title="Expected at most, beside what the process has now")
+    """Lay out the needs; the last row holds the available memory and disk."""
+    laid_out = Table(title="Expected at most, beside the present use of the process")
     for column in ("stage", "device memory", "host memory", "disk"):
         laid_out.add_column(column, justify="left" if column == "stage" else "right")
     on_device = available.device is not None

@@ -1,4 +1,4 @@
-"""Sizes of a model and of what a plan makes of it, from the model on the meta device and the methods' empty modules."""
+"""Sizes of a model before and after compression, from the meta device and the methods' empty modules."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -52,7 +52,7 @@ class LinearSizes(NamedTuple):
 
     @classmethod
     def of(cls, linear: nn.Linear | CompressedLinear, methods: Sequence[Compressor], itemsize: int) -> "LinearSizes":
-        """Return the sizes of a compressed linear, or of what the first method makes of a dense one.
+        """Return the sizes of a compressed linear, or of a dense one after the first method.
 
         Raises:
             ValueError: that method does not fit the shape.
@@ -99,7 +99,7 @@ def _made(linear: nn.Linear, methods: Sequence[Compressor]) -> list[CompressedLi
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Sizes of a model and of what is made of it, in bytes unless said otherwise.
+    """Sizes of a model before and after compression, in bytes unless said otherwise.
 
     Attributes:
         num_blocks: decoder blocks.
@@ -202,16 +202,16 @@ class ModelSizes:
         return num_sequences * seq_len * self.hidden * self.itemsize
 
     def activations(self, num_tokens: int) -> int:
-        """Return what a block holds beside its weights while that many tokens pass it."""
+        """Return the memory of a block beside its weights while that many tokens pass it."""
         return num_tokens * (4 * self.itemsize * self.hidden + (3 * self.itemsize + 8) * self.widest)
 
     def passing(self, num_tokens: int, itemsize: int) -> int:
-        """Return what is there beside a block while tokens pass it: a restored weight, and activations."""
+        """Return the memory beside a block while tokens pass it: a restored weight, and activations."""
         weight = itemsize * self.linear.weights + self.linear.restoring
         return weight + self.activations(num_tokens) * itemsize // self.itemsize
 
     def measuring(self, num_tokens: int, compared: bool = True) -> int:
-        """Return what a batch's logits take while they are measured, and compared with the dense model's.
+        """Return the memory of a batch's logits while they are measured, and compared with the dense model's.
 
         At most 4096 tokens are measured together, 1024 at a time in float32.
         """
@@ -221,13 +221,13 @@ class ModelSizes:
         return self.vocabulary * (logits * self.itemsize * together + working * min(num_tokens, 1024))
 
     def forward(self, num_tokens: int, itemsize: int, compared: bool = False) -> int:
-        """Return what a forward without gradients holds beside the model: a block's, or logits and what is measured."""
+        """Return the memory of a forward without gradients beside the model: that of a block, or of logits."""
         logits = itemsize * num_tokens * self.vocabulary + self.measuring(num_tokens, compared)
         return max(self.passing(num_tokens, itemsize), logits)
 
 
 def methods_of(run: CompressionRun) -> Methods:
-    """Return the method of every linear that a run compresses, with what its budget may choose instead.
+    """Return the method of every linear that a run compresses, and the others that its budget may choose.
 
     Raises:
         ValueError: a pattern of the plan matches no linear.
@@ -238,7 +238,7 @@ def methods_of(run: CompressionRun) -> Methods:
     names = [
         f"{run.model.block_name(index)}.{name}" for index in range(len(run.model)) for name in run.model.linears(index)
     ]
-    # What is given by a pattern is fixed.
+    # Methods that a pattern gives are fixed.
     return {
         name: offered if offered and name not in assignment.numbers else [assignment.method(name)] for name in names
     }
