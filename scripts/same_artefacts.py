@@ -17,8 +17,10 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors import safe_open
 
 _STAGES = ("moments", "compressed", "finetuned", "reference", "export", "export_finetuned", "training")
 _SMALL = "--calibration.num_sequences=32 --data.max_eval_windows=16"
@@ -60,19 +62,46 @@ def record(checkout: Path, runs: Path, output: Path, names: list[str]) -> None:
     digests: dict[str, dict[str, str]] = json.loads(output.read_text()) if output.is_file() else {}
     for name in names or CASES:
         started, run_dir = time.monotonic(), runs.resolve() / name.replace(" ", "_").replace(",", "")
+        if (run_dir / "report.json").is_file():
+            digests[name] = digests_of(run_dir)
+            output.write_text(json.dumps(digests, indent=1))
+            continue
         command = [sys.executable, "main.py", "fit", *CASES[name].split(), f"--run_dir={run_dir}"]
         environment = {**os.environ, "PYTHONPATH": str(checkout.resolve()), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"{name}: {' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-        digests[name] = {
-            path.relative_to(run_dir).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-            for stage in _STAGES
-            for path in sorted((run_dir / stage).rglob("*"))
-            if path.is_file()
-        }
+        digests[name] = digests_of(run_dir)
         output.write_text(json.dumps(digests, indent=1))
         print(f"{name}: {len(digests[name])} files, {time.monotonic() - started:.0f} s", flush=True)
+
+
+def digests_of(run_dir: Path) -> dict[str, str]:
+    """Return the digest of every artefact by its path; the seconds that a block took are left out."""
+    return {
+        path.relative_to(run_dir).as_posix(): digest(path)
+        for stage in _STAGES
+        for path in sorted((run_dir / stage).rglob("*"))
+        if path.is_file()
+    }
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of tensors and metadata of an artefact, or of the bytes of another file."""
+    found = hashlib.sha256()
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("nowag_pl", "{}"))
+            found.update(json.dumps({k: v for k, v in metadata.items() if k != "seconds"}).encode())
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    elif path.suffix == ".ckpt":
+        tensors = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    else:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    for name, tensor in tensors.items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def compare(before: Path, after: Path) -> int:
