@@ -31,7 +31,7 @@ from nowag_pl.reports.needs_table import Available, host_bytes
 from nowag_pl.stages.compression_run import CompressionRun
 from nowag_pl.stages.hidden import Passage, passed
 from nowag_pl.stages.plan import CalibrationSettings, CompressionSettings, Plan
-from nowag_pl.stages.sizes import ModelSizes, methods_of
+from nowag_pl.stages.sizes import Holding, ModelSizes, methods_of
 
 BATCH = 1
 METHODS = {
@@ -96,7 +96,7 @@ def _expected(run: CompressionRun, num_sequences: int, seq_len: int) -> dict[str
     data = needs.DataShape(seq_len, {"random": num_sequences}, BATCH)
     settings = CalibrationSettings(num_sequences, batch_size=BATCH)
     calibration, compression = needs.compression(sizes, settings, seq_len)
-    validation = needs.validation(sizes, data, needs.Holding())
+    validation = needs.validation(sizes, data, Holding())
     stages = {
         "calibrate": calibration,
         "compress": compression,

@@ -9,9 +9,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.phases import is_compressing, trains_end_to_end
 from nowag_pl.lit.stage import Stage, data_of, module_of
-from nowag_pl.needs import DataShape, Holding, Training, stages_of_fit, validation
+from nowag_pl.needs import DataShape, Training, stages_of_fit, validation
 from nowag_pl.reports.needs_table import show
-from nowag_pl.stages.sizes import ModelSizes, methods_of
+from nowag_pl.stages.sizes import Holding, ModelSizes, methods_of
 
 
 class ModelPreflight(Stage):

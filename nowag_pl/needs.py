@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from nowag_pl.stages.plan import CalibrationSettings, FinetuningSettings, Plan
-from nowag_pl.stages.sizes import ModelSizes
+from nowag_pl.stages.sizes import Holding, ModelSizes
 from nowag_pl.stages.teacher import TeacherSettings
 
 CHUNK_BYTES = 2**27  # intermediate results of work in chunks; distances of a chunk of points
@@ -58,36 +58,6 @@ class DataShape:
 
 
 @dataclass(frozen=True)
-class Holding:
-    """How processes hold a model that is there as a whole.
-
-    Attributes:
-        num_ranks: processes of all nodes.
-        sharded: whether parameters, gradients and states of the optimizer are divided among them (FSDP2).
-        mixed: whether it computes in 16 bits with weights in float32.
-        streams: whether a validation holds a block at a time.
-        widened: whether a validation of the whole model has trained values in float32.
-    """
-
-    num_ranks: int = 1
-    sharded: bool = False
-    mixed: bool = False
-    streams: bool = True
-    widened: bool = False
-
-    def parameters(self, sizes: ModelSizes) -> int:
-        """Return the parameters of a model whose trained values are in float32."""
-        return 4 * sizes.trained_values + (sizes.itemsize if self.mixed else 4) * sizes.frozen_values
-
-    def share(self, sizes: ModelSizes, divisible: int) -> int:
-        """Return what one process holds of divisible bytes, with the masks, codes and groups that it holds whole."""
-        if not self.sharded or self.num_ranks == 1:
-            return divisible + sizes.total.packed
-        gathered = 4 * (1 if sizes.is_compressed else 2) * (sizes.skeleton + 2 * sizes.compressed_block)
-        return ceil(divisible / self.num_ranks) + sizes.total.packed + gathered // sizes.itemsize
-
-
-@dataclass(frozen=True)
 class Training:
     """A training end to end.
 
@@ -110,6 +80,7 @@ def stages_of_fit(
     """Return the needs of every stage of a fit, in their order; with a training end to end, if there is one."""
     stages = []
     if plan.calibration is not None and plan.compression is not None:
+        stages += [guidance(sizes, plan.calibration, data.seq_len)] * (plan.calibration.guidance is not None)
         stages += compression(sizes, plan.calibration, data.seq_len)
         if plan.compression.budget is not None:
             stages.append(budget(sizes, plan.calibration, plan.compression.budget.num_sequences, data.seq_len))
@@ -126,6 +97,20 @@ def stages_of_fit(
             stages.append(teacher(sizes, training.teacher, training.num_windows, data.seq_len))
         stages.append(end_to_end(sizes, data, training, holding))
     return stages
+
+
+def guidance(sizes: ModelSizes, settings: CalibrationSettings, seq_len: int) -> StageNeeds:
+    """Return the needs of weighting tokens: hidden states before all blocks, and one block with its gradients."""
+    tokens = settings.batch_size * seq_len
+    block = sizes.dense_block + 4 * sizes.activations(tokens)
+    return StageNeeds(
+        "guidance",
+        device=sizes.skeleton + max(block, 2 * sizes.measuring(tokens)),
+        shared_host=(sizes.num_blocks + 2) * sizes.hidden_states(settings.num_sequences, seq_len),
+        disk=4 * sizes.total.num_linears * settings.num_sequences * seq_len,
+        device_option="calibration.batch_size or data.seq_len",
+        host_option="calibration.num_sequences or data.seq_len",
+    )
 
 
 def compression(sizes: ModelSizes, settings: CalibrationSettings, seq_len: int) -> list[StageNeeds]:

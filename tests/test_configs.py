@@ -19,7 +19,7 @@ from nowag_pl.data.sources import HubDataset
 from nowag_pl.lit.stage import Stage
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.stages.plan import CalibrationSettings, Plan
-from nowag_pl.stages.sizes import ModelSizes
+from nowag_pl.stages.sizes import Holding, ModelSizes
 
 CONFIGS = ROOT / "configs"
 PLUS = {"weighting": "output", "update": "alternating", "refit_scales": True, "damping": 0.03}
@@ -279,7 +279,7 @@ def test_recipe_tells_the_memory_and_disk_of_the_formulas(recipe, tmp_path):
         return [
             *needs.compression(sizes, CalibrationSettings(batch_size=1), seq_len),
             needs.reference(sizes, data, 1),
-            needs.validation(sizes, data, needs.Holding()),
+            needs.validation(sizes, data, Holding()),
             needs.export(sizes, 1),
         ]
 

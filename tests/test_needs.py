@@ -17,10 +17,10 @@ from nowag_pl.files import read_tensors
 from nowag_pl.lit.metrics import Divergence, Perplexity
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
-from nowag_pl.needs import DataShape, Holding, StageNeeds, Training, stages_of_fit
+from nowag_pl.needs import DataShape, StageNeeds, Training, stages_of_fit
 from nowag_pl.reports.needs_table import Available
 from nowag_pl.stages.plan import CalibrationSettings, ExportSettings, FinetuningSettings, ReportSettings
-from nowag_pl.stages.sizes import LinearSizes, ModelSizes, methods_of
+from nowag_pl.stages.sizes import Holding, LinearSizes, ModelSizes, methods_of
 from nowag_pl.stages.teacher import TeacherSettings
 
 pytest_plugins = ["tiny_fixtures"]

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from math import ceil
 from typing import NamedTuple, cast
 
 from torch import nn
@@ -36,6 +37,7 @@ class LinearSizes(NamedTuple):
         keeping: bytes kept of the weight for gradients.
         compressing: bytes while it is compressed.
         pairs: pairs of inputs in its full second moment; 0 where none is gathered.
+        num_linears: number of linears.
     """
 
     inputs: int = 0
@@ -49,6 +51,7 @@ class LinearSizes(NamedTuple):
     keeping: int = 0
     compressing: int = 0
     pairs: int = 0
+    num_linears: int = 0
 
     @classmethod
     def of(cls, linear: nn.Linear | CompressedLinear, methods: Sequence[Compressor], itemsize: int) -> "LinearSizes":
@@ -61,7 +64,7 @@ class LinearSizes(NamedTuple):
         num_weights = shape[0] * shape[1]
         made = [linear] if isinstance(linear, CompressedLinear) else _made(linear, methods)
         stored = [num_weights * itemsize if each is None else each.storage_bytes for each in made]
-        sizes = cls(shape[1], num_weights, stored=stored[0], candidates=sum(stored))
+        sizes = cls(shape[1], num_weights, stored=stored[0], candidates=sum(stored), num_linears=1)
         sizes = sizes._replace(compressing=max((method.working_bytes(shape) for method in methods), default=0))
         if (first := made[0]) is None:
             untold = UNTOLD_BYTES * num_weights
@@ -273,3 +276,33 @@ def _others(block: nn.Module, linears: Mapping[str, LinearSizes]) -> int:
         for name, parameter in block.named_parameters()
         if name.rpartition(".")[0] not in linears or name.endswith(".bias")
     )
+
+
+@dataclass(frozen=True)
+class Holding:
+    """How processes hold a model that is there as a whole.
+
+    Attributes:
+        num_ranks: processes of all nodes.
+        sharded: whether parameters, gradients and states of the optimizer are divided among them (FSDP2).
+        mixed: whether it computes in 16 bits with weights in float32.
+        streams: whether a validation holds a block at a time.
+        widened: whether a validation of the whole model has trained values in float32.
+    """
+
+    num_ranks: int = 1
+    sharded: bool = False
+    mixed: bool = False
+    streams: bool = True
+    widened: bool = False
+
+    def parameters(self, sizes: ModelSizes) -> int:
+        """Return the parameters of a model whose trained values are in float32."""
+        return 4 * sizes.trained_values + (sizes.itemsize if self.mixed else 4) * sizes.frozen_values
+
+    def share(self, sizes: ModelSizes, divisible: int) -> int:
+        """Return what one process holds of divisible bytes, with the masks, codes and groups that it holds whole."""
+        if not self.sharded or self.num_ranks == 1:
+            return divisible + sizes.total.packed
+        gathered = 4 * (1 if sizes.is_compressed else 2) * (sizes.skeleton + 2 * sizes.compressed_block)
+        return ceil(divisible / self.num_ranks) + sizes.total.packed + gathered // sizes.itemsize
