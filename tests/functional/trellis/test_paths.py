@@ -125,16 +125,16 @@ def test_weights_move_the_error_to_where_it_counts_less():
     assert 2 * errors[:, ::2].mean() < errors[:, 1::2].mean()
 
 
-@pytest.mark.parametrize(("bits", "error"), [(1, 0.2803), (2, 0.0733), (3, 0.0198), (4, 0.0055)])
-def test_gaussian_table_of_the_paper(bits, error):
-    """QTIP's trellis of 2^12 random numbers, whose best scale is near 1: the published errors."""
+# The error at 4 bits is published with two digits.
+@pytest.mark.parametrize(
+    ("bits", "error", "tolerance"), [(1, 0.2803, 0.005), (2, 0.0733, 0.005), (3, 0.0198, 0.005), (4, 0.0055, 0.03)]
+)
+def test_gaussian_table_of_the_paper(bits, error, tolerance):
+    """QTIP's trellis of 2^12 random numbers, as they are drawn: the published errors."""
     generator = torch.Generator().manual_seed(0)
-    values, targets = torch.randn(2**12, generator=generator), torch.randn(400, 256, generator=generator)
-    least = min(
-        (targets - scale * values[tail_biting_path(targets / scale, values, bits).long()]).square().mean().item()
-        for scale in {1: (0.88,), 2: (1.0, 1.03), 3: (1.0, 1.05), 4: (1.0,)}[bits]
-    )
-    assert least / targets.square().mean() == pytest.approx(error, rel=0.02)
+    values, targets = torch.randn(2**12, generator=generator), torch.randn(800, 256, generator=generator)
+    found = (targets - values[tail_biting_path(targets, values, bits).long()]).square().mean()
+    assert found / targets.square().mean() == pytest.approx(error, rel=tolerance)
 
 
 @pytest.mark.slow
