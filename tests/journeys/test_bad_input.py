@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from stage_runs import compress
+from stage_runs import run_of
 from tiny_models import (
     SEQ_LEN,
     Outcome,
@@ -450,17 +450,15 @@ def test_artefacts_without_a_manifest(finished_run, fit, tmp_path):
 @pytest.fixture
 def finished_run(model_folder, workplace, tmp_path, tmp_path_factory):
     """Put a finished run of the tiny Llama into tmp_path/run."""
-    from nowag_pl import NoWagPruner
     from nowag_pl.data.sources import read_text_file
     from nowag_pl.data.tokens import random_windows, tokenize
     from nowag_pl.models.checkpoint import Checkpoint
-    from nowag_pl.stages.compression_run import CompressionRun
 
     checkpoint = Checkpoint(str(model_folder()))
     tokens = tokenize([read_text_file(workplace / "calibration.txt")], checkpoint.tokenizer)
-    run = CompressionRun(checkpoint, tmp_path / "run")
+    run = run_of(model_folder(), tmp_path / "run", batch_size=8)
     run.calibrate(random_windows(tokens, SEQ_LEN, 6, 0))
-    compress(run, NoWagPruner())
+    run.compress()
     return tmp_path / "run"
 
 
