@@ -6,7 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
 
 from nowag_pl.lit.blockwise import finetune_blocks
-from nowag_pl.lit.phases import PhasedTrainer, is_compressing
+from nowag_pl.lit.phases import PhasedTrainer, block_precision, is_compressing
 from nowag_pl.lit.stage import Stage, data_of, module_of
 from nowag_pl.stages.plan import FinetuningSettings, Plan
 
@@ -86,17 +86,16 @@ class ModelFinetuning(Stage):
         train, held_out = data_of(trainer).finetuning_windows(
             settings.num_sequences, settings.num_held_out, settings.seed
         )
-        finetune_blocks(module.run, train, held_out, settings, self._trainer_settings(trainer, settings))
+        finetune_blocks(module.run, train, held_out, settings, self._trainer_settings(trainer))
         module.compressed = module.run.compressed(finetuned=True)
         self._done = True
 
-    @staticmethod
-    def _trainer_settings(trainer: Trainer, settings: FinetuningSettings) -> dict[str, Any]:
+    def _trainer_settings(self, trainer: Trainer) -> dict[str, Any]:
         """Return the settings that the blocks' Trainers take over from this one."""
         on_cuda = isinstance(trainer.accelerator, CUDAAccelerator)
         return {
             "accelerator": trainer.accelerator,
             "devices": trainer.device_ids if on_cuda else trainer.num_devices,
             "num_nodes": trainer.num_nodes,
-            "precision": settings.precision,
+            "precision": block_precision(trainer.accelerator, self.settings.precision),
         }

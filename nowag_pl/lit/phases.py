@@ -3,10 +3,13 @@
 from inspect import signature
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.accelerators import Accelerator, CUDAAccelerator
 from lightning.pytorch.trainer.states import TrainerFn
 
 Phase = Literal["one_shot", "blockwise", "finetuned"]
+BlockPrecision = Literal["auto", "32-true", "bf16-mixed"]
 
 
 class PhasedTrainer(Trainer):
@@ -32,6 +35,14 @@ class PhasedTrainer(Trainer):
         bound = signature(Trainer.__init__).bind(self, *args, **kwargs)
         bound.apply_defaults()
         self.options = {name: value for name, value in bound.arguments.items() if name != "self"}
+
+
+def block_precision(accelerator: Accelerator, asked: BlockPrecision) -> BlockPrecision:
+    """Return the precision in which blocks are finetuned where "auto" may be asked for."""
+    if asked != "auto":
+        return asked
+    on_cuda = isinstance(accelerator, CUDAAccelerator)
+    return "bf16-mixed" if on_cuda and torch.cuda.is_bf16_supported() else "32-true"
 
 
 def is_compressing(trainer: Trainer, stage: str) -> bool:

@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
-import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.console import Console
 
@@ -25,7 +23,14 @@ from nowag_pl.lit.evaluation import (
 )
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.objectives import NextToken
-from nowag_pl.lit.phases import Phase, PhasedTrainer, is_compressing, trains_end_to_end, validated_phase
+from nowag_pl.lit.phases import (
+    Phase,
+    PhasedTrainer,
+    block_precision,
+    is_compressing,
+    trains_end_to_end,
+    validated_phase,
+)
 from nowag_pl.lit.settings import training_settings
 from nowag_pl.lit.stage import Stage, module_of
 from nowag_pl.needs import questions
@@ -36,7 +41,7 @@ from nowag_pl.run.places import check_apart
 from nowag_pl.run.ranks import Ranks
 from nowag_pl.run.store import ArtefactStore
 from nowag_pl.stages.compression_run import training_claim
-from nowag_pl.stages.plan import FinetuningSettings, Plan
+from nowag_pl.stages.plan import Plan
 from nowag_pl.stages.sizes import ModelSizes
 
 __all__ = ["CompressionTrainer", "Phase", "check_checkpoint", "is_compressing", "validated_phase"]
@@ -121,14 +126,8 @@ class CompressionTrainer(PhasedTrainer):
             if isinstance(callback, Stage):
                 callback.announce(module.plan)
         if (settings := module.plan.finetuning) is not None:
-            module.plan.finetuning = dataclasses.replace(settings, precision=self._block_precision(settings))
-
-    def _block_precision(self, settings: FinetuningSettings) -> Any:
-        """Return the precision in which blocks are finetuned."""
-        if settings.precision != "auto":
-            return settings.precision
-        on_cuda = isinstance(self.accelerator, CUDAAccelerator)
-        return "bf16-mixed" if on_cuda and torch.cuda.is_bf16_supported() else "32-true"
+            precision = block_precision(self.accelerator, settings.precision)
+            module.plan.finetuning = dataclasses.replace(settings, precision=precision)
 
     def _check_plan(self, module: LitCausalLM, ckpt_path: str | Path | None) -> None:
         """Refuse, before hours of compression, settings that would be refused or ignored after it."""

@@ -319,6 +319,13 @@ class CompressionRun:
         rows = (self.store.read_metadata(FINETUNED, index) for index in range(len(self.model)))
         return [{key: row[key] for key in ("before", "after", "epochs", "seconds")} for row in rows]
 
+    def later_phases(self) -> list[str]:
+        """Return the phases after one-shot compression whose artefacts are there, of whichever process."""
+        folder, numbers = self.store.folder, range(len(self.model))
+        is_blockwise = all(self.store.path(FINETUNED, index).is_file() for index in numbers)
+        is_trained = any((folder / TRAINING).glob("*.ckpt"))
+        return ["blockwise"] * is_blockwise + ["finetuned"] * (is_blockwise or is_trained)
+
     def stage_seconds(self) -> dict[str, float]:
         """Return the time that the artefacts took, also those of an earlier, interrupted process."""
         stages = {"calibration": (GUIDANCE, MOMENTS), "compression": (COMPRESSED,), "finetuning": (FINETUNED,)}

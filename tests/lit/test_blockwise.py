@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
-from nowag_pl.lit.hidden_files import HiddenFiles
+from nowag_pl.stages.hidden import HiddenFiles
 from stage_runs import compress, plan_of
 from tiny_models import artefacts, load_whole, random_tokens
 from torch import nn
