@@ -49,7 +49,7 @@ class ModelExport(Stage):
             earlier = folder.with_name(EXPORT_FINETUNED)
             finetunes = module.plan.finetuning is not None or trains_end_to_end(trainer)
             if not finetunes and earlier.exists():
-                _log.warning("%s is of an earlier command; this report is without its figures", earlier)
+                _log.warning("%s is of an earlier command; its figures stay in the report", earlier)
 
     def _write(self, module: LitCausalLM, folder: Path, is_zero: bool) -> None:
         """Write the model in memory, or, where it is streamed, block after block; all ranks must call."""
