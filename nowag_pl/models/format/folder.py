@@ -17,6 +17,7 @@ from nowag_pl.models.format.checksums import INDEX_FILE, file_digest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+QUANTIZATION_FILE = "quantization_config.json"  # of other programs, beside config.json
 _STAGE = ".incomplete"
 
 
@@ -27,6 +28,7 @@ def write_folder(
     source: str | None,
     quantization: Mapping[str, Any],
     dtype: torch.dtype,
+    quantization_file: str | None = None,
 ) -> None:
     """Write weights, index with checksums, tokenizer, generation settings and configuration.
 
@@ -39,6 +41,7 @@ def write_folder(
         source: model whose tokenizer goes along.
         quantization: `quantization_config`, looked at when all shards are written; empty for a dense model.
         dtype: type that the configuration names.
+        quantization_file: name of a file that holds the `quantization_config`, too.
 
     Raises:
         OSError: the folder cannot be written.
@@ -52,6 +55,8 @@ def write_folder(
         if quantization:
             config.quantization_config = dict(quantization)
         config.save_pretrained(stage)
+        if quantization_file is not None:
+            write_json(stage / quantization_file, dict(quantization))
         if model.generation_config is not None:
             model.generation_config.save_pretrained(stage)
         if source is not None:
@@ -93,7 +98,8 @@ def _replacing_model(folder: Path) -> Iterator[Path]:
         yield stage
         for path in stage.rglob("*"):
             flush(path)
-        for old in (folder / CONFIG_FILE, folder / DESCRIPTION_FILE, *folder.glob("*.safetensors*")):
+        earlier = (folder / name for name in (CONFIG_FILE, DESCRIPTION_FILE, QUANTIZATION_FILE))
+        for old in (*earlier, *folder.glob("*.safetensors*")):
             old.unlink(missing_ok=True)
         flush(folder)
         for new in sorted(stage.iterdir(), key=lambda path: path.name == CONFIG_FILE):
