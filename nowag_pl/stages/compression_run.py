@@ -172,6 +172,8 @@ class CompressionRun:
         if settings.budget is not None:
             candidates = self._budget_settings
             described["budget"] = {"settings": titles(candidates), "num_sequences": settings.budget.num_sequences}
+            if settings.budget.bits_per_weight is not None:
+                described["budget"]["bits_per_weight"] = settings.budget.bits_per_weight
             self.method += f", bits spread over linears by sensitivity ({len(candidates)} settings)"
         self._settings["compression"] = described
         self.store.claim("compression", described, COMPRESSED)
@@ -188,7 +190,7 @@ class CompressionRun:
         candidates, assignment = self._budget_settings, self.assignment
         fixed = {name: len(candidates) + number - 1 for name, number in assignment.numbers.items()}
         choices = Choices(candidates, assignment.methods[1:], fixed)
-        return Budgeted(self.model, choices, windows, self._calibration, budget.num_sequences)
+        return Budgeted(self.model, choices, windows, self._calibration, budget)
 
     @property
     def budget(self) -> dict[str, Any] | None:
