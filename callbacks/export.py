@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -10,12 +10,14 @@ from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.phases import trains_end_to_end, validated_phase
 from nowag_pl.lit.stage import Stage, module_of
 from nowag_pl.models.format.card import add_figures
+from nowag_pl.models.format.exl3 import save_exl3
 from nowag_pl.models.format.saving import save_compressed, save_dense
-from nowag_pl.stages.plan import ExportSettings, Plan
+from nowag_pl.stages.plan import ExportFormat, ExportSettings, Plan
 
 _log = logging.getLogger("nowag_pl")
 EXPORT = "export"  # folder in the run directory
 EXPORT_FINETUNED = f"{EXPORT}_finetuned"
+_SAVE = {"packed": save_compressed, "dense": save_dense, "exl3": save_exl3}
 
 
 class ModelExport(Stage):
@@ -24,12 +26,13 @@ class ModelExport(Stage):
     Args:
         enabled: write the folders.
         format: "packed" with compressed linears, which nowag_pl reads; "dense" as an ordinary checkpoint of the dense
-            model's size, with zeros or reconstructed weights, which other programs read.
+            model's size, with zeros or reconstructed weights, which other programs read; "exl3" for exllamav3, TabbyAPI
+            and GPTQModel, where NoWagTrellis compressed the model with state_bits 16 and multiple 128.
     """
 
-    def __init__(self, enabled: bool = True, format: Literal["packed", "dense"] = "packed") -> None:
+    def __init__(self, enabled: bool = True, format: ExportFormat = "packed") -> None:
         self.enabled = enabled
-        self.settings = ExportSettings(dense=format == "dense")
+        self.settings = ExportSettings(format)
 
     def announce(self, plan: Plan) -> None:
         """Enter the folders, if any are written."""
@@ -57,10 +60,9 @@ class ModelExport(Stage):
         """Write the model in memory, or, where it is streamed, block after block; all ranks must call."""
         if module.model is None:
             if is_zero and module.compressed is not None:
-                module.compressed.save(folder, self.settings.dense)
+                module.compressed.save(folder, self.settings.format)
             return
         # A transformers model, whose type only the models may name.
         model: Any = module.whole_model()
         if is_zero:
-            save = save_dense if self.settings.dense else save_compressed
-            save(model, folder, source=module.checkpoint.path)
+            _SAVE[self.settings.format](model, folder, source=module.checkpoint.path)

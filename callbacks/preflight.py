@@ -11,13 +11,15 @@ from nowag_pl.lit.phases import is_compressing, trains_end_to_end
 from nowag_pl.lit.stage import Stage, data_of, module_of
 from nowag_pl.needs import DataShape, Training, stages_of_fit, validation
 from nowag_pl.reports.needs_table import show
+from nowag_pl.stages.export import check_export_of_model, check_export_of_run
 from nowag_pl.stages.sizes import Holding, ModelSizes, methods_of
 
 
 class ModelPreflight(Stage):
     """Estimate device memory, host memory and disk for every stage, and name the option to change where one won't fit.
 
-    A method that does not fit the shape of a linear is refused here, before anything is computed.
+    A method that does not fit the shape of a linear, or the format of the export, is refused here, before anything is
+    computed.
 
     Args:
         enabled: Run the preflight check.
@@ -31,7 +33,7 @@ class ModelPreflight(Stage):
         """Called when a fit or a validation is set up: look ahead, once.
 
         Raises:
-            ValueError: a method does not fit the shape of a linear; the message names it.
+            ValueError: a method does not fit the shape of a linear, or the format of the export; the message names it.
         """
         if not self.enabled or self._done:
             return
@@ -39,6 +41,7 @@ class ModelPreflight(Stage):
         module = module_of(pl_module)
         data, holding = _data_shape(trainer), _holding(trainer, module)
         if is_compressing(trainer, stage):
+            _check_export(module)
             methods = None if module.plan.compression is None else methods_of(module.run)
             sizes = ModelSizes.of(module.checkpoint, methods)
             stages = stages_of_fit(sizes, module.plan, data, holding, _training(trainer, module))
@@ -47,6 +50,15 @@ class ModelPreflight(Stage):
         if trainer.is_global_zero:
             folder = Path(module.run_dir or trainer.default_root_dir)
             show(stages, folder, trainer.strategy.root_device, max(trainer.num_devices, 1))
+
+
+def _check_export(module: LitCausalLM) -> None:
+    if module.plan.export is None or module.plan.export.format != "exl3":
+        return
+    if module.plan.compression is None:
+        check_export_of_model(module.checkpoint)
+    else:
+        check_export_of_run(module.run)
 
 
 def _data_shape(trainer: Trainer) -> DataShape:

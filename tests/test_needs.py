@@ -113,7 +113,7 @@ def test_expected_disk_is_what_is_written(family, compressor, plan, model_folder
     run.compress()
     run.reference(EVALUATION, 2)
     run.compressed().save(tmp_path / "export")
-    run.compressed().save(tmp_path / "dense", dense=True)
+    run.compressed().save(tmp_path / "dense", "dense")
 
     def written(folder):
         files = (tmp_path / folder).glob("*.safetensors")

@@ -17,12 +17,17 @@ class Budget:
             as [{sparsity: 0.4}, {sparsity: 0.6}]. null: those that the method offers.
         num_sequences: calibration sequences, the first ones, on which sensitivities are measured and the result is
             compared with the compressor's own settings everywhere.
+        bits_per_weight: the most that all linears may take on average, such as 2.5 between the 2 and 3 bits of a
+            trellis. null: what the compressor's own settings take everywhere.
     """
 
     candidates: list[dict[str, Any]] | None = None
     num_sequences: int = 16
+    bits_per_weight: float | None = None
 
     def __post_init__(self) -> None:
+        if self.bits_per_weight is not None and not self.bits_per_weight > 0:
+            raise ValueError(f"Expected compression.budget.bits_per_weight above 0, but got {self.bits_per_weight}.")
         if self.num_sequences < 1:
             raise ValueError(f"Expected compression.budget.num_sequences of at least 1, but got {self.num_sequences}.")
 

@@ -10,7 +10,6 @@ from nowag_pl.compressors.base import Compressor, check_inputs, empty_settings
 from nowag_pl.functional.moments import mean_squares
 from nowag_pl.functional.trellis.codes import Code
 from nowag_pl.functional.trellis.quantize import TrellisSettings, quantize_trellis
-from nowag_pl.functional.trellis.tiles import TILE
 from nowag_pl.modules.compressed.trellis import TrellisLinear
 
 _WORKING_BYTES = 40  # per weight: the target, what is on the trellis, tiles, states, and copies for the scales
@@ -29,6 +28,8 @@ class NoWagTrellis(Compressor):
         feedback: whether later columns make up for the errors of those before them, by the full second moments.
         damping: with feedback, what is added to the diagonal of the second moments, as a share of its mean.
         refit_rounds: how often both scales are fitted to the linear's output by least squares.
+        multiple: what sizes are padded to: 16, or 128, which `export.format=exl3` asks for beside 16 state bits; at
+            128, all Hadamard blocks have that size as well.
         seed: seed of the signs.
     """
 
@@ -39,6 +40,7 @@ class NoWagTrellis(Compressor):
     feedback: bool = True
     damping: float = 0.025
     refit_rounds: int = 1
+    multiple: Literal[16, 128] = 16
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -50,7 +52,8 @@ class NoWagTrellis(Compressor):
         for name, (least, most) in {"bits": (1, 8), "state_bits": (8, 16), "refit_rounds": (0, 100)}.items():
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"Expected {name} from {least} to {most}, but got {getattr(self, name)}.")
-        for name, choices in {"code": ("mul1", "mcg", "3inst", "1mad"), "rotation": ("both", "none")}.items():
+        words: dict[str, tuple[object, ...]] = {"code": ("mul1", "mcg", "3inst", "1mad"), "rotation": ("both", "none")}
+        for name, choices in (words | {"multiple": (16, 128)}).items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"Expected {name} to be one of {choices}, but got {getattr(self, name)!r}.")
         if not self.damping > 0:
@@ -63,7 +66,7 @@ class NoWagTrellis(Compressor):
 
     def empty(self, shape: tuple[int, int], dtype: torch.dtype, bias: bool = False) -> TrellisLinear:
         """Return the linear on a trellis without values; see :class:`~nowag_pl.compressors.base.Compressor`."""
-        padded = [size + -size % TILE for size in reversed(shape)]
+        padded = [size + -size % self.multiple for size in reversed(shape)]
         own = {"padded": padded, "bits": self.bits, "state_bits": self.state_bits}
         own |= {"code": self.code, "rotation": self.rotation}
         with torch.device("meta"):
@@ -71,7 +74,8 @@ class NoWagTrellis(Compressor):
 
     def working_bytes(self, shape: tuple[int, int]) -> int:
         """Return the memory of the search and of the fit of the scales."""
-        return _WORKING_BYTES * shape[0] * shape[1] + self.full_moment_bytes(shape)
+        num_out, num_in = (size + -size % self.multiple for size in shape)
+        return _WORKING_BYTES * num_out * num_in + self.full_moment_bytes(shape)
 
     def alternatives(self) -> list[dict[str, Any]]:
         """Return other bits, from 1 to 4."""
@@ -82,10 +86,8 @@ class NoWagTrellis(Compressor):
         """Put one linear on a trellis; see :class:`~nowag_pl.compressors.base.Compressor`."""
         check_inputs(linear, second_moment, self.full_second_moment)
         moment = second_moment if self.feedback else mean_squares(second_moment)
-        settings = TrellisSettings(
-            self.bits, self.state_bits, self.code, self.rotation, self.feedback, self.damping, self.refit_rounds
-        )
+        own = (self.bits, self.state_bits, self.code, self.rotation)
+        settings = TrellisSettings(*own, self.feedback, self.damping, self.refit_rounds, self.multiple)
         generator = torch.Generator().manual_seed(self.seed)
         found = quantize_trellis(linear.weight, moment.to(linear.weight.device), settings, generator)
-        own = (self.bits, self.state_bits, self.code, self.rotation)
         return TrellisLinear(found, *own, linear.bias, linear.weight.dtype)

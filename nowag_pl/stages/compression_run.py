@@ -21,6 +21,7 @@ from nowag_pl.data.tokens import tokens_digest
 from nowag_pl.files import read_json
 from nowag_pl.models.assembly import assemble
 from nowag_pl.models.checkpoint import Checkpoint
+from nowag_pl.models.format.exl3 import save_streamed_exl3
 from nowag_pl.models.format.saving import save_streamed
 from nowag_pl.models.selection import Selection, find_linears
 from nowag_pl.models.streaming import StreamedModel
@@ -39,7 +40,7 @@ from nowag_pl.stages.budget.spread import Budgeted, compress_within_budget
 from nowag_pl.stages.calibration import calibrate, moment_source
 from nowag_pl.stages.compression import compress, read_block
 from nowag_pl.stages.guidance import write_guidance
-from nowag_pl.stages.plan import CalibrationSettings, CompressionSettings, FinetuningSettings, Plan
+from nowag_pl.stages.plan import CalibrationSettings, CompressionSettings, ExportFormat, FinetuningSettings, Plan
 from nowag_pl.stages.teacher import DenseReference, Teacher, TeacherSettings
 
 
@@ -178,6 +179,8 @@ class CompressionRun:
         if settings.budget is not None:
             candidates = self._budget_settings
             described["budget"] = {"settings": titles(candidates), "num_sequences": settings.budget.num_sequences}
+            if settings.budget.bits_per_weight is not None:
+                described["budget"]["bits_per_weight"] = settings.budget.bits_per_weight
         return described
 
     def calibrate(self, windows: Tensor) -> None:
@@ -247,7 +250,7 @@ class CompressionRun:
         candidates, assignment = self._budget_settings, self.assignment
         fixed = {name: len(candidates) + number - 1 for name, number in assignment.numbers.items()}
         choices = Choices(candidates, assignment.methods[1:], fixed)
-        return Budgeted(self.model, choices, windows, self._calibration, budget.num_sequences)
+        return Budgeted(self.model, choices, windows, self._calibration, budget)
 
     @property
     def budget(self) -> dict[str, Any] | None:
@@ -406,9 +409,12 @@ class CompressedModel:
             model.get_submodule(run.model.block_name(index)).load_state_dict(state)
         return model
 
-    def save(self, folder: str | Path, dense: bool = False) -> None:
-        """Write the model as a folder, a block at a time; `dense` as an ordinary model."""
-        save_streamed(self._run.model, self.load_block, folder, dense)
+    def save(self, folder: str | Path, format: ExportFormat = "packed") -> None:
+        """Write the model as a folder, a block at a time."""
+        if format == "exl3":
+            save_streamed_exl3(self._run.model, self.load_block, folder)
+        else:
+            save_streamed(self._run.model, self.load_block, folder, format == "dense")
 
     def check_fixed(self, model: nn.Module | None = None) -> None:
         """Check that training left masks and codes as they were.

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from nowag_pl.compressors import Compressor
 from nowag_pl.compressors.budget import Budget
 
+ExportFormat = Literal["packed", "dense", "exl3"]
 CalibrationMode = Literal["dense", "propagated", "corrected"]
 
 
@@ -127,10 +128,15 @@ class ExportSettings:
     """Which folders are written.
 
     Attributes:
-        dense: an ordinary checkpoint in place of packed linears.
+        format: "packed" linears, an ordinary "dense" checkpoint, or an "exl3" folder.
     """
 
-    dense: bool = False
+    format: ExportFormat = "packed"
+
+    @property
+    def dense(self) -> bool:
+        """Whether linears are reconstructed."""
+        return self.format == "dense"
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from nowag_pl import NoWagTrellis, SecondMoment
+from nowag_pl import NoWagTrellis, SecondMoment, accelerate
 from nowag_pl.functional.trellis.codes import code_values
+from nowag_pl.functional.trellis.matmul import CPU_MAX_TOKENS
+from nowag_pl.kernels import dispatch
 from nowag_pl.modules import CompressedLinear, TrellisLinear
+from nowag_pl.modules.compressed import trellis as trellis_module
 
 SHAPES = [(32, 48), (40, 56)]  # 16 divides the first; the second is padded to 48 x 64
 
@@ -54,6 +57,41 @@ def test_storage_restores_the_module(shape):
 
 
 @pytest.mark.parametrize("rotation", ["both", "none"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", [1, 2, 3, 5])
+def test_few_tokens_are_multiplied_by_packed_tiles(bits, shape, rotation, monkeypatch):
+    _, _, made = compressed(shape, bits=bits, rotation=rotation)
+    inputs = torch.randn(2, 3, shape[1], generator=torch.Generator().manual_seed(1))
+    expected = (inputs.double() @ made.weight.double().T + made.bias).float().detach()
+    if dispatch.has_module("numba"):
+        monkeypatch.setattr(trellis_module, "reconstruct", None)  # it is not needed
+    with torch.no_grad():
+        # The numbers are not rounded to float16 on the way.
+        torch.testing.assert_close(made(inputs), expected, rtol=1e-3, atol=1e-3 * float(expected.std()))
+        half = made(inputs.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, rtol=0.02, atol=0.04 * float(expected.std()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_tokens"), [({}, CPU_MAX_TOKENS + 1), ({"code": "mcg"}, 1), ({"code": "1mad"}, 1)]
+)
+def test_others_take_the_reconstructed_weight(settings, num_tokens):
+    _, _, made = compressed(**settings)
+    inputs = torch.randn(num_tokens, 48)
+    with torch.no_grad():
+        assert made(inputs).equal(torch.nn.functional.linear(inputs, made.weight, made.bias))
+
+
+def test_accelerate_says_how_it_runs(caplog):
+    model = nn.Sequential(compressed()[2], compressed((48, 32), code="mcg")[2]).eval()
+    assert accelerate(model) == 0
+    assert "1 linears on a trellis run from a reconstructed weight: the code is mcg, not mul1" in caplog.text
+    if dispatch.has_module("numba"):
+        assert f"run from packed codes for up to {CPU_MAX_TOKENS} tokens" in caplog.text
+
+
+@pytest.mark.parametrize("rotation", ["both", "none"])
 def test_gradients_reach_the_scales_and_nothing_else(rotation):
     _, _, made = compressed(rotation=rotation)
     inputs = torch.randn(4, 48, dtype=torch.float64)
@@ -84,10 +122,9 @@ def test_more_bits_and_states_lose_less():
     errors = {}
     for bits, state_bits in ((2, 8), (2, 12), (3, 8)):
         linear, moment, made = compressed((64, 128), bits=bits, state_bits=state_bits)
-        error = linear.weight - made.weight
-        errors[bits, state_bits] = float(
-            ((error @ moment) * error).sum() / ((linear.weight @ moment) * linear.weight).sum()
-        )
+        dense = linear.weight.detach()
+        error = dense - made.weight.detach()
+        errors[bits, state_bits] = float(((error @ moment) * error).sum() / ((dense @ moment) * dense).sum())
     assert errors[3, 8] < 0.4 * errors[2, 8] < 0.4 * 0.09
     assert errors[2, 12] < errors[2, 8]
 

@@ -17,13 +17,13 @@ import torch
 from jaxtyping import Float, Int16
 from torch import Tensor
 
+from nowag_pl.functional.feedback import quantize_with_feedback
 from nowag_pl.functional.moments import damp, damped_inverse_factor, mean_squares, output_error
 from nowag_pl.functional.normalization import denormalize, normalize
+from nowag_pl.functional.scale_fits import fit_in_scale, fit_out_scale
 from nowag_pl.functional.trellis.codes import Code, code_values
-from nowag_pl.functional.trellis.feedback import Block, quantize_with_feedback
 from nowag_pl.functional.trellis.paths import MEMORY, tail_biting_path
 from nowag_pl.functional.trellis.rotation import hadamard_block, random_signs, rotate, rotate_back, rotate_metric
-from nowag_pl.functional.trellis.scales import refit_scales
 from nowag_pl.functional.trellis.tiles import TILE, from_tiles, pack_states, pad_to_tiles, to_tiles, unpack_states
 from nowag_pl.kernels.dispatch import has_module
 
@@ -166,9 +166,9 @@ def _search(target: Tensor, moment: Tensor, in_scale: Tensor, values: Tensor, se
     """Return the packed states of a normalised and rotated weight."""
     states = []
 
-    def quantize(block: Block) -> Tensor:
-        tiles = to_tiles(block.target)[0]
-        weights = to_tiles(block.metric.diagonal().expand(len(block.target), -1))[0]
+    def quantize(columns: slice, target: Tensor, metric: Tensor) -> Tensor:
+        tiles = to_tiles(target)[0]
+        weights = to_tiles(metric.diagonal().expand(len(target), -1))[0]
         path = tail_biting_path(tiles, values, settings.bits, weights / weights.mean(), settings.memory)
         states.append(path)
         return from_tiles(values[path.long()][None])
@@ -195,7 +195,8 @@ def _refit(
     least = output_error(weight, denormalize(direction, in_scale, out_scale), damped).sum(dtype=torch.float64)
     best = found
     for _ in range(settings.refit_rounds):
-        in_scale, out_scale = refit_scales(weight, direction, in_scale, out_scale, damped)
+        in_scale = fit_in_scale(weight, direction, in_scale, out_scale, damped)
+        out_scale = fit_out_scale(weight, direction, in_scale, out_scale, damped)
         error = output_error(weight, denormalize(direction, in_scale, out_scale), damped).sum(dtype=torch.float64)
         if error < least:
             all_scales = (

@@ -9,11 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nowag_pl.functional.least_squares import conjugate_gradients
+from nowag_pl.functional.scale_fits import fit_in_scale, fit_out_scale
 from nowag_pl.functional.vq.quantized import Quantized, joined, subvectors
 
 CODEBOOK_STEPS = 10
-# Pulls r1 to its old value, as a share of the mean of the diagonal.
-SCALE_RIDGE = 1e-3
 
 
 def refit_out_scale(
@@ -26,10 +25,8 @@ def refit_out_scale(
         quantized: codebook, codes and scales; r2 is kept where v_i makes no output.
         second_moment: H, mean of x x^T.
     """
-    direction = quantized.normalized * quantized.in_scale
-    outputs = direction @ second_moment
-    power = (outputs * direction).sum(dim=1)
-    return torch.where(power > 0, (outputs * weight).sum(dim=1) / power, quantized.out_scale)
+    _, _, in_scale, out_scale = quantized
+    return fit_out_scale(weight, quantized.normalized, in_scale, out_scale, second_moment)
 
 
 def refit_in_scale(
@@ -42,16 +39,8 @@ def refit_in_scale(
         quantized: codebook, codes and scales; the solution stays near r1 where it makes no difference.
         second_moment: H, mean of x x^T.
     """
-    in_scale = quantized.in_scale
-    direction = quantized.normalized * quantized.out_scale[:, None]
-    matrix = ((direction.T @ direction) * second_moment).double()
-    target = ((weight @ second_moment) * direction).sum(dim=0, dtype=torch.float64)
-    ridge = SCALE_RIDGE * matrix.diagonal().mean()
-    lower, failed = torch.linalg.cholesky_ex(matrix + torch.diag(ridge.expand(len(matrix))))
-    if failed:
-        return in_scale
-    residual = target - matrix @ in_scale.double()
-    return in_scale + torch.cholesky_solve(residual[:, None], lower).squeeze(1).float()
+    _, _, in_scale, out_scale = quantized
+    return fit_in_scale(weight, quantized.normalized, in_scale, out_scale, second_moment)
 
 
 def refit_codebook(

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,24 @@ from nowag_pl.models.format.source_files import write_source_files
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+QUANTIZATION_FILE = "quantization_config.json"  # of other programs, beside config.json
 _STAGE = ".incomplete"
+
+
+class FolderConfig(NamedTuple):
+    """What configuration and model card of a folder say.
+
+    Attributes:
+        dtype: type that the configuration names.
+        quantization: `quantization_config`, looked at when all shards are written; empty where nothing is compressed.
+        dense: the weights are those of an ordinary model, which the configuration describes.
+        quantization_file: name of a file that holds the `quantization_config`, too.
+    """
+
+    dtype: torch.dtype
+    quantization: Mapping[str, Any] = {}
+    dense: bool = False
+    quantization_file: str | None = None
 
 
 def write_folder(
@@ -26,9 +43,7 @@ def write_folder(
     model: "PreTrainedModel",
     shards: Iterable[Mapping[str, Tensor]],
     source: str | None,
-    quantization: Mapping[str, Any],
-    dtype: torch.dtype,
-    dense: bool = False,
+    config: FolderConfig,
 ) -> None:
     """Write weights, index with checksums, model card, configuration, and the source's other files.
 
@@ -39,9 +54,7 @@ def write_folder(
         model: a model with the right configuration; its weights are not looked at.
         shards: tensors by name for each file, made when it is written.
         source: model whose other files go along.
-        quantization: `quantization_config`, looked at when all shards are written; empty where nothing is compressed.
-        dtype: type that the configuration names.
-        dense: the weights are those of an ordinary model, which the configuration describes.
+        config: what its configuration and its model card say.
 
     Raises:
         OSError: the folder cannot be written.
@@ -49,7 +62,9 @@ def write_folder(
     with _replacing_model(folder) as stage:
         weight_map = _write_shards(stage, shards)
         checkpoint = None if source is None else Checkpoint(source)
-        write_source_files(stage, model, checkpoint, {} if dense else quantization, dtype)
+        write_source_files(stage, model, checkpoint, {} if config.dense else config.quantization, config.dtype)
+        if config.quantization_file is not None:
+            write_json(stage / config.quantization_file, dict(config.quantization))
         files = sorted(path for path in stage.rglob("*") if path.is_file())
         metadata = {
             "total_size": sum(size for _, size in weight_map.values()),
@@ -58,7 +73,8 @@ def write_folder(
         index = {"metadata": metadata, "weight_map": {name: file for name, (file, _) in weight_map.items()}}
         write_json(stage / INDEX_FILE, index)
         # Without a checksum: whoever publishes a model writes into its card.
-        write_text(stage / CARD_FILE, model_card(quantization.get("linears", {}), dense, _source_card(stage)))
+        linears = config.quantization.get("linears", {})
+        write_text(stage / CARD_FILE, model_card(linears, config.dense, _source_card(stage)))
 
 
 def _source_card(stage: Path) -> str | None:
@@ -94,7 +110,8 @@ def _replacing_model(folder: Path) -> Iterator[Path]:
         yield stage
         for path in stage.rglob("*"):
             flush(path)
-        for old in (folder / CONFIG_FILE, folder / DESCRIPTION_FILE, *folder.glob("*.safetensors*")):
+        earlier = (folder / name for name in (CONFIG_FILE, DESCRIPTION_FILE, QUANTIZATION_FILE))
+        for old in (*earlier, *folder.glob("*.safetensors*")):
             old.unlink(missing_ok=True)
         flush(folder)
         for new in sorted(stage.iterdir(), key=lambda path: path.name == CONFIG_FILE):

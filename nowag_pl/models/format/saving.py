@@ -14,7 +14,7 @@ from nowag_pl.files import read_json
 from nowag_pl.models.assembly import empty_like_described, fill
 from nowag_pl.models.checkpoint import CONFIG_FILE, DESCRIPTION_FILE, Checkpoint
 from nowag_pl.models.format.descriptions import FORMAT, METHOD
-from nowag_pl.models.format.folder import sharded, write_folder
+from nowag_pl.models.format.folder import FolderConfig, sharded, write_folder
 from nowag_pl.models.state import (
     check_linears,
     compressed_linears,
@@ -63,7 +63,7 @@ def save_compressed(
         OSError: the folder cannot be written. What it held before is then as it was.
     """
     shards = sharded(packed_tensors(model), max_shard_bytes)
-    write_folder(Path(folder), model, shards, source, _described(model), _dtype(model))
+    write_folder(Path(folder), model, shards, source, FolderConfig(_dtype(model), _described(model)))
 
 
 def save_dense(
@@ -84,7 +84,7 @@ def save_dense(
         OSError: the folder cannot be written. What it held before is then as it was.
     """
     shards = sharded(dense_tensors(model, _dtype(model)), max_shard_bytes)
-    write_folder(Path(folder), model, shards, source, _described(model), _dtype(model), dense=True)
+    write_folder(Path(folder), model, shards, source, FolderConfig(_dtype(model), _described(model), dense=True))
 
 
 def save_streamed(
@@ -116,7 +116,7 @@ def save_streamed(
         for index in range(len(model)):
             yield tensors_of(index)
 
-    write_folder(Path(folder), model.skeleton, shards(), model.checkpoint.path, described, dtype, dense)
+    write_folder(Path(folder), model.skeleton, shards(), model.checkpoint.path, FolderConfig(dtype, described, dense))
 
 
 def load_compressed(folder: str | Path, dtype: torch.dtype | None = None, verify: bool = True) -> "PreTrainedModel":

@@ -10,11 +10,15 @@ from nowag_pl.modules.compressed.base import CompressedLinear
 
 
 class CodedLinear(CompressedLinear):
-    """A vector-quantized linear; for few tokens and without gradients its weight is never reconstructed."""
+    """A quantized linear; for few tokens and without gradients its weight is never reconstructed."""
 
     @abstractmethod
     def from_codes(self, activations: Tensor) -> Tensor:
         """Multiply activations `[..., in]` by the transposed weight, without reconstructing it and without the bias."""
+
+    def is_for_codes(self, num_tokens: int, device: torch.device) -> bool:
+        """Tell whether so many tokens on a device are multiplied from codes; others take the reconstructed weight."""
+        return is_for_few_tokens(num_tokens, device)
 
     def forward(self, activations: Tensor) -> Tensor:
         """Apply the linear.
@@ -29,7 +33,7 @@ class CodedLinear(CompressedLinear):
         if (
             self.gives_gradients(activations)
             or torch.compiler.is_compiling()
-            or not is_for_few_tokens(num_tokens, activations.device)
+            or not self.is_for_codes(num_tokens, activations.device)
         ):
             return super().forward(activations)
         if torch.is_autocast_enabled(activations.device.type):

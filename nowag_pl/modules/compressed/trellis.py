@@ -7,20 +7,23 @@ import torch
 from torch import Tensor, nn
 
 from nowag_pl.functional.trellis.codes import STATE_BITS, Code, code_values
+from nowag_pl.functional.trellis.matmul import CPU_MAX_TOKENS, reason_against_tiles, tiles_matmul
 from nowag_pl.functional.trellis.quantize import TrellisWeight, reconstruct
 from nowag_pl.functional.trellis.tiles import STEPS, TILE
-from nowag_pl.modules.compressed.base import CompressedLinear, dtype_name, rounded_to
+from nowag_pl.modules.compressed.base import dtype_name, rounded_to
+from nowag_pl.modules.compressed.coded import CodedLinear
 
 # More of its 16 bits are mantissa than bfloat16's; scales need little range.
 _STORED_DTYPE = torch.float16
 
 
-class TrellisLinear(CompressedLinear):
+class TrellisLinear(CodedLinear):
     """A linear of which every 16 x 16 weights are a path on a trellis, between two rotations, times both scales.
 
     A tile takes `16 k` words of 16 bits in the layout of EXL3, held two at a time as int32, which every backend of
     torch.distributed knows. Scales are float32 parameters, so that they can be trained; they hold the signs of the
-    rotation, and are rounded to 16 bits at the start and whenever they are stored.
+    rotation, and are rounded to 16 bits at the start and whenever they are stored. A few tokens on a CPU are multiplied
+    by the packed tiles; for others the weight is reconstructed.
 
     Args:
         weight: packed states and scales, of sizes that are padded to tiles.
@@ -52,12 +55,24 @@ class TrellisLinear(CompressedLinear):
         self.register_buffer("codes", weight.packed.contiguous().view(torch.int32))  # [in / 16, out / 16, 8 k]
 
     @property
+    def packed(self) -> TrellisWeight:
+        """Tiles in 16-bit words, and scales."""
+        shape = (self.out_features, self.in_features)
+        return TrellisWeight(self.codes.view(torch.int16), self.in_scale, self.out_scale, shape)
+
+    @property
     def weight(self) -> Tensor:
         """The reconstructed weight `[out, in]`."""
-        shape = (self.out_features, self.in_features)
-        packed = TrellisWeight(self.codes.view(torch.int16), self.in_scale, self.out_scale, shape)
         values = code_values(self.code, self.state_bits).to(self.codes.device)
-        return reconstruct(packed, values, self.bits, self.rotation).to(self.dtype)
+        return reconstruct(self.packed, values, self.bits, self.rotation).to(self.dtype)
+
+    def is_for_codes(self, num_tokens: int, device: torch.device) -> bool:
+        """Tell whether so many tokens are multiplied by the packed tiles."""
+        return num_tokens <= CPU_MAX_TOKENS and reason_against_tiles(self.code, device) is None
+
+    def from_codes(self, activations: Tensor) -> Tensor:
+        """Multiply by the packed tiles; see :class:`~nowag_pl.modules.compressed.coded.CodedLinear`."""
+        return tiles_matmul(activations, self.packed, self.state_bits, self.rotation)
 
     @property
     def bits_per_weight(self) -> float:

@@ -6,10 +6,12 @@ from collections import Counter
 from torch import nn
 
 from nowag_pl.functional.storage.semi_structured import reason_against_semi_structured
+from nowag_pl.functional.trellis.matmul import CPU_MAX_TOKENS, reason_against_tiles
 from nowag_pl.functional.vq.matmul import reason_against_lookup
 from nowag_pl.modules.compressed.armor import ArmorLinear
 from nowag_pl.modules.compressed.base import CompressedLinear
 from nowag_pl.modules.compressed.masked import MaskedLinear
+from nowag_pl.modules.compressed.trellis import TrellisLinear
 from nowag_pl.modules.compressed.vq import VQLinear
 from nowag_pl.modules.running.base import RunningLinear
 from nowag_pl.modules.running.lookup import LookupLinear
@@ -72,7 +74,16 @@ def _running_form(linear: CompressedLinear) -> RunningLinear | str:
             return f"quantized linears run from packed codes: {reason}" if reason else LookupLinear(linear)
         case RunningLinear():
             return "linears stay: they are in their running form already"
+        case TrellisLinear():
+            return _why_tiles_stay(linear)
     return f"linears stay: a {type(linear).__name__} has no running form"
+
+
+def _why_tiles_stay(linear: TrellisLinear) -> str:
+    reason = reason_against_tiles(linear.code, linear.codes.device)
+    if reason:
+        return f"linears on a trellis run from a reconstructed weight: {reason}"
+    return f"linears on a trellis stay: they run from packed codes for up to {CPU_MAX_TOKENS} tokens"
 
 
 def _reason_against_sparse(linear: MaskedLinear | ArmorLinear) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from nowag_pl.compressors.budget import titles
+from nowag_pl.compressors.budget import Budget, titles
 from nowag_pl.files import read_json, write_json
 from nowag_pl.functional.allocation import allocate
 from nowag_pl.functional.predictions.divergence import kl_divergence
@@ -39,14 +39,23 @@ class Budgeted(NamedTuple):
         choices: the methods among which each linear gets one.
         windows: calibration sequences, the same on every rank.
         calibration: how second moments are gathered.
-        num_sequences: how many of the sequences sensitivities and the comparison take.
+        budget: how many of the sequences sensitivities and the comparison take, and what all linears may take.
     """
 
     model: StreamedModel
     choices: Choices
     windows: Tensor
     calibration: CalibrationSettings
-    num_sequences: int
+    budget: Budget
+
+    @property
+    def bits(self) -> int | None:
+        """The most that all linears may take, where that is asked for."""
+        average = self.budget.bits_per_weight
+        if average is None:
+            return None
+        linears = (each for index in range(len(self.model)) for each in self.model.linears(index).values())
+        return int(average * sum(linear.in_features * linear.out_features for linear in linears))
 
     def compress(self, selection: Selection, store: ArtefactStore) -> None:
         """Compress every linear with its setting into a run directory."""
@@ -66,9 +75,9 @@ def compress_within_budget(budgeted: Budgeted, store: ArtefactStore) -> None:
     """Write the compressed linears of every block that lacks them, each with the setting that the budget gives it.
 
     Every linear is compressed with every setting, by the dense second moments; sensitivities say what each of them
-    costs, and bits are spread so that the sum is small: together at most those of the first setting everywhere. Then
-    the whole model is compressed both ways, and that with the smaller divergence from the dense model's predictions is
-    taken.
+    costs, and bits are spread so that the sum is small: together at most those of the first setting everywhere, or as
+    many as are asked for. Then the whole model is compressed both ways, and that with the smaller divergence from the
+    dense model's predictions is taken; never one with more bits than asked for.
 
     Args:
         budgeted: the model, and among what it chooses.
@@ -90,20 +99,22 @@ def compress_within_budget(budgeted: Budgeted, store: ArtefactStore) -> None:
 
 def _decide(budgeted: Budgeted, store: ArtefactStore) -> dict[str, Any]:
     """Compress both ways, compare, and put the better one into the run directory; return what was decided."""
-    model, choices, windows, calibration, num_sequences = budgeted
+    model, choices, windows, calibration, budget = budgeted
     full = any(method.full_second_moment for method in choices.methods)
     has_stored = calibration.mode == "dense" and not full
     write_candidates(model, store, _dense_source(budgeted, store, full, has_stored), choices)
-    measured_on = windows[:num_sequences]
+    measured_on = windows[: budget.num_sequences]
     write_sensitivities(model, measured_on, store, calibration.batch_size)
-    selections, figures = spread_bits(store, len(model))
+    selections, figures = spread_bits(store, len(model), budgeted.bits)
     trials = {name: _trial(store, name, has_stored) for name in selections}
     for name, selection in selections.items():
         if store.ranks.is_zero:
             _log.info("All linears, %s settings:", name)
         budgeted.compress(selection, trials[name])
     measured = divergences(model, list(trials.values()), measured_on, calibration.batch_size)
-    decision = _decision(choices, selections, figures, dict(zip(selections, measured, strict=True)))
+    for name, divergence in zip(selections, measured, strict=True):
+        figures[name]["divergence"] = divergence
+    decision = _decision(choices, selections, figures, budgeted.bits)
     rejected = next(trial for name, trial in trials.items() if name != decision["taken"])
     decision["seconds"] = sum(
         each.read_metadata(stage, index)["seconds"]
@@ -186,12 +197,15 @@ def _divergence(model: StreamedModel, reference: Tensor, hidden: Tensor) -> floa
     return total
 
 
-def spread_bits(store: ArtefactStore, num_blocks: int) -> tuple[dict[str, Selection], dict[str, dict[str, Any]]]:
+def spread_bits(
+    store: ArtefactStore, num_blocks: int, budget: int | None = None
+) -> tuple[dict[str, Selection], dict[str, dict[str, Any]]]:
     """Return the first setting everywhere and the spread bits, "uniform" and "spread", and what is known of both.
 
     Args:
         store: run directory with candidates and sensitivities of every block.
         num_blocks: how many there are.
+        budget: bits of all linears together; None: those of the first setting.
 
     Returns:
         Two selections; and for each the bits of all linears, and the predicted divergence, in nats per token.
@@ -199,7 +213,7 @@ def spread_bits(store: ArtefactStore, num_blocks: int) -> tuple[dict[str, Select
     bits = [read_bits(store, index) for index in range(num_blocks)]
     losses = [read_sensitivities(store, index) for index in range(num_blocks)]
     uniform: Selection = [{name: min(by_number) for name, by_number in block.items()} for block in bits]
-    selections = {"uniform": uniform, "spread": _spread(bits, losses, _total(bits, uniform))}
+    selections = {"uniform": uniform, "spread": _spread(bits, losses, budget or _total(bits, uniform))}
     figures = {
         name: {"bits": _total(bits, selection), "predicted": _total(losses, selection)}
         for name, selection in selections.items()
@@ -211,12 +225,13 @@ def _decision(
     choices: Choices,
     selections: Mapping[str, Selection],
     figures: Mapping[str, dict[str, Any]],
-    measured: Mapping[str, float],
+    budget: int | None,
 ) -> dict[str, Any]:
     """Return what is taken, and why, as JSON values."""
-    taken = "spread" if measured["spread"] < measured["uniform"] else "uniform"
-    found = {name: {**figures[name], "divergence": measured[name]} for name in selections}
-    return {"settings": titles(choices.methods), "taken": taken, **found, "selection": selections[taken]}
+    is_better = figures["spread"]["divergence"] < figures["uniform"]["divergence"]
+    is_too_large = budget is not None and figures["uniform"]["bits"] > budget
+    taken = "spread" if is_better or is_too_large else "uniform"
+    return {"settings": titles(choices.methods), "taken": taken, **figures, "selection": selections[taken]}
 
 
 def _log_decision(decision: Mapping[str, Any], store: ArtefactStore) -> None:

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from nowag_pl.functional.moments import output_error
+from nowag_pl.functional.scale_fits import fit_in_scale, fit_out_scale
 from nowag_pl.functional.trellis.codes import code_values
 from nowag_pl.functional.trellis.quantize import TrellisSettings, decode_tiles, quantize_trellis, reconstruct
-from nowag_pl.functional.trellis.scales import refit_scales
 
 SETTINGS = TrellisSettings(bits=2, state_bits=8)
 
@@ -121,7 +121,8 @@ def test_fitted_scales_are_least_squares():
     moment, direction = moment.double(), (weight + torch.randn_like(weight) / 2).double()
     in_scale, out_scale = torch.ones(10), torch.ones(12)
     for _ in range(200):
-        in_scale, out_scale = refit_scales(weight, direction.float(), in_scale, out_scale, moment.float())
+        in_scale = fit_in_scale(weight, direction.float(), in_scale, out_scale, moment.float())
+        out_scale = fit_out_scale(weight, direction.float(), in_scale, out_scale, moment.float())
     scales = in_scale.double().requires_grad_(), out_scale.double().requires_grad_()
     error = output_error(weight, (direction * scales[0] * scales[1][:, None]).float(), moment.float())
     total = error.sum()
