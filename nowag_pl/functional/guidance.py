@@ -1,4 +1,4 @@
-"""What the end loss says of tokens: each counts by the squared gradient at a linear's output (arXiv:2505.07004).
+"""Weights of tokens by the final loss: the squared gradient at a linear's output (arXiv:2505.07004).
 
 To second order, an error `e_t` of a linear's outputs at token t moves the end loss by about `sum_i g_ti^2 e_ti^2 / 2`,
 g the gradient of the loss. With all outputs of a linear taken alike, `g_ti^2` becomes its mean over them, one number

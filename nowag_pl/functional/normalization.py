@@ -11,7 +11,7 @@ from nowag_pl.kernels.dispatch import is_for_numba
 
 
 class Normalized(NamedTuple):
-    """A normalised weight and what restores it."""
+    """A normalised weight and the scales that restore it."""
 
     weight: Float[Tensor, "out in"]
     in_scale: Float[Tensor, " in"]

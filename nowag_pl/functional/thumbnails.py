@@ -1,4 +1,4 @@
-"""What makes matrices and point clouds small enough to look at."""
+"""Reductions of matrices and point clouds to a size for viewing."""
 
 import torch
 import torch.nn.functional as F

@@ -20,8 +20,8 @@ def is_for_numba(device: torch.device, amount: int, work: Work = "elements") -> 
 
     Args:
         device: where the tensors are.
-        amount: how much work there is.
-        work: what is counted.
+        amount: amount of work.
+        work: unit of the amount.
     """
     return device.type == "cpu" and amount >= PAYS_FROM[work] and has_module("numba")
 

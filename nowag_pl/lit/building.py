@@ -1,4 +1,4 @@
-"""Where the model of a module comes from: its checkpoint, or the compressed model of a run."""
+"""The source of a module's model: its checkpoint, or the compressed model of a run."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def build_whole(
 
     Args:
         checkpoint: dense or compressed model.
-        compressed: the result of a run, which goes before the checkpoint; None where there is none.
+        compressed: the result of a run, which is preferred to the checkpoint; None if there is none.
         random_init: start from random weights instead of the checkpoint's.
         verify: compare the files of a compressed checkpoint with their checksums.
     """

@@ -38,7 +38,7 @@ def assignment_of(settings: CompressionSettings, names: Sequence[Sequence[str]])
     """Return the method of every linear as the settings say, before a budget chooses among candidates.
 
     Args:
-        settings: the method, and what overrides it for some linears; of two patterns that match a linear, the later
+        settings: the method, and its overrides for some linears; of two patterns that match a linear, the later
             one holds.
         names: for each block, the whole names of its linears.
 

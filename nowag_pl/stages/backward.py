@@ -142,7 +142,7 @@ def _hidden_states(
 
 
 def _labels(windows: Tensor, ranks: Ranks, batch_size: int, labels: Labels) -> list[Tensor]:
-    """Return what chooses the labels of this rank's batches; it depends on a sequence's place and tokens alone."""
+    """Return a function that chooses the labels of this rank's batches by a sequence's place and tokens alone."""
     everything = windows[:, 1:]
     if labels == "model":
         everything = torch.rand(everything.shape, generator=torch.Generator().manual_seed(0))

@@ -2,7 +2,7 @@
 
 Where compression happens, from top to bottom: :meth:`CompressionRun.calibrate` gathers second moments,
 :meth:`CompressionRun.compress` compresses block after block, :mod:`nowag_pl.lit.blockwise` finetunes, and
-:class:`CompressedModel` is what they have made.
+:class:`CompressedModel` is their result.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class CompressionRun:
     Args:
         checkpoint: dense model.
         folder: run directory.
-        plan: what the run does.
+        plan: the stages of the run and their settings.
         device: where computations happen.
         ranks: processes of the run; None: those of the default process group.
 
@@ -191,7 +191,7 @@ class CompressionRun:
 
     @property
     def budget(self) -> dict[str, Any] | None:
-        """What the budget has decided, but for the setting of each linear, which :meth:`statistics` has; or None."""
+        """The decision of the budget without the setting of each linear, which :meth:`statistics` has; or None."""
         decision = self._decision
         return decision and {name: decision[name] for name in ("taken", "uniform", "spread", "settings")}
 
@@ -205,7 +205,7 @@ class CompressionRun:
         return measured_memory(self.peak_memory, stage, self.device)
 
     def claim_finetuning(self, train: Tensor, held_out: Tensor, settings: FinetuningSettings) -> None:
-        """Enter in the manifest what the finetuned blocks depend on, or check it.
+        """Enter the settings that finetuned blocks depend on in the manifest, or check them.
 
         Args:
             train: sequences to train on.
@@ -244,7 +244,7 @@ class CompressionRun:
         return DenseReference(self.model, self.store, windows, batch_size)
 
     def teacher(self, windows: Tensor, settings: TeacherSettings) -> Teacher:
-        """Return what teaches a compressed model on training windows, computing what is not there."""
+        """Return the dense predictions on training windows for distillation, computing those not stored yet."""
         return Teacher(self.model, self.store, windows, settings)
 
     def statistics(self) -> list[dict[str, Any]]:
@@ -284,7 +284,7 @@ class CompressionRun:
 
 
 class CompressedModel:
-    """What a run has made of its model, read from the run directory a block at a time or as a whole.
+    """The compressed model of a run, read from the run directory a block at a time or as a whole.
 
     Args:
         run: a run whose linears are compressed.

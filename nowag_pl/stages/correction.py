@@ -1,4 +1,4 @@
-"""What compression before a linear has done to its input and its target, measured on the streams of both models.
+"""The effect of earlier compression on a linear's input and target, measured on the streams of both models.
 
 A linear of the compressed model is called with x~ where the dense one is called with x. Its target is a tensor of the
 dense block: the sum that the linear's output is added to (the residual stream), where a block hands such a sum on as it
@@ -51,7 +51,7 @@ class Drift(NamedTuple):
 
     Attributes:
         second_moments: mean of `x~ x~^T`, `[in, in]`, of each linear; the same one for all where tokens count alike.
-        drifts: mean of `(y - y~) x~^T` of each linear, `[out, in]`; y its target, y~ what takes its place before the
+        drifts: mean of `(y - y~) x~^T` of each linear, `[out, in]`; y its target, y~ its present value before the
             linear is compressed.
         num_tokens: over how many tokens.
     """
@@ -61,7 +61,7 @@ class Drift(NamedTuple):
     num_tokens: int
 
     def corrected(self, name: str, linear: nn.Linear) -> nn.Linear:
-        """Return a linear that comes nearest to its target on what it is called with."""
+        """Return the linear that comes nearest to its target on its present inputs."""
         weight = corrected_weight(linear.weight, self.drifts[name], self.second_moments[name])
         parameter = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
         return copy.deepcopy(linear, {id(linear.weight): parameter})
@@ -117,7 +117,7 @@ class CorrectedMoments(MomentSource):
         return gather_drift(blocks, (self._dense_states, self._states), group, self._ranks, weights)
 
     def compressed(self, linears: Mapping[str, Callable[[], CompressedLinear]]) -> None:
-        """Put the compressed linears of a group before what comes after them."""
+        """Put the compressed linears of a group in the way of everything that follows them."""
         assert self._block is not None
         put(self._block, {name: make() for name, make in linears.items()}, self._model)
 
@@ -252,7 +252,7 @@ def captured(block: nn.Module, points: list[Point], stop: bool = False) -> Itera
 
     Args:
         block: the block.
-        points: what to keep; what is no tensor, or given by name, is left out.
+        points: the inputs to keep; those that are not tensors, or are given by name, are left out.
         stop: leave the context as soon as all are there.
     """
     seen: dict[Point, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Finetuned blocks as artefacts: what is stored of them, and how they are put together again."""
+"""Finetuned blocks as artefacts: the tensors that are stored, and how blocks are built from them."""
 
 from collections.abc import Mapping
 from typing import Any

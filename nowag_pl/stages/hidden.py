@@ -43,7 +43,7 @@ class HiddenStates:
                 self._hidden[number] = output.cpu()
 
     def fork(self) -> "HiddenStates":
-        """Return others at the same place. What both have not moved on from is in memory once."""
+        """Return others at the same place. States that neither has moved on from are in memory only once."""
         other = copy.copy(self)
         other._hidden = list(self._hidden)
         return other
@@ -59,10 +59,10 @@ class HiddenStates:
 
 
 def forward(model: StreamedModel, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
-    """Return what a block makes of hidden states, on the device.
+    """Return the output of a block on hidden states, on the device.
 
     Args:
-        model: what the block is called with beside them.
+        model: gives the other arguments of the block.
         block: the block, dense or compressed.
         index: its number in the model.
         hidden: `[batch, seq_len, hidden]`.
@@ -75,7 +75,7 @@ class Passage(NamedTuple):
     """Blocks that windows pass, and how.
 
     Attributes:
-        model: embeddings, and what the blocks are called with.
+        model: embeddings, and the other arguments of the blocks.
         load_block: gives a block.
         title: for the progress bar.
     """
@@ -132,7 +132,7 @@ class HiddenFiles:
         self._write(name, lambda rows: self._model.embed(self._windows[rows]).hidden)
 
     def run(self, name: str, block: nn.Module, index: int, inputs: SequenceArray) -> None:
-        """Write what a block makes of its inputs, if it is not there."""
+        """Write the output of a block on its inputs, if it is not there."""
         self._write(name, lambda rows: forward(self._model, block, index, inputs.take(rows.tolist())))
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ from nowag_pl.run.store import ArtefactStore
 from nowag_pl.stages.hidden import HiddenStates
 
 TokenWeights = Callable[[int, str], Tensor]  # number of a block, name of a linear to `[num_mine, seq_len]`
-Made = Callable[[int], dict[str, CompressedLinear]]  # number of a block to what takes the place of its linears
+Made = Callable[[int], dict[str, CompressedLinear]]  # number of a block to the replacements of its linears
 
 
 class LinearGroup(NamedTuple):
@@ -32,7 +32,7 @@ class LinearGroup(NamedTuple):
     Attributes:
         linears: dense linears by their name in the block.
         moments: second moment of each, `[in]` or `[in, in]`.
-        target: gives what is compressed in the place of a linear.
+        target: gives the linear to compress in the place of a linear.
     """
 
     linears: dict[str, nn.Linear]
@@ -41,7 +41,7 @@ class LinearGroup(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """What a source has gathered for a block.
+    """The statistics that a source has gathered for a block.
 
     Attributes:
         squares: mean squares of the input of each linear, `[in]`.
@@ -80,7 +80,7 @@ class MomentSource(ABC):
     def compressed(  # noqa: B027 - most sources need not know it
         self, linears: Mapping[str, Callable[[], CompressedLinear]]
     ) -> None:
-        """Take what was made of the last group, before the next one is asked for.
+        """Receive the compressed linears of the last group, before the next one is asked for.
 
         Args:
             linears: gives each compressed linear, by its name in the block.
@@ -88,7 +88,7 @@ class MomentSource(ABC):
 
     @abstractmethod
     def gathered(self) -> Gathered | None:
-        """Return what was gathered for the last block; None where nothing was."""
+        """Return the statistics that were gathered for the last block, or None."""
 
     @abstractmethod
     def advance(self, block: nn.Module, index: int, made: Made) -> None:
@@ -97,7 +97,7 @@ class MomentSource(ABC):
         Args:
             block: the block, as it was loaded, perhaps without its linears.
             index: its number.
-            made: what takes the place of linears.
+            made: replacements of linears.
         """
 
 

@@ -17,7 +17,7 @@ from nowag_pl.modules import CompressedLinear
 from nowag_pl.stages.compression_run import CompressionRun
 
 MEASURED_TOKENS = 4096  # whose logits are in memory together; 2 GB in float32 for a vocabulary of 128,000
-UNTOLD_BYTES = 16  # per weight, to restore it, and for gradients, where a method cannot tell what it makes
+UNTOLD_BYTES = 16  # per weight, to restore it, and for gradients, if a method does not know its result in advance
 
 Methods = Mapping[str, Sequence[Compressor]]  # by whole name of a linear: its method, then others for a budget
 
@@ -301,7 +301,7 @@ class Holding:
         return 4 * sizes.trained_values + (sizes.itemsize if self.mixed else 4) * sizes.frozen_values
 
     def share(self, sizes: ModelSizes, divisible: int) -> int:
-        """Return what one process holds of divisible bytes, with the masks, codes and groups that it holds whole."""
+        """Return one process's share of divisible bytes, with the masks, codes and groups that it holds whole."""
         if not self.sharded or self.num_ranks == 1:
             return divisible + sizes.total.packed
         gathered = 4 * (1 if sizes.is_compressed else 2) * (sizes.skeleton + 2 * sizes.compressed_block)

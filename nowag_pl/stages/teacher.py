@@ -1,6 +1,6 @@
-"""The dense model's predictions on given windows, kept in files: what compares with it, and what learns from it.
+"""The dense model's predictions on given windows, stored in files for comparison and for distillation.
 
-What is kept are the hidden states behind the last block, a small fraction of the logits' size, which the head turns
+Stored are the hidden states after the last block, a small fraction of the logits' size, which the head turns
 into logits when they are needed; or the likeliest tokens alone, which is smaller still.
 """
 
@@ -29,7 +29,7 @@ class TeacherSettings:
     """How a compressed model is taught by the dense one.
 
     Attributes:
-        temperature: what both models' logits are divided by; above 1, unlikely tokens count more.
+        temperature: divisor of both models' logits; above 1, unlikely tokens have more weight.
         top_k: keep only so many of the dense model's likeliest tokens at each position, 8 bytes each, the others lumped
             together. null: keep its hidden states, from which all logits follow.
         batch_size: windows that pass a block of the dense model together.

@@ -62,7 +62,7 @@ def fit_armor(
     forgets its moments and goes on with half of the rate.
 
     Args:
-        target: what is approximated, and what its errors count.
+        target: the weight to approximate, and the weights of its errors.
         start: factors to start from.
         settings: pattern, steps, and when to stop.
         generator: draws the groups; on the CPU.
@@ -122,7 +122,7 @@ class _Descent:
         self._schedule = CosineAnnealingLR(self._optimizer, T_max=max_iters)
 
     def step(self, factors: ArmorFactors, gradients: ArmorGradients) -> ArmorFactors:
-        """Return factors after a step from the given ones; what is removed from the core stays zero."""
+        """Return factors after a step from the given ones; removed weights of the core stay zero."""
         values: list[Tensor] = [factors.out_factor, factors.core, factors.in_factor]
         for parameter, value, gradient in zip(self._parameters, values, gradients, strict=True):
             parameter.copy_(value)

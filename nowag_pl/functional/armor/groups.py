@@ -31,7 +31,7 @@ class Groups(NamedTuple):
 
 
 class _Quadratic(NamedTuple):
-    """The objective by the values of a group, `s^T G s - 2 c^T s`, and what the values multiply."""
+    """The objective as a function of a group's values, `s^T G s - 2 c^T s`, and the factors of the values."""
 
     gram: Tensor  # G, [p, q, m, m]
     linear: Tensor  # c, [p, q, m]
@@ -98,7 +98,7 @@ def improve_groups(
     A group stays as it is where nothing better is found.
 
     Args:
-        target: what is approximated.
+        target: the weight to approximate, and the weights of its errors.
         factors: A, S and B.
         residual: W_bar - A S B.
         groups: a group of every block pair.
@@ -163,7 +163,7 @@ def _grouped(matrix: Tensor, factors: ArmorFactors, group_size: int) -> Tensor:
 
 
 def _index(groups: Groups) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return where groups are in what :func:`_grouped` gives."""
+    """Return the places of groups in the result of :func:`_grouped`."""
     pair_row, pair_column = _pairs(groups)
     return pair_row, groups.row, pair_column, groups.number
 

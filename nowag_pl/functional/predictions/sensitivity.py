@@ -19,7 +19,7 @@ def predicted_divergence(change: Float[Tensor, "... out"], gradient: Float[Tenso
     """Return `1/2 sum g^2 d^2`, summed in float64, in nats.
 
     Args:
-        change: d, what is added to the outputs of a linear.
+        change: d, the change of the outputs of a linear.
         gradient: g, of the negative log likelihood of drawn labels, summed over the positions that predict them.
 
     Example:

@@ -1,4 +1,4 @@
-"""What number a state of the trellis stands for: fixed pseudo-random codes (QTIP, arXiv:2406.11235), and a table.
+"""Values of the states of a trellis: fixed pseudo-random codes (QTIP, arXiv:2406.11235), and a table.
 
 A code maps the L-bit states to values that look like draws from a unit Gaussian, by a few operations on 32-bit
 integers, so that nothing has to be stored. `mul1` and `mcg` are those of the EXL3 format, `1mad` and `3inst` the ones

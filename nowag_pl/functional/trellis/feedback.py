@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Block(NamedTuple):
-    """Columns to be quantized, and how their errors count once what follows makes up for them as it can."""
+    """Columns to be quantized, and the metric of their errors after compensation by the columns that follow."""
 
     columns: slice
     target: Float[Tensor, "out size"]
@@ -31,7 +31,7 @@ def quantize_with_feedback(
         weight: W.
         factor: upper triangular U with `U^T U` the inverse of H, by which errors count.
         block_size: columns of a block; the last one may have fewer.
-        quantize: returns what it makes of a block's target.
+        quantize: returns the quantized values of a block's target.
 
     Returns:
         The quantized blocks, side by side.

@@ -140,7 +140,7 @@ def _split(each: Tensor | None, size: int, count: int) -> tuple[Tensor | None, .
 
 
 def _bytes_of_one(num_steps: int, state_bits: int, bits: int) -> int:
-    """Return about what a sequence takes: the winners of all steps, and a few numbers for each state."""
+    """Return the approximate memory for a sequence: the winners of all steps, and a few numbers for each state."""
     return num_steps * 2 ** (state_bits - bits) + 16 * 2**state_bits
 
 

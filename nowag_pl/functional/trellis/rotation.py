@@ -89,7 +89,7 @@ def rotate_metric(second_moment: Float[Tensor, "in in"], in_scale: Float[Tensor,
 
     Args:
         second_moment: H, mean of x x^T.
-        in_scale: diagonal of D, what multiplies the columns after the rotation: signs and column scales.
+        in_scale: diagonal of D, the factors of the columns after the rotation: signs and column scales.
     """
     scaled = second_moment * in_scale * in_scale[:, None]
     return hadamard(hadamard(scaled).T.contiguous())

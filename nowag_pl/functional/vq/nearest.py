@@ -66,7 +66,7 @@ def chunk_elements(device: torch.device) -> int:
 def search(
     codebook: Float[Tensor, "k d"], num_points: int, chunk_size: int | None = None
 ) -> Callable[[Tensor, Tensor, Tensor], None]:
-    """Return what writes nearest codewords, int32, and their products, given :func:`point_features`.
+    """Return a function that writes nearest codewords, int32, and their products, given :func:`point_features`.
 
     Args:
         codebook: codewords.

@@ -13,7 +13,7 @@ from nowag_pl.functional.normalization import denormalize, normalize_rows
 
 
 class Quantized(NamedTuple):
-    """What `r2_i codebook[codes_i] r1` is made of."""
+    """The parts of `r2_i codebook[codes_i] r1`."""
 
     codebook: Float[Tensor, "k d"]
     codes: Int[Tensor, "out groups"]

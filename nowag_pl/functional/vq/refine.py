@@ -45,7 +45,7 @@ def refine(
         weight: dense weight W.
         start: quantized weight.
         second_moment: H, mean of x x^T.
-        settings: what is done in how many rounds.
+        settings: the update and the number of rounds.
 
     Returns:
         The quantized weight of the smallest output error, measured with the damped H, the start among them.

@@ -101,7 +101,7 @@ def _add_tiles(bits: int, state_bits: int) -> Any:
 
 @no_type_check
 def _write_tiles(builder, words, inputs, lanes, stride, count, bits: int, state_bits: int) -> None:
-    """Write the loop over the tiles of a column; eight registers of sums are what it carries along."""
+    """Write the loop over the tiles of a column; it carries eight registers of sums."""
     before, loop = builder.block, builder.append_basic_block("tiles")
     first = builder.ptrtoint(words, _INDEX)
     multiply_add = get_or_insert_function(builder.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), "llvm.fma.v16f32")

@@ -16,7 +16,7 @@ _STORED_DTYPE = torch.float16
 
 
 class TrellisLinear(CompressedLinear):
-    """A linear of which every 16 x 16 weights are a path on a trellis, between two rotations, times both scales.
+    """A linear whose tiles of 16 x 16 weights are paths on a trellis, between two rotations, times both scales.
 
     A tile takes `16 k` words of 16 bits in the layout of EXL3, held two at a time as int32, which every backend of
     torch.distributed knows. Scales are float32 parameters, so that they can be trained; they hold the signs of the
@@ -26,7 +26,7 @@ class TrellisLinear(CompressedLinear):
         weight: packed states and scales, of sizes that are padded to tiles.
         bits: k, bits of a weight.
         state_bits: L, bits of a state.
-        code: what number a state stands for.
+        code: code that gives the value of a state.
         rotation: "both" sides or "none".
         bias: bias `[out]`, or None.
         dtype: type of the reconstructed weight.

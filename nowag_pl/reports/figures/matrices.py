@@ -82,7 +82,7 @@ def color_limits(values: Tensor) -> tuple[float, float]:
 def heat_map_figure(
     maps: Sequence[tuple[str, Sequence[Sequence[float | None]], str]], columns: Sequence[str], row_label: str = "block"
 ) -> Figure:
-    """Show values by block and linear, one map beside the other, each with its own colours.
+    """Show values by block and linear, in maps side by side, each with its own colours.
 
     Args:
         maps: title, values by row and column (None where there is none), and the format of a value, such as ".3f".

@@ -1,4 +1,4 @@
-"""All linears of a block, each compressed with several settings: what a budget chooses from."""
+"""The choices of a budget: all linears of a block, each compressed with several settings."""
 
 import time
 from collections.abc import Mapping, Sequence

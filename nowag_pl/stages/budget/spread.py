@@ -65,13 +65,13 @@ class Budgeted(NamedTuple):
 def compress_within_budget(budgeted: Budgeted, store: ArtefactStore) -> None:
     """Write the compressed linears of every block that lacks them, each with the setting that the budget gives it.
 
-    Every linear is compressed with every setting, by the dense second moments; sensitivities say what each of them
+    Every linear is compressed with every setting, by the dense second moments; sensitivities estimate how much each
     costs, and bits are spread so that the sum is small: together at most those of the first setting everywhere. Then
     the whole model is compressed both ways, and that with the smaller divergence from the dense model's predictions is
     taken.
 
     Args:
-        budgeted: the model, and among what it chooses.
+        budgeted: the model, and its choices.
         store: run directory; with calibration.mode "dense", it has the mean squares of every block.
 
     Raises:
@@ -89,7 +89,7 @@ def compress_within_budget(budgeted: Budgeted, store: ArtefactStore) -> None:
 
 
 def _decide(budgeted: Budgeted, store: ArtefactStore) -> dict[str, Any]:
-    """Compress both ways, compare, and put the better one into the run directory; return what was decided."""
+    """Compress both ways, compare, and put the better one into the run directory; return the decision."""
     model, choices, windows, calibration, num_sequences = budgeted
     full = any(method.full_second_moment for method in choices.methods)
     has_stored = calibration.mode == "dense" and not full
@@ -128,7 +128,7 @@ def _dense_source(budgeted: Budgeted, store: ArtefactStore, full: bool, has_stor
 
 
 def _trial(store: ArtefactStore, name: str, has_stored: bool) -> ArtefactStore:
-    """Return a folder for the whole model compressed in one way; it starts with what calibration has stored."""
+    """Return a folder for the whole model compressed in one way, with the results of calibration in it."""
     trial = ArtefactStore(store.folder / TRIALS / name, store.ranks)
     for stage in (MOMENTS, GUIDANCE) if store.ranks.is_zero else ():
         if (stage == GUIDANCE or has_stored) and (store.folder / stage).is_dir():
@@ -146,7 +146,7 @@ def _move(trial: ArtefactStore, store: ArtefactStore, num_blocks: int) -> None:
 
 
 def read_decision(store: ArtefactStore) -> dict[str, Any] | None:
-    """Return what the budget has decided, the same on every rank, or None where it has not yet."""
+    """Return the budget's decision, the same on every rank, or None before it."""
     path = store.folder / DECISION
     return store.ranks.broadcast(read_json(path) if store.ranks.is_zero and path.is_file() else None)
 
@@ -178,7 +178,7 @@ def divergences(model: StreamedModel, stores: Sequence[ArtefactStore], windows: 
 
 
 def _divergence(model: StreamedModel, reference: Tensor, hidden: Tensor) -> float:
-    """Return the summed divergence of a batch from its hidden states behind the last block, but for last positions."""
+    """Return the summed divergence of a batch from its hidden states after the last block, without last positions."""
     total = 0.0
     for positions in head_positions(len(hidden), hidden.shape[1] - 1):
         expected, actual = (model.head(each[:, positions]).flatten(0, 1) for each in (reference, hidden))
@@ -187,7 +187,7 @@ def _divergence(model: StreamedModel, reference: Tensor, hidden: Tensor) -> floa
 
 
 def spread_bits(store: ArtefactStore, num_blocks: int) -> tuple[dict[str, Selection], dict[str, dict[str, Any]]]:
-    """Return the first setting everywhere and the spread bits, "uniform" and "spread", and what is known of both.
+    """Return the first setting everywhere and the spread bits, "uniform" and "spread", and the figures of both.
 
     Args:
         store: run directory with candidates and sensitivities of every block.
@@ -213,7 +213,7 @@ def _decision(
     figures: Mapping[str, dict[str, Any]],
     measured: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Return what is taken, and why, as JSON values."""
+    """Return the choice and its reason as JSON values."""
     taken = "spread" if measured["spread"] < measured["uniform"] else "uniform"
     found = {name: {**figures[name], "divergence": measured[name]} for name in selections}
     return {"settings": titles(choices.methods), "taken": taken, **found, "selection": selections[taken]}
@@ -248,7 +248,7 @@ def _spread(
 
 
 def _total(values: Sequence[Mapping[str, Mapping[int, Any]]], selection: Selection) -> Any:
-    """Add up what a selection has of values."""
+    """Add up the values of a selection."""
     return sum(
         block[name][number] for block, chosen in zip(values, selection, strict=True) for name, number in chosen.items()
     )
