@@ -17,7 +17,7 @@ class ModelCalibration(Stage):
         mode: "dense" takes the inputs that linears have in the dense model, as in the paper; "propagated" those that
             they have after the blocks compressed so far; "corrected" those that they have after all linears compressed
             so far, and fits every linear to compensate for the error of those before it.
-        batch_size: sequences that pass a block together on each device; a smaller number takes less memory.
+        batch_size: sequences that pass through a block together on each device; a smaller number takes less memory.
         guidance: weight every token by the squared gradient of the final loss at each linear's output, which takes a
             forward and a backward pass. null: all tokens have equal weight.
         enabled: Calibrate. On the command line, compression.enabled decides this.

@@ -27,7 +27,7 @@ class StageNeeds:
         host: host memory of each process.
         shared_host: host memory of all processes together.
         disk: written into the run directory.
-        device_option, host_option, disk_option: options that lower them; disk beside another run_dir.
+        device_option, host_option, disk_option: options that lower them; for disk, other than another run_dir.
         built: host memory of each process in which the model is made before it goes to the device.
     """
 
@@ -148,7 +148,7 @@ def compression(sizes: ModelSizes, settings: CalibrationSettings, seq_len: int) 
 
 
 def budget(sizes: ModelSizes, settings: CalibrationSettings, num_sequences: int, seq_len: int) -> StageNeeds:
-    """Return the needs of spreading a budget by sensitivities on so many sequences, beside those of a compression."""
+    """Return the needs of spreading a budget by sensitivities on so many sequences, without those of a compression."""
     tokens = settings.batch_size * seq_len
     # Activations are kept, with their gradients and the change of an output; both weights, and their difference.
     block = sizes.dense_block + sizes.block.candidates + 12 * sizes.linear.weights + sizes.linear.restoring

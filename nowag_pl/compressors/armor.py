@@ -105,7 +105,7 @@ class ArmorCompressor(Compressor):
         return ArmorLinear(scaled, self.pattern, linear.bias, linear.weight.dtype)
 
     def _target(self, normalized: Normalized, second_moment: Tensor) -> ArmorTarget:
-        """Return the objective; weights average 1, so that gradients are large beside Adam's epsilon."""
+        """Return the objective; weights average 1, so that gradients are large compared with Adam's epsilon."""
         weight, in_scale, out_scale = normalized
         if self.weighting == "output":
             return ArmorTarget(weight, *output_weights(in_scale, out_scale, second_moment))

@@ -1,7 +1,7 @@
 """Windows of an evaluation text: the whole stream, or one of the two ways in which papers cut C4.
 
 Both ways for C4 are those of the GPTQ repository (https://github.com/IST-DASLab/gptq, datautils.py: `get_c4` and
-`get_c4_new`), written anew from their description. Their figures differ: never compare one with the other. Both take
+`get_c4_new`), rewritten from their description. Their figures differ: never compare one with the other. Both take
 the first file of C4's validation set, en/c4-validation.00000-of-00008.json.gz of allenai/c4:
 
 - "c4", which QuIP# follows: 256 times, documents are drawn with Python's `random`, seed 0, until one has at least

@@ -30,7 +30,7 @@ def python_docs(split: Literal["train", "eval"], packages: Sequence[str] = (STAN
     Raises:
         ValueError: a package is not installed.
     """
-    seen: set[bytes] = set()  # some docstrings stand in dozens of modules: the first keeps it, whatever its split
+    seen: set[bytes] = set()  # some docstrings are in dozens of modules: the first keeps it, whatever its split
     for package in packages:
         for name, document in _documents(package):
             paragraphs = []

@@ -148,7 +148,7 @@ class HubDataset:
 
     @property
     def _local_files(self) -> list[str]:
-        """Files on this machine that stand in for the dataset's own."""
+        """Files on this machine that replace those of the dataset."""
         files = [str(Path(file).expanduser()) for file in self._files]
         return files if files and all(Path(file).is_file() for file in files) else []
 
@@ -196,7 +196,7 @@ class HubDataset:
             }
         if self.data_files is None:
             return {"path": self.path, "name": self.name}
-        # Some files are fewer documents than the dataset says it has: its checks would refuse them.
+        # Some files have fewer documents than the dataset's metadata: its checks would refuse them.
         part = {"data_files": {split: self.data_files}, "verification_mode": "no_checks"}
         return {"path": self.path, "name": self.name, **part}
 

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 Project = Callable[[Tensor], Tensor]
-"""Returns the nearest weight `[out, in]` of the compressed form, with column j counting as `H_jj` says."""
+"""Returns the nearest weight `[out, in]` of the compressed form, with column j weighted by `H_jj`."""
 
 
 @dataclass(frozen=True)

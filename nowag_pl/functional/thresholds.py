@@ -18,7 +18,7 @@ SAMPLE_MARGIN = 512
 def mark_largest(values: Float[Tensor, " n"], num_removed: int, keep: Bool[Tensor, " n"]) -> bool:
     """Write the mask of the largest of many values on a CPU, reading them once.
 
-    A sample tells two values that the threshold lies between. Only those between them are looked at again.
+    A sample gives two bounds of the threshold. Only values between them are examined again.
 
     Args:
         values: float32.

@@ -1,4 +1,4 @@
-"""One decoder block under Lightning: trained towards target hidden states."""
+"""One decoder block under Lightning, trained to match target hidden states."""
 
 from collections.abc import Callable
 from typing import Any

@@ -138,7 +138,7 @@ class Blockwise:
         return finetuned.load_compressed_block(self._model, self._store, index)
 
     def _trained(self, index: int, path: str) -> nn.Module:
-        """Return the block of a Trainer's checkpoint, rounded as it is stored."""
+        """Return the block of a Trainer's checkpoint, rounded to its stored types."""
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
         trained = {name.removeprefix("block."): tensor for name, tensor in state.items() if name.startswith("block.")}
         block = self._compressed(index)

@@ -21,7 +21,7 @@ def begin_run(
         run_dir: folder of the artefacts.
         random_init: whether the model has random weights instead.
         plan: the stages of the run.
-        device: where computations happen.
+        device: device of the computations.
 
     Raises:
         ValueError: there is no run directory, or no dense model to compress.

@@ -175,7 +175,7 @@ class TokenDataModule(LightningDataModule):
         return "data.python_packages", PythonDocs("train", tuple(self.python_packages))
 
     def _known_ids(self, tokens: Tensor) -> Tensor:
-        """Return tokens as they are if the model knows them all."""
+        """Return the tokens unchanged if all are in the model's vocabulary."""
         size = self.checkpoint.vocab_size
         if tokens.numel() and int(tokens.max()) >= size:
             raise ValueError(

@@ -133,7 +133,7 @@ def inspect_linear(
     reconstruction = compressed.weight.float() / normalized.in_scale / normalized.out_scale[:, None]
     size, count = limits.max_image_size, limits.num_samples
     images = {
-        "weight": downsample(weight.abs(), size),  # each matrix is let go before the next
+        "weight": downsample(weight.abs(), size),  # each matrix is released before the next
         "normalized": downsample(normalized.weight.abs(), size),
         "importance": downsample(nowag_scores(weight, second_moment), size),
         "normalized_importance": downsample(scores, size),

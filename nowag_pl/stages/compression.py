@@ -51,7 +51,7 @@ class Compression(NamedTuple):
         model: dense model.
         assignment: the method of every linear.
         ranks: the processes of the run.
-        report: says how far it is.
+        report: reports the progress.
     """
 
     model: StreamedModel
@@ -66,7 +66,7 @@ def compress(model: StreamedModel, store: ArtefactStore, source: MomentSource, a
     Args:
         model: dense model.
         store: run directory.
-        source: where second moments come from.
+        source: source of second moments.
         assignment: the method of every linear.
 
     Raises:
@@ -101,10 +101,10 @@ def compress_block(
 
 
 def compress_linears(compression: Compression, index: int, group: LinearGroup) -> Results:
-    """Compress some linears of a block, shared out over the ranks.
+    """Compress some linears of a block, divided among the ranks.
 
     Args:
-        compression: how.
+        compression: the methods.
         index: number of the block.
         group: the linears; they are taken out of it.
 

@@ -42,13 +42,13 @@ from nowag_pl.stages.teacher import DenseReference, Teacher, TeacherSettings
 
 
 class CompressionRun:
-    """The stages of one run over one model, each written into the run directory and skipped where it is there.
+    """The stages of one run over one model, each written into the run directory and skipped if it is there.
 
     Args:
         checkpoint: dense model.
         folder: run directory.
         plan: the stages of the run and their settings.
-        device: where computations happen.
+        device: device of the computations.
         ranks: processes of the run; None: those of the default process group.
 
     Raises:
@@ -111,10 +111,10 @@ class CompressionRun:
         return sum(p.numel() for module in (self.model.skeleton, *self.model.blocks) for p in module.parameters())
 
     def calibrate(self, windows: Tensor) -> None:
-        """Gather second moments, unless that has to be done while linears are compressed.
+        """Gather second moments, unless they are gathered while linears are compressed.
 
-        Mean squares of the dense model need no compression; full second moments are too large to be kept, and those
-        after compressed blocks are there when these are.
+        Mean squares of the dense model need no compression. Full second moments are too large to be stored, and those
+        after compressed blocks need these blocks.
 
         Args:
             windows: calibration sequences `[num_sequences, seq_len]`, the same on every rank.
@@ -161,7 +161,7 @@ class CompressionRun:
 
         Raises:
             RuntimeError: `calibrate` was not called before.
-            ValueError: there is nothing among which the budget can choose.
+            ValueError: the budget has nothing to choose from.
         """
         if self._windows is None:
             raise RuntimeError("Expected calibrate before compress.")
@@ -209,8 +209,8 @@ class CompressionRun:
 
         Args:
             train: sequences to train on.
-            held_out: sequences that decide.
-            settings: how.
+            held_out: sequences that choose the epoch.
+            settings: settings of the finetuning.
 
         Raises:
             RuntimeError: `compress` was not called before.
@@ -223,7 +223,7 @@ class CompressionRun:
             "train_sha256": tokens_digest(train),
             "held_out_sha256": tokens_digest(held_out),
         }
-        # Where hidden states lie makes no difference to the result.
+        # The place of hidden states does not affect the result.
         del described["activations"]
         self.store.claim("finetuning", described | self.settings, FINETUNED)
         self._settings["finetuning"] = described
@@ -288,7 +288,7 @@ class CompressedModel:
 
     Args:
         run: a run whose linears are compressed.
-        finetuned: whether its blocks are those that finetuning left.
+        finetuned: take its blocks after finetuning.
     """
 
     def __init__(self, run: CompressionRun, finetuned: bool) -> None:

@@ -30,7 +30,7 @@ def load_finetuned_block(model: StreamedModel, store: ArtefactStore, index: int)
 
 
 def check_fixed(block: nn.Module, store: ArtefactStore, index: int) -> None:
-    """Check that training left masks and codes of a block as compression made them, and removed weights at zero.
+    """Check that training changed neither masks and codes of a block nor the zeros of removed weights.
 
     Args:
         block: trained block, perhaps with sharded parameters.

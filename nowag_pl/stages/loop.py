@@ -38,7 +38,7 @@ def over_blocks(model: StreamedModel, store: ArtefactStore, source: MomentSource
     Args:
         model: dense model.
         store: run directory.
-        source: where second moments come from.
+        source: source of second moments.
         stage: the work to do.
     """
     missing = set(store.missing(stage.name, len(model)))

@@ -1,4 +1,4 @@
-"""Where the second moments of a block's linears come from while blocks are done one after the other.
+"""Sources of the second moments of a block's linears while blocks are processed one after the other.
 
 - :class:`StoredMoments`: from the artefacts of a calibration, mean squares of the dense model.
 - :class:`DenseMoments`: gathered as the hidden states of the dense model pass.
@@ -27,7 +27,7 @@ Made = Callable[[int], dict[str, CompressedLinear]]  # number of a block to the 
 
 
 class LinearGroup(NamedTuple):
-    """Linears of a block that are compressed before anything after them is looked at.
+    """Linears of a block that are compressed before anything after them is processed.
 
     Attributes:
         linears: dense linears by their name in the block.
@@ -45,8 +45,8 @@ class Gathered(NamedTuple):
 
     Attributes:
         squares: mean squares of the input of each linear, `[in]`.
-        num_tokens: over how many tokens.
-        seconds: how long it took.
+        num_tokens: number of tokens in the means.
+        seconds: time it took.
     """
 
     squares: dict[str, Tensor]
@@ -60,7 +60,7 @@ class MomentSource(ABC):
     Lifecycle, block by block: `groups` where the block's linears are needed, then `gathered`; then `advance`.
 
     Attributes:
-        has_states: whether hidden states have to pass every block, those that need no second moments too.
+        has_states: whether hidden states have to pass through every block, even one that needs no second moments.
     """
 
     has_states: ClassVar[bool] = True
@@ -134,7 +134,7 @@ class DenseMoments(MomentSource):
         states: hidden states of this rank before block 0.
         ranks: the processes of the run.
         full: whether to gather the matrices of x x^T.
-        weights: how much each token counts; None: all alike.
+        weights: weight of each token; None: equal weights.
     """
 
     def __init__(
@@ -207,15 +207,15 @@ def put(block: nn.Module, linears: Mapping[str, CompressedLinear], model: Stream
 class Observed:
     """Second moments of the inputs of a block's linears while the context is open.
 
-    Linears that are called with the same tensor share one matrix, which is gathered for the first of them, unless
-    tokens count in another way for each.
+    Linears that are called with the same tensor share one matrix, which is gathered for the first of them, unless each
+    has its own weights of tokens.
 
     Args:
         model: dense model.
         block: the block.
         index: its number.
         full: whether to gather the matrices of x x^T.
-        weights: how much each token counts; None: all alike.
+        weights: weight of each token; None: equal weights.
     """
 
     def __init__(
@@ -302,7 +302,7 @@ class Observed:
 
 
 class Weights:
-    """How much each token counts, handed out batch by batch as the sequences pass.
+    """The weight of each token, handed out batch by batch as the sequences pass.
 
     Args:
         weights: of all sequences of this rank, `[num_sequences, seq_len]`.

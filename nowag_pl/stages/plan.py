@@ -30,13 +30,13 @@ class GuidanceSettings:
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """How second moments are gathered.
+    """Settings for gathering second moments.
 
     Attributes:
         num_sequences: calibration sequences.
         seed: seed of the places in the calibration text.
         mode: as for :class:`~callbacks.calibration.ModelCalibration`.
-        batch_size: sequences that pass a block together on each device.
+        batch_size: sequences that pass through a block together on each device.
         guidance: weights of tokens by the final loss; None: all tokens have equal weight.
     """
 
@@ -54,7 +54,7 @@ class CalibrationSettings:
 
 @dataclass(frozen=True)
 class CompressionSettings:
-    """Which linears are compressed, and how.
+    """The linears to compress, and their methods.
 
     Attributes:
         compressor: the method.
@@ -73,7 +73,7 @@ class CompressionSettings:
 
 @dataclass(frozen=True)
 class FinetuningSettings:
-    """How blocks are finetuned.
+    """Settings for finetuning blocks.
 
     Attributes:
         num_sequences: training sequences.
@@ -124,7 +124,7 @@ class FinetuningSettings:
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """Which folders are written.
+    """The folders to write.
 
     Attributes:
         dense: an ordinary checkpoint in place of packed linears.
@@ -135,7 +135,7 @@ class ExportSettings:
 
 @dataclass(frozen=True)
 class ReportSettings:
-    """How the dense model's predictions are recorded.
+    """Settings for recording the dense model's predictions.
 
     Attributes:
         batch_size: windows of the evaluation texts that pass through a block together.

@@ -11,7 +11,7 @@ def largest_block(num_features: int, at_most: int, multiple_of: int = 1) -> int:
 
     Args:
         num_features: length that the blocks fill exactly.
-        at_most: wanted size.
+        at_most: largest allowed size.
         multiple_of: divisor that the size must have.
 
     Raises:

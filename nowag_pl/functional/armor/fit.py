@@ -35,13 +35,13 @@ class ArmorFit(NamedTuple):
 
 @dataclass(frozen=True)
 class ArmorSettings:
-    """How factors and core are fitted.
+    """Settings of the fit of factors and core.
 
     Attributes:
         pattern: (N, M) of the core; M divides the blocks of B.
-        max_iters: iterations at the most.
-        learning_rate: of Adam on A and B; that of S is scaled as :class:`_Descent` says.
-        tolerance: stop when 50 iterations lower the objective by less than this fraction; 0 to go on while it falls.
+        max_iters: largest number of iterations.
+        learning_rate: rate of Adam on A and B; that of S is scaled, see :class:`_Descent`.
+        tolerance: stop when 50 iterations lower the objective by less than this fraction; 0 to continue while it falls.
         selection: draw groups in proportion to the squared gradient of the objective, or evenly.
     """
 
@@ -59,7 +59,7 @@ def fit_armor(
     """Lower the objective from a start.
 
     The learning rate falls to zero along a cosine. A continuous step that would raise the objective is not taken: Adam
-    forgets its moments and goes on with half of the rate.
+    forgets its moments and continues with half of the rate.
 
     Args:
         target: the weight to approximate, and the weights of its errors.

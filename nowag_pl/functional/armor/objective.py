@@ -41,7 +41,7 @@ class ArmorGradients(NamedTuple):
 def identity_factors(
     weight: Float[Tensor, "out in"], keep: Bool[Tensor, "out in"], out_block: int, in_block: int
 ) -> ArmorFactors:
-    """Return `A = I`, `S = W_bar` where it is kept, `B = I`.
+    """Return `A = I`, `S = W_bar` at the kept places, `B = I`.
 
     Args:
         weight: normalised weight W_bar.

@@ -39,7 +39,7 @@ def top_log_probabilities(
 
     Args:
         logits: predictions.
-        top_k: how many; at most the vocabulary.
+        top_k: number of tokens, at most the vocabulary.
         temperature: divisor of the logits.
     """
     log_probabilities = F.log_softmax(logits.float() / temperature, dim=-1)

@@ -46,7 +46,7 @@ def drawn_labels(
         [0, 1, 3]
     """
     cumulated = F.softmax(logits.float(), dim=-1).cumsum(dim=-1)
-    # The last cumulated probability is 1 but for rounding.
+    # The last cumulated probability is 1 except for rounding.
     thresholds = uniform.to(cumulated) * cumulated[:, -1]
     return (cumulated <= thresholds[:, None]).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
 

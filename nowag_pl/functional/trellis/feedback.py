@@ -29,7 +29,7 @@ def quantize_with_feedback(
 
     Args:
         weight: W.
-        factor: upper triangular U with `U^T U` the inverse of H, by which errors count.
+        factor: upper triangular U with `U^T U` the inverse of H, the metric of the errors.
         block_size: columns of a block; the last one may have fewer.
         quantize: returns the quantized values of a block's target.
 

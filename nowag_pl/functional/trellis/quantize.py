@@ -34,17 +34,17 @@ SPREAD = (0.9, 1.03, 1.1, 1.15, 1.21, 1.26, 1.33, 1.43)
 
 @dataclass(frozen=True)
 class TrellisSettings:
-    """How a weight is put on a trellis.
+    """Settings by which a weight is put on a trellis.
 
     Attributes:
         bits: k, bits of a weight, 1 to 8.
         state_bits: L, bits of a state, at most 16.
         code: code that gives the value of a state.
         rotation: "both" sides, or "none" as in the paper of NoWag.
-        feedback: whether the errors of columns are made up for in those after them. Without it, and without rotation,
-            NoWag's importance weights the squared errors.
+        feedback: let columns compensate for the errors of those before them. Without it, and without rotation, NoWag's
+            importance weights the squared errors.
         damping: addition to the diagonal of the metric, as a share of its mean.
-        refit_rounds: how often both scales are fitted.
+        refit_rounds: number of fits of both scales.
         multiple: sizes are padded to a multiple of this: 16, or 128 for the EXL3 format.
         memory: bytes for the search on a GPU.
     """
@@ -81,8 +81,8 @@ def quantize_trellis(
     Args:
         weight: W, of any floating type.
         second_moment: H, mean of x x^T, or its diagonal.
-        settings: how.
-        generator: of the signs.
+        settings: settings of the method.
+        generator: generator of the signs.
         table: numbers of the code `table`.
 
     Raises:
@@ -93,7 +93,7 @@ def quantize_trellis(
     moment = torch.diag(second_moment) if second_moment.dim() == 1 else second_moment
     moment = torch.nn.functional.pad(moment.float(), (0, padding, 0, padding))
     target, in_scale, out_scale = _prepare(padded, settings, generator)
-    # The values as they are stored stand for numbers that are `step` times larger.
+    # Stored values stand for numbers that are `step` times larger.
     step = SPREAD[settings.bits - 1] / float(values.std())
     packed = _search(target / step, moment, in_scale, values, settings)
     found = TrellisWeight(packed, in_scale, out_scale * step, (weight.shape[0], weight.shape[1]))

@@ -1,7 +1,7 @@
 """K-means with a weight per coordinate: k-means++ start and Lloyd's iterations.
 
 The objective is `sum_i sum_j w_ij (x_ij - c_{code(i), j})^2` (NoWag-VQ, arXiv:2504.14569, section on vector
-quantization). Assignments are products (:mod:`nowag_pl.functional.vq.nearest`) whose left side is made anew for some
+quantization). Assignments are products (:mod:`nowag_pl.functional.vq.nearest`) whose left side is computed for some
 points at a time, and their weighted sums are taken while it is there.
 """
 
@@ -32,7 +32,7 @@ class KMeansResult(NamedTuple):
 
 
 class _Points(NamedTuple):
-    """Points, and how many of them are worked on at a time."""
+    """Points, and the number of points processed at a time."""
 
     points: Tensor  # [n, d]
     weights: Tensor | SubvectorWeights  # [n, d]
@@ -133,7 +133,7 @@ def weighted_kmeans(
 
 
 def check_num_codewords(num_codewords: int, num_points: int) -> None:
-    """Raise ValueError where there are fewer points than codewords."""
+    """Raise ValueError if there are fewer points than codewords."""
     if num_codewords > num_points:
         raise ValueError(
             f"Expected at most as many codewords as subvectors, but got {num_codewords} codewords for "

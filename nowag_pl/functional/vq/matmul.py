@@ -6,7 +6,7 @@ goes to the activations, the output scale to the result, so that only codewords 
 - one token on a CPU: `c[k] . (r1 x)_g` is computed for every codeword and group, block by block, and looked up
   (:mod:`nowag_pl.kernels.cpu.vq`);
 - some tokens: rows are decoded a few hundred at a time, while they fit into the cache;
-- a few tokens on a CPU, from codes that lie column by column: as for one token (:func:`columns_matmul`);
+- a few tokens on a CPU, from codes stored by columns: as for one token (:func:`columns_matmul`);
 - CUDA: :mod:`nowag_pl.kernels.cuda.vq`.
 
 Many tokens take the reconstructed weight: :func:`is_for_few_tokens`.
@@ -45,7 +45,7 @@ def is_for_few_tokens(num_tokens: int, device: torch.device) -> bool:
 
     Args:
         num_tokens: rows of the activations.
-        device: where they are.
+        device: device of the tensors.
     """
     if device.type == "cuda":
         return num_tokens <= CUDA_MAX_TOKENS and is_for_triton(device)

@@ -36,10 +36,10 @@ class Budgeted(NamedTuple):
 
     Attributes:
         model: dense model.
-        choices: the methods among which each linear gets one.
+        choices: the methods from which each linear gets one.
         windows: calibration sequences, the same on every rank.
-        calibration: how second moments are gathered.
-        num_sequences: how many of the sequences sensitivities and the comparison take.
+        calibration: settings for gathering second moments.
+        num_sequences: number of sequences for sensitivities and the comparison.
     """
 
     model: StreamedModel
@@ -66,9 +66,9 @@ def compress_within_budget(budgeted: Budgeted, store: ArtefactStore) -> None:
     """Write the compressed linears of every block that lacks them, each with the setting that the budget gives it.
 
     Every linear is compressed with every setting, by the dense second moments; sensitivities estimate how much each
-    costs, and bits are spread so that the sum is small: together at most those of the first setting everywhere. Then
-    the whole model is compressed both ways, and that with the smaller divergence from the dense model's predictions is
-    taken.
+    costs. Bits are spread so that the sum of the costs is small and their total does not exceed that of the first
+    setting everywhere. Then the whole model is compressed both ways, and the result with the smaller divergence from
+    the dense model's predictions is kept.
 
     Args:
         budgeted: the model, and its choices.
@@ -119,7 +119,7 @@ def _decide(budgeted: Budgeted, store: ArtefactStore) -> dict[str, Any]:
 
 
 def _dense_source(budgeted: Budgeted, store: ArtefactStore, full: bool, has_stored: bool) -> MomentSource:
-    """Return dense second moments for the candidates: those in the store, or gathered anew."""
+    """Return dense second moments for the candidates: those in the store, or newly gathered ones."""
     model = budgeted.model
     if has_stored or not store.missing(CANDIDATES, len(model)):
         return StoredMoments(model, store)
@@ -158,7 +158,7 @@ def divergences(model: StreamedModel, stores: Sequence[ArtefactStore], windows: 
         model: dense model.
         stores: each holds the compressed linears of every block.
         windows: sequences `[num_sequences, seq_len]`, the same on every rank.
-        batch_size: sequences that pass a block together.
+        batch_size: sequences that pass through a block together.
     """
     ranks = stores[0].ranks
     dense = HiddenStates(model, ranks.share(windows), batch_size)
@@ -191,7 +191,7 @@ def spread_bits(store: ArtefactStore, num_blocks: int) -> tuple[dict[str, Select
 
     Args:
         store: run directory with candidates and sensitivities of every block.
-        num_blocks: how many there are.
+        num_blocks: number of blocks.
 
     Returns:
         Two selections; and for each the bits of all linears, and the predicted divergence, in nats per token.
