@@ -40,7 +40,7 @@ class Pruner(Compressor):
             if self.sparsity is not None:
                 raise ValueError(
                     f"Expected sparsity or pattern, but got sparsity {self.sparsity} and pattern {self.pattern}. "
-                    "The pattern says how much is removed: set sparsity to null."
+                    "The pattern determines the sparsity: set sparsity to null."
                 )
         elif self.sparsity is None:
             object.__setattr__(self, "sparsity", DEFAULT_SPARSITY)

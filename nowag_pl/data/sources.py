@@ -105,11 +105,11 @@ class HubDataset:
         if self.max_documents is not None and self.max_documents < 1:
             raise ValueError(f"Expected max_documents of at least 1, but got {self.max_documents}.")
         if self.streaming and self.max_documents is None:
-            raise ValueError("Expected max_documents beside streaming, or the whole dataset is read, but got null.")
+            raise ValueError("Expected max_documents with streaming, or the whole dataset is read, but got null.")
         if self.protocol != "stream" and (self.max_documents, self.shuffle_seed) != (None, None):
             raise ValueError(
-                f"Expected neither max_documents nor shuffle_seed beside protocol {self.protocol!r}, which says which "
-                f"documents are taken, but got {self.max_documents} and {self.shuffle_seed}."
+                f"Expected neither max_documents nor shuffle_seed with protocol {self.protocol!r}, which chooses the "
+                f"documents, but got {self.max_documents} and {self.shuffle_seed}."
             )
 
     @property

@@ -32,7 +32,7 @@ def begin_run(
         state = "has random weights" if random_init else "is compressed already"
         raise ValueError(
             f"Expected a dense model to compress, but {checkpoint.path} {state}. Set compression.enabled to false to "
-            "train or measure it as it is."
+            "train or measure it unchanged."
         )
     return CompressionRun(checkpoint, run_dir, plan, device)
 

@@ -30,7 +30,7 @@ def check_precision(precision: str) -> None:
     if (precision.endswith("-true") and precision != "32-true") or precision == "transformer-engine":
         raise ValueError(
             f"Expected trainer.precision of 32-true, bf16-mixed or 16-mixed, but got {precision}: the weights have "
-            "the type that model.dtype says."
+            "the type of model.dtype."
         )
 
 

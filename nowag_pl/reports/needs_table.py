@@ -96,7 +96,7 @@ def _shortage(stage: str, needed: int, what: str, available: int, option: str) -
 
 def table(stages: Sequence[StageNeeds], available: Available, num_processes: int) -> Table:
     """Lay out the needs; the last row holds the available memory and disk."""
-    laid_out = Table(title="Expected at most, beside the present use of the process")
+    laid_out = Table(title="Expected at most, in addition to the present use of the process")
     for column in ("stage", "device memory", "host memory", "disk"):
         laid_out.add_column(column, justify="left" if column == "stage" else "right")
     on_device = available.device is not None

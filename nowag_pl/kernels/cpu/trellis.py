@@ -103,7 +103,7 @@ def _path_kernel(state_bits: int, bits: int) -> Callable[..., None]:
 
 @no_type_check
 def _advance(state_bits: int, bits: int, lanes: int) -> Any:
-    """Return a function for Numba's code that goes one step on and writes the next costs and the winners."""
+    """Return a function for Numba's code that takes one step and writes the next costs and the winners."""
 
     @intrinsic
     def advance(context, costs, following, values, winners, minus_root, scaled_target):
