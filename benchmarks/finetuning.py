@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nowag_pl.files import read_tensors
-from nowag_pl.stages import calibration, compression
+from nowag_pl.run.layout import COMPRESSED, MOMENTS
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = {
@@ -65,12 +65,12 @@ def fit(run_dir: Path, method: str, arguments: list[str], ranks: int) -> dict[st
 def compare(one: Path, two: Path) -> tuple[float, int, int]:
     """Return the largest relative difference of a second moment, and how many of the masks and codes differ, of all."""
     largest, different, count = 0.0, 0, 0
-    for file in sorted((one / calibration.STAGE).glob("*.safetensors")):
-        moments, others = (read_tensors(folder / calibration.STAGE / file.name)[0] for folder in (one, two))
+    for file in sorted((one / MOMENTS).glob("*.safetensors")):
+        moments, others = (read_tensors(folder / MOMENTS / file.name)[0] for folder in (one, two))
         for name, moment in moments.items():
             difference = (moment.double() - others[name].double()).abs() / moment.double().clamp_min(1e-30)
             largest = max(largest, float(difference.max()))
-        tensors, others = (read_tensors(folder / compression.STAGE / file.name)[0] for folder in (one, two))
+        tensors, others = (read_tensors(folder / COMPRESSED / file.name)[0] for folder in (one, two))
         for name, tensor in tensors.items():
             if name.endswith(("mask", "codes")):
                 count += 1

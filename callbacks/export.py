@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.phases import trains_end_to_end, validated_phase
 from nowag_pl.lit.stage import Stage, module_of
+from nowag_pl.models.format.card import add_figures
 from nowag_pl.models.format.saving import save_compressed, save_dense
 from nowag_pl.stages.plan import ExportSettings, Plan
 
@@ -45,11 +46,12 @@ class ModelExport(Stage):
         folder = Path(module.run_dir) / (EXPORT_FINETUNED if is_finetuned else EXPORT)
         self._write(module, folder, trainer.is_global_zero)
         if trainer.is_global_zero:
+            add_figures(folder, module.eval_metrics)
             _log.info("Model written to %s", folder)
             earlier = folder.with_name(EXPORT_FINETUNED)
             finetunes = module.plan.finetuning is not None or trains_end_to_end(trainer)
             if not finetunes and earlier.exists():
-                _log.warning("%s is of an earlier command; this report is without its figures", earlier)
+                _log.warning("%s is of an earlier command; its figures stay in the report", earlier)
 
     def _write(self, module: LitCausalLM, folder: Path, is_zero: bool) -> None:
         """Write the model in memory, or, where it is streamed, block after block; all ranks must call."""

@@ -2,12 +2,11 @@
 
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
 
 from nowag_pl.lit.blockwise import finetune_blocks
-from nowag_pl.lit.phases import PhasedTrainer, is_compressing
+from nowag_pl.lit.phases import PhasedTrainer, block_precision, is_compressing
 from nowag_pl.lit.stage import Stage, data_of, module_of
 from nowag_pl.stages.plan import FinetuningSettings, Plan
 
@@ -83,7 +82,8 @@ class ModelFinetuning(Stage):
         is_turn = isinstance(trainer, PhasedTrainer) and trainer.phase != "one_shot"
         if not self.enabled or self._done or not is_turn or not is_compressing(trainer, stage):
             return
-        module, settings = module_of(pl_module), self.settings
+        module = module_of(pl_module)
+        settings = module.plan.finetuning or self.settings
         train, held_out = data_of(trainer).finetuning_windows(
             settings.num_sequences, settings.num_held_out, settings.seed
         )
@@ -94,12 +94,9 @@ class ModelFinetuning(Stage):
     def _trainer_settings(self, trainer: Trainer) -> dict[str, Any]:
         """Return the settings that the blocks' Trainers take over from this one."""
         on_cuda = isinstance(trainer.accelerator, CUDAAccelerator)
-        precision = self.settings.precision
-        if precision == "auto":
-            precision = "bf16-mixed" if on_cuda and torch.cuda.is_bf16_supported() else "32-true"
         return {
             "accelerator": trainer.accelerator,
             "devices": trainer.device_ids if on_cuda else trainer.num_devices,
             "num_nodes": trainer.num_nodes,
-            "precision": precision,
+            "precision": block_precision(trainer.accelerator, self.settings.precision),
         }

@@ -9,13 +9,13 @@ from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
-from nowag_pl.files import write_json, write_text
+from nowag_pl.files import read_json, write_json, write_text
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.phases import is_compressing, validated_phase
 from nowag_pl.lit.stage import Stage, data_of, module_of
 from nowag_pl.reports.averages import mean_over_weights
-from nowag_pl.reports.build import PAGE_FILE, REPORT_FILE, build_report
+from nowag_pl.reports.build import PAGE_FILE, REPORT_FILE, build_report, with_earlier
 from nowag_pl.run.wording import PHASES, readable
 from nowag_pl.stages.plan import Plan, ReportSettings
 
@@ -77,8 +77,9 @@ class ModelReport(Stage):
         self._tables = [_perplexity_table(self._metrics, data, module.is_compressed_here)]
         if module.is_compressed_here:
             seconds = {"finetuning": self._training_seconds, "evaluation": self._evaluation_seconds}
-            report = build_report(module.run, data.eval_windows, self._metrics, seconds)
             path = module.run.store.folder / REPORT_FILE
+            report = build_report(module.run, data.eval_windows, self._metrics, seconds)
+            report = with_earlier(report, _earlier(path), module.run.later_phases())
             write_json(path, report)
             if self.html:
                 from nowag_pl.reports.page import report_page  # which imports matplotlib
@@ -96,8 +97,20 @@ class ModelReport(Stage):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""
-        self._training_seconds += time.perf_counter() - self._training_started
+        self._training_seconds, self._training_started = self._seconds_of_training(), 0.0
         self._memory.close()
+
+    def _seconds_of_training(self) -> float:
+        running = time.perf_counter() - self._training_started if self._training_started else 0.0
+        return self._training_seconds + running
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: the time of the training so far."""
+        return {"training_seconds": self._seconds_of_training()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the time that earlier processes have trained."""
+        self._training_seconds = float(state_dict["training_seconds"])
 
     def show(self) -> None:
         """Print the tables of the last validation; to be called after the last progress bar."""
@@ -116,6 +129,14 @@ class ModelReport(Stage):
         if "dense_perplexity" in figures:
             self._metrics["dense"] = {"perplexity": figures.pop("dense_perplexity")}
         self._metrics[phase] = figures
+
+
+def _earlier(path: Path) -> Any:
+    """Return the report that is there, or None where there is none that can be read."""
+    try:
+        return read_json(path)
+    except ValueError:
+        return None
 
 
 def _perplexity_table(metrics: dict[str, Any], data: TokenDataModule, compressed: bool) -> Table:

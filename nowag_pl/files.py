@@ -1,7 +1,10 @@
 """Files that are either whole or absent: temporary file, fsync, rename."""
 
 import json
+import math
 import os
+import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,7 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nowag_pl.digests import TensorsDigest, check_seal, once, seal
+
 _METADATA_KEY = "nowag_pl"
+_DIGEST_KEY = "nowag_pl_sha256"
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.nowag_pl\.tmp")
 
 
 @contextmanager
@@ -27,7 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be written or the disk is full. `path` is then what it was before.
     """
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.nowag_pl.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -43,6 +50,26 @@ def replacing(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink()
     flush(path.parent)
+
+
+def remove_temporary(folder: Path) -> None:
+    """Delete the temporary files that :func:`replacing` has left in a folder; other people's hidden files stay.
+
+    Args:
+        folder: a folder in which no other process writes; subfolders are not looked at.
+    """
+    for path in folder.glob(".*.nowag_pl.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file or folder to its name and ".damaged", and return that."""
+    aside = path.with_name(f"{path.name}.damaged")
+    if aside.is_dir():
+        aside = path.with_name(f"{path.name}.{uuid4().hex[:8]}.damaged")
+    os.replace(path, aside)
+    return aside
 
 
 def flush(path: Path) -> None:
@@ -64,8 +91,26 @@ def flush(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON, atomically."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    """Write `content` as indented JSON, atomically.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which JSON does not know; the message says where.
+    """
+    if (found := _not_finite(content)) is not None:
+        raise ValueError(f"Expected finite numbers in {path}, but got {found}.")
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def _not_finite(content: Any, name: str = "") -> str | None:
+    """Return the first number that is NaN or infinite with its place, such as "nan for perplexity.wiki"."""
+    if isinstance(content, float):
+        return None if math.isfinite(content) else f"{content} for {name.removeprefix('.')}"
+    items: Any = ()
+    if isinstance(content, Mapping):
+        items = content.items()
+    elif isinstance(content, (list, tuple)):
+        items = enumerate(content)
+    return next((found for key, value in items if (found := _not_finite(value, f"{name}.{key}"))), None)
 
 
 def write_text(path: Path, content: str) -> None:
@@ -92,10 +137,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Args:
         path: the file to create or replace.
         tensors: name to tensor, on any device.
-        metadata: JSON values; kept in the file's header, beside the "format" that other readers look for.
+        metadata: JSON values; kept in the file's header, beside the digest of everything and the "format" that other
+            readers look for.
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {"format": "pt"} | ({_METADATA_KEY: json.dumps(metadata)} if metadata else {})
+    text = json.dumps(metadata) if metadata else ""
+    digest = TensorsDigest(text)
+    for name in sorted(contiguous):
+        digest.add(name, contiguous[name])
+    header = {"format": "pt", _DIGEST_KEY: digest.hexadecimal()} | ({_METADATA_KEY: text} if text else {})
     with replacing(path) as temporary:
         try:
             save_file(contiguous, temporary, header)
@@ -110,8 +160,9 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[s
         The tensors by name, and the metadata.
 
     Raises:
-        ValueError: the file is not a whole safetensors file.
+        ValueError: the file is not as it was written.
     """
+    check_tensors(path)
     with _opened(path, device) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, _metadata(file)  # noqa: SIM118
 
@@ -120,20 +171,47 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """Read only the metadata of what :func:`write_tensors` wrote.
 
     Raises:
-        ValueError: the file is not a whole safetensors file.
+        ValueError: the file is not as it was written.
     """
+    check_tensors(path)
     with _opened(path, "cpu") as file:
         return _metadata(file)
 
 
+def check_tensors(path: Path) -> None:
+    """Compare what :func:`write_tensors` wrote with its digest, once for each process.
+
+    Raises:
+        ValueError: the file is missing, damaged or cut short.
+    """
+    with _refusing(path, "a whole safetensors file"):
+        once(path, lambda: _check_tensors(path))
+
+
+def _check_tensors(path: Path) -> None:
+    with _opened(path, "cpu") as file:
+        header = file.metadata() or {}
+        digest = TensorsDigest(header.get(_METADATA_KEY, ""))
+        for name in sorted(file.keys()):
+            digest.add(name, file.get_tensor(name))
+        if digest.hexadecimal() != header.get(_DIGEST_KEY):
+            raise SafetensorError("its content does not have the digest in its header")
+
+
 @contextmanager
 def _opened(path: Path, device: torch.device | str) -> Iterator[Any]:
+    with _refusing(path, "a whole safetensors file"), safe_open(path, framework="pt", device=str(device)) as file:
+        yield file
+
+
+@contextmanager
+def _refusing(path: Path, kind: str) -> Iterator[None]:
+    """Say of a file that cannot be read that it is damaged."""
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            yield file
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        yield
+    except (SafetensorError, OSError, EOFError, RuntimeError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"Expected {path} to be a whole safetensors file, but got: {error}. It is missing, damaged or cut short; "
+            f"Expected {path} to be {kind}, but got: {error}. It is missing, damaged or cut short; "
             "delete it and run the same command again."
         ) from error
 
@@ -146,11 +224,42 @@ def new_array(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Iterato
         path: the file to create or replace.
         shape: its shape; an empty one is fine.
         dtype: its type. bfloat16, which NumPy lacks, is kept as its bits.
+
+    Raises:
+        OSError: there is no space for it, which is told before anything is written.
     """
     with replacing(path) as temporary:
         mapped = np.lib.format.open_memmap(temporary, "w+", _numpy_dtype(dtype), shape)
+        _reserve(temporary)
         yield torch.from_numpy(mapped).view(dtype)
         mapped.flush()
+        seal(temporary)
+
+
+def _reserve(path: Path) -> None:
+    """Take the space of a file from the disk; writing to a mapped page without space would kill the process."""
+    if sys.platform == "linux":
+        with open(path, "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+def check_array(path: Path) -> None:
+    """Compare what :func:`new_array` wrote with the digest at its end, once for each process.
+
+    Raises:
+        ValueError: the file is missing, damaged or cut short.
+    """
+    try:
+        check_seal(path)
+    except (OSError, ValueError) as error:
+        raise _no_array(path, error) from error
+
+
+def _no_array(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"Expected {path} to be a whole array, but got: {error}. It is missing, damaged or cut short; "
+        "delete it and run the same command again."
+    )
 
 
 def read_array(path: Path, dtype: torch.dtype) -> Tensor:
@@ -159,14 +268,12 @@ def read_array(path: Path, dtype: torch.dtype) -> Tensor:
     Raises:
         ValueError: the file is missing or damaged.
     """
+    check_array(path)
     try:
         mapped = np.lib.format.open_memmap(path, "c")
         return torch.from_numpy(mapped).view(dtype)
     except (OSError, ValueError, EOFError, RuntimeError) as error:
-        raise ValueError(
-            f"Expected {path} to be a whole array of {dtype}, but got: {error}. It is missing, damaged or cut short; "
-            "delete it and run the same command again."
-        ) from error
+        raise _no_array(path, error) from error
 
 
 def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:

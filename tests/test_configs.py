@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 import main as command_line
-from nowag_pl import ArmorCompressor, MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner, needs
+from nowag_pl import ArmorCompressor, MagnitudePruner, NoWagPruner, NoWagQuantizer, NoWagTrellis, WandaPruner, needs
 from nowag_pl.compressors.budget import Budget
 from nowag_pl.data.sources import HubDataset
 from nowag_pl.lit.stage import Stage
@@ -24,6 +24,7 @@ from nowag_pl.stages.sizes import Holding, ModelSizes
 CONFIGS = ROOT / "configs"
 PLUS = {"weighting": "output", "update": "alternating", "refit_scales": True, "damping": 0.03}
 METHODS = {
+    **{f"nowag_trellis_{bits}bit": NoWagTrellis(bits=bits) for bits in (2, 3, 4)},
     "armor_2_4": ArmorCompressor(pattern=(2, 4), block_size=32),
     "nowag_p_50": NoWagPruner(sparsity=0.5),
     "nowag_p_50_plus": NoWagPruner(sparsity=0.5, update="alternating"),

@@ -175,5 +175,5 @@ def test_damaged_array_is_refused_by_name(content, tmp_path):
     path = tmp_path / "array.npy"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"array\.npy to be a whole array of torch\.float32"):
+    with pytest.raises(ValueError, match=r"array\.npy to be a whole array"):
         files.read_array(path, torch.float32)

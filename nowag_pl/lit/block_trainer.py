@@ -18,13 +18,15 @@ from torch.utils.data import Dataset
 
 from nowag_pl.lit.batches import ResumableLoader, Share, SharedBatches
 from nowag_pl.lit.block_module import ERROR, BlockModule
+from nowag_pl.lit.checkpoint_io import WholeCheckpoints, whole_checkpoint
 from nowag_pl.lit.preemption import Preemption
 from nowag_pl.run.arrays import SequenceArray
 from nowag_pl.run.layout import BLOCK_CHECKPOINTS, FINETUNING_LOGS, block_folder
 from nowag_pl.run.ranks import Ranks
 from nowag_pl.stages.plan import FinetuningSettings
 
-_LAST = "last"  # checkpoint from which a training goes on
+# Checkpoints from which a training goes on, and of the epoch with the lowest error.
+_LAST, _BEST = "last", "best"
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class BlockTrainer:
         last = self.folder(index) / f"{_LAST}.ckpt"
         best = ModelCheckpoint(
             self.folder(index),
-            "best",
+            _BEST,
             monitor=ERROR,
             save_weights_only=True,
             enable_version_counter=False,
@@ -111,7 +113,7 @@ class BlockTrainer:
         )
         with _quiet():
             trainer = self._trainer(index, [best, _EpochReport(report)])
-            resumed = self.ranks.broadcast(last.is_file())
+            resumed = self.ranks.broadcast(self.ranks.is_zero and self._can_go_on(index))
             trainer.fit(
                 module,
                 data.loader(range(data.num_train), self._batches(data.num_train, self.settings.seed + index)),
@@ -121,6 +123,11 @@ class BlockTrainer:
             )
         return best.best_model_path, trainer.current_epoch
 
+    def _can_go_on(self, index: int) -> bool:
+        """Tell whether the checkpoints of a block are there and whole; otherwise the block begins anew."""
+        files = [self.folder(index) / f"{name}.ckpt" for name in (_LAST, _BEST)]
+        return all([whole_checkpoint(file) for file in files if file.exists()]) and files[0].is_file()
+
     def _batches(self, num_items: int, seed: int | None) -> SharedBatches:
         return SharedBatches(num_items, self.settings.batch_size, self.ranks.rank, self.ranks.world_size, seed)
 
@@ -129,6 +136,7 @@ class BlockTrainer:
         best, report = callbacks
         return Trainer(
             **self.trainer_settings,
+            plugins=[WholeCheckpoints()],
             strategy=DDPStrategy(broadcast_buffers=False) if self.ranks.world_size > 1 else "auto",
             max_epochs=settings.max_epochs,
             accumulate_grad_batches=settings.accumulate_grad_batches,

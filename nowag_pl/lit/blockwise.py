@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from nowag_pl.lit.block_module import BlockModule
 from nowag_pl.lit.block_trainer import BlockData, BlockTrainer
+from nowag_pl.lit.checkpoint_io import read_checkpoint
 from nowag_pl.lit.preemption import stop_if_asked
 from nowag_pl.models.state import stored_state
-from nowag_pl.run.layout import FINETUNED
+from nowag_pl.run.layout import BLOCK_CHECKPOINTS, FINETUNED, HIDDEN, block_folder
 from nowag_pl.run.progress import block_progress
 from nowag_pl.run.wording import readable
 from nowag_pl.stages import finetuned
@@ -47,6 +48,7 @@ def finetune_blocks(
     """
     run.claim_finetuning(train, held_out, settings)
     missing = run.store.missing(FINETUNED, len(run.model))
+    _remove_left_overs(run, missing)
     if not missing:
         return
     hidden = BlockInputs(run, torch.cat([train, held_out]), settings)
@@ -63,6 +65,18 @@ def finetune_blocks(
         )
     with run.measuring("finetuning"):
         Blockwise(run, hidden, trainer, len(train)).finetune(missing)
+
+
+def _remove_left_overs(run: CompressionRun, missing: Collection[int]) -> None:
+    """Delete, on rank zero, what a process had no time to delete that was killed after a block, or after the last."""
+    if not run.store.ranks.is_zero:
+        return
+    folder = run.store.folder
+    for index in range(len(run.model)):
+        if index not in missing:
+            shutil.rmtree(folder / BLOCK_CHECKPOINTS / block_folder(index), ignore_errors=True)
+    for name in () if missing else (HIDDEN, BLOCK_CHECKPOINTS):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 class Blockwise:
@@ -139,7 +153,7 @@ class Blockwise:
 
     def _trained(self, index: int, path: str) -> nn.Module:
         """Return the block of a Trainer's checkpoint, rounded to its stored types."""
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        state = read_checkpoint(path)["state_dict"]
         trained = {name.removeprefix("block."): tensor for name, tensor in state.items() if name.startswith("block.")}
         block = self._compressed(index)
         block.load_state_dict(trained)

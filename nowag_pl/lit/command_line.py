@@ -24,6 +24,7 @@ from nowag_pl.lit.suggestions import SuggestingParser, explained, suggestion
 from nowag_pl.lit.trainer import check_checkpoint
 from nowag_pl.reports.compare import compare
 from nowag_pl.run.layout import CHECKPOINT
+from nowag_pl.run.places import check_apart
 
 _COMPARE = "Compare finished runs: a table here, and the same with figures in one HTML file."
 
@@ -64,7 +65,7 @@ class StageCLI(LightningCLI):
         config = self.config[self.subcommand]
         if config.run_dir is None:
             config.run_dir = str(Path("runs") / run_name(config, str(self.subcommand)))
-        check_run_dir(config.run_dir, config.model.path)
+        check_run_dir(config.run_dir, config.model.path, reads_only=self.subcommand != "fit")
         config.model.run_dir = config.run_dir
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str((Path(config.run_dir) / CHECKPOINT).parent)
@@ -82,18 +83,23 @@ class StageCLI(LightningCLI):
         return trainer
 
 
-def check_run_dir(run_dir: str, model_path: str) -> None:
+def check_run_dir(run_dir: str, model_path: str, reads_only: bool = False) -> None:
     """Refuse a folder in which artefacts cannot be kept, or would lie among the weights of the model.
 
+    Args:
+        run_dir: the folder.
+        model_path: a model, perhaps a local one.
+        reads_only: whether the command leaves everything in the folder as it is, and writes beside it.
+
     Raises:
-        ValueError: it is empty, a file, or the model's.
+        ValueError: it is empty, a file, holds the model, or lies in it.
     """
     if not run_dir:
         raise ValueError("Expected run_dir to name a folder, but got ''.")
     if Path(run_dir).is_file():
         raise ValueError(f"Expected run_dir to name a folder, but {run_dir} is a file.")
-    if Path(run_dir).resolve() == Path(model_path).resolve():
-        raise ValueError(f"Expected run_dir to be another folder than that of the model, but got {run_dir}.")
+    if Path(model_path).expanduser().exists():
+        check_apart(Path(run_dir), [("model.path", Path(model_path))], may_hold=reads_only)
 
 
 def run_name(config: Any, subcommand: str) -> str:

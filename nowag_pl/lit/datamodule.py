@@ -91,6 +91,13 @@ class TokenDataModule(LightningDataModule):
         self.eval_windows: dict[str, Tensor] = {}  # name: [num_windows, seq_len]
 
     @property
+    def places(self) -> list[tuple[str, Path]]:
+        """Options that name local files, and these."""
+        named = [("data.calibration_files", file) for file in self.calibration_files]
+        named += [(f"data.eval_files.{name}", file) for name, file in self.eval_files.items()]
+        return [(name, Path(file)) for name, file in named]
+
+    @property
     def checkpoint(self) -> Checkpoint:
         """The model that the text is tokenised for."""
         return self._module.checkpoint

@@ -1,11 +1,15 @@
 """What a Trainer is doing: whether it fits, which state of the model it measures, and whether it trains end to end."""
 
-from typing import Literal
+from inspect import signature
+from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.accelerators import Accelerator, CUDAAccelerator
 from lightning.pytorch.trainer.states import TrainerFn
 
 Phase = Literal["one_shot", "blockwise", "finetuned"]
+BlockPrecision = Literal["auto", "32-true", "bf16-mixed"]
 
 
 class PhasedTrainer(Trainer):
@@ -16,6 +20,7 @@ class PhasedTrainer(Trainer):
         phase: the state of the model that the running validation measures.
         callbacks: in the order in which they are called.
         datamodule: the data of the running `fit` or `validate`.
+        options: arguments of the constructor by name, with Lightning's defaults.
     """
 
     compressing = False
@@ -24,6 +29,20 @@ class PhasedTrainer(Trainer):
     # Lightning sets these two without declaring them.
     callbacks: list[Callback]
     datamodule: LightningDataModule | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        bound = signature(Trainer.__init__).bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        self.options = {name: value for name, value in bound.arguments.items() if name != "self"}
+
+
+def block_precision(accelerator: Accelerator, asked: BlockPrecision) -> BlockPrecision:
+    """Return the precision in which blocks are finetuned where "auto" may be asked for."""
+    if asked != "auto":
+        return asked
+    on_cuda = isinstance(accelerator, CUDAAccelerator)
+    return "bf16-mixed" if on_cuda and torch.cuda.is_bf16_supported() else "32-true"
 
 
 def is_compressing(trainer: Trainer, stage: str) -> bool:

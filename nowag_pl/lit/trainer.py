@@ -1,17 +1,19 @@
 """A Trainer whose `fit` compresses, finetunes if asked to, and validates after each of these."""
 
-from dataclasses import asdict
+import dataclasses
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.console import Console
 
-from nowag_pl.data.tokens import tokens_digest
 from nowag_pl.files import write_json
-from nowag_pl.lit.datamodule import data_of, default_seq_len
+from nowag_pl.lit.checkpoint_io import WholeCheckpoints, is_sharded, local_path, newest_whole
+from nowag_pl.lit.claims import ClaimsCheck
+from nowag_pl.lit.datamodule import TokenDataModule, default_seq_len
 from nowag_pl.lit.evaluation import (
     PAPER_TASKS,
     TaskSettings,
@@ -21,13 +23,24 @@ from nowag_pl.lit.evaluation import (
 )
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.objectives import NextToken
-from nowag_pl.lit.phases import Phase, PhasedTrainer, is_compressing, trains_end_to_end, validated_phase
+from nowag_pl.lit.phases import (
+    Phase,
+    PhasedTrainer,
+    block_precision,
+    is_compressing,
+    trains_end_to_end,
+    validated_phase,
+)
+from nowag_pl.lit.settings import training_settings
 from nowag_pl.lit.stage import Stage, module_of
 from nowag_pl.needs import questions
 from nowag_pl.reports.needs_table import show
-from nowag_pl.run.layout import CHECKPOINT, EVALUATION, TRAINING
+from nowag_pl.run.layout import CHECKPOINT, EVALUATION
+from nowag_pl.run.lock import writing
+from nowag_pl.run.places import check_apart
 from nowag_pl.run.ranks import Ranks
 from nowag_pl.run.store import ArtefactStore
+from nowag_pl.stages.compression_run import training_claim
 from nowag_pl.stages.plan import Plan
 from nowag_pl.stages.sizes import ModelSizes
 
@@ -63,14 +76,35 @@ class CompressionTrainer(PhasedTrainer):
             val_dataloaders: None; the data module gives them.
             datamodule: text.
             ckpt_path: checkpoint from which end-to-end training goes on. null: the one in the run directory, if any.
-            weights_only: load a checkpoint by torch's safe loader.
+            weights_only: checkpoints are always read without running code.
 
         Raises:
-            ValueError: something is asked for that no training would do.
+            ValueError: something is asked for that no training would do, model or data lie in the run directory, or
+                another process writes in it.
         """
         module = module_of(model)
+        check_checkpoint(None if ckpt_path is None else str(ckpt_path))
         self._announce(module)
         self._check_plan(module, ckpt_path)
+        run_dir = None if module.run_dir is None else Path(module.run_dir)
+        if run_dir is not None and isinstance(datamodule, TokenDataModule):
+            check_apart(run_dir, datamodule.places)
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.strategy.checkpoint_io = WholeCheckpoints()
+        if not any(isinstance(callback, ClaimsCheck) for callback in self.callbacks):
+            self.callbacks.insert(0, ClaimsCheck())
+        with writing(run_dir if self.is_global_zero else None):
+            self._fit_stages(module, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
+
+    def _fit_stages(
+        self,
+        module: LitCausalLM,
+        train_dataloaders: Any,
+        val_dataloaders: Any,
+        datamodule: LightningDataModule | None,
+        ckpt_path: str | Path | None,
+    ) -> None:
+        """Do the stages of a fit, one after the other."""
         self.compressing = True
         self.validate(module, val_dataloaders, datamodule=datamodule)
         if module.plan.finetuning is not None:
@@ -82,7 +116,7 @@ class CompressionTrainer(PhasedTrainer):
         self.phase = "finetuned"
         self._claim_training(module)
         ckpt_path = ckpt_path or self._last_checkpoint(module)
-        super().fit(module, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+        super().fit(module, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only=True)
         self.validate(module, val_dataloaders, datamodule=datamodule)
 
     def _announce(self, module: LitCausalLM) -> None:
@@ -91,6 +125,9 @@ class CompressionTrainer(PhasedTrainer):
         for callback in self.callbacks:
             if isinstance(callback, Stage):
                 callback.announce(module.plan)
+        if (settings := module.plan.finetuning) is not None:
+            precision = block_precision(self.accelerator, settings.precision)
+            module.plan.finetuning = dataclasses.replace(settings, precision=precision)
 
     def _check_plan(self, module: LitCausalLM, ckpt_path: str | Path | None) -> None:
         """Refuse, before hours of compression, settings that would be refused or ignored after it."""
@@ -116,22 +153,19 @@ class CompressionTrainer(PhasedTrainer):
 
     def _claim_training(self, module: LitCausalLM) -> None:
         """Enter the settings of the end-to-end training in the manifest, or check that they have not changed."""
-        if module.run_dir is None:
+        settings = training_settings(self, module)
+        if module.run_dir is None or settings is None:
             return
-        data, objective = data_of(self), module.objective
-        names = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val")
-        described = {name: getattr(self, name) for name in names} | asdict(module.optimizer_settings)
-        described |= {"random_init": module.random_init, "objective": type(objective).__name__}
-        described |= {f"objective.{name}": value for name, value in objective.settings().items()}
-        described["batch_size"] = data.train_batch_size * self.world_size
-        described["tokens_sha256"] = tokens_digest(data.train_windows)
-        described |= module.run.settings if module.is_compressed_here else {"model": module.checkpoint.path}
-        ArtefactStore(Path(module.run_dir), Ranks.current()).claim("training", described, TRAINING)
+        earlier = module.run.settings if module.is_compressed_here else {"model": module.checkpoint.path}
+        ArtefactStore(Path(module.run_dir), Ranks.current()).claim(*training_claim(settings, earlier))
 
     def _last_checkpoint(self, module: LitCausalLM) -> str | None:
         """Return where an earlier process of the same training stopped."""
-        path = Path(module.run_dir) / CHECKPOINT if module.run_dir else None
-        found: str | None = self.strategy.broadcast(str(path) if path is not None and path.exists() else None)
+        path = None
+        if module.run_dir is not None and self.is_global_zero:
+            last = Path(module.run_dir) / CHECKPOINT
+            path = newest_whole(last.parent, last.name)
+        found: str | None = self.strategy.broadcast(None if path is None else str(path))
         if found:
             rank_zero_info(f"Going on with the training in {found}")
         return found
@@ -155,7 +189,7 @@ class CompressionTrainer(PhasedTrainer):
             ckpt_path: checkpoint whose weights are measured. null: those of model.path.
             verbose: print Lightning's table.
             datamodule: text.
-            weights_only: load a checkpoint by torch's safe loader.
+            weights_only: checkpoints are always read without running code.
 
         Raises:
             ValueError: a part of the windows would be measured.
@@ -168,7 +202,7 @@ class CompressionTrainer(PhasedTrainer):
             )
         if model is not None and not self.compressing:
             self._announce(module_of(model))
-        return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+        return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only=True)
 
     def evaluate(
         self,
@@ -204,30 +238,41 @@ class CompressionTrainer(PhasedTrainer):
         if not self.is_global_zero:
             return {}
         module = module_of(model)
+        run_dir = None if module.run_dir is None else Path(module.run_dir)
+        with writing(run_dir):
+            return self._evaluate(module, settings, manager, run_dir)
+
+    def _evaluate(
+        self, module: LitCausalLM, settings: TaskSettings, manager: Any, run_dir: Path | None
+    ) -> dict[str, Any]:
+        """Ask the questions, show the figures and write them."""
         seq_len = default_seq_len(module.checkpoint)
-        needs = questions(ModelSizes.of(module.checkpoint), seq_len, batch_size)
-        show([needs], Path(module.run_dir or self.default_root_dir), self.strategy.root_device)
+        needs = questions(ModelSizes.of(module.checkpoint), seq_len, settings.batch_size)
+        show([needs], run_dir or Path(self.default_root_dir), self.strategy.root_device)
         module.configure_model()
         assert module.model is not None
         whole = module.model.to(self.strategy.root_device)
         evaluation = {"model": module.checkpoint.path, "dtype": str(module.checkpoint.dtype).removeprefix("torch.")}
         evaluation |= evaluate_tasks(whole, module.checkpoint.tokenizer, settings, manager)
         Console().print(evaluation_table(evaluation))
-        if module.run_dir is not None:
-            write_json(Path(module.run_dir) / EVALUATION, evaluation)
-            rank_zero_info(f"Figures written to {Path(module.run_dir) / EVALUATION}")
+        if run_dir is not None:
+            write_json(run_dir / EVALUATION, evaluation)
+            rank_zero_info(f"Figures written to {run_dir / EVALUATION}")
         return evaluation
 
 
 def check_checkpoint(ckpt_path: str | None) -> None:
-    """Raise ValueError where a checkpoint to go on from is not there, or is another file.
+    """Raise ValueError where a checkpoint to go on from is not there, is something else, or lies on another machine.
 
     Args:
-        ckpt_path: as Lightning takes it: a file, a folder, an address, or a word.
+        ckpt_path: as Lightning takes it: a file, a folder of a sharded model's checkpoint, or a word.
     """
-    if ckpt_path is None or ckpt_path in _KEYWORDS or "://" in ckpt_path:
+    if ckpt_path is None or ckpt_path in _KEYWORDS:
         return
-    path = Path(ckpt_path)
-    if not path.exists() or (path.is_file() and not is_zipfile(path)):
-        state = "is another file, or damaged" if path.exists() else "is not there"
-        raise ValueError(f"Expected ckpt_path to be a checkpoint of Lightning, but {path} {state}.")
+    path = local_path(ckpt_path)
+    if not path.exists():
+        raise ValueError(f"Expected ckpt_path to be a checkpoint of Lightning, but {path} is not there.")
+    if path.is_dir() and not is_sharded(path):
+        raise ValueError(f"Expected ckpt_path to be a checkpoint of Lightning, but {path} is a folder of other files.")
+    if not path.is_dir() and not (path.is_file() and is_zipfile(path)):
+        raise ValueError(f"Expected ckpt_path to be a checkpoint of Lightning, but {path} is another file, or damaged.")

@@ -1,13 +1,13 @@
 """Build a whole model from a dense checkpoint and compressed linears, without ever holding the dense linears."""
 
-import copy
-import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from nowag_pl.models.checkpoint import Checkpoint
+from nowag_pl.models.format.descriptions import empty_linears
 from nowag_pl.models.state import held_state
 from nowag_pl.modules import CompressedLinear
 
@@ -62,11 +62,40 @@ def fill(model: "PreTrainedModel", tensors: Mapping[str, Tensor], required: tupl
         )
 
 
-def empty_like_described(model: nn.Module, descriptions: Mapping[str, Mapping[str, object]]) -> None:
-    """Replace linears of `model` by compressed ones of the given descriptions, on the meta device."""
-    made: dict[str, CompressedLinear] = {}  # one of each kind is made, and copied
-    for name, description in descriptions.items():
-        kind = json.dumps(description)
-        if kind not in made:
-            made[kind] = CompressedLinear.from_description(description).to("meta")
-        model.set_submodule(name, copy.deepcopy(made[kind]))
+def empty_like_described(model: "PreTrainedModel", descriptions: Mapping[str, Mapping[str, object]]) -> None:
+    """Replace linears of `model` by compressed ones of the given descriptions, on the meta device.
+
+    Args:
+        model: a whole model, one without its head, or one with another head.
+        descriptions: by their name in the model with its head.
+
+    Raises:
+        ValueError: a description is damaged, or there is no such linear of the same sizes.
+    """
+    for name, linear in empty_linears(descriptions).items():
+        place = _place(model, name)
+        dense = model.get_submodule(place)
+        if not isinstance(dense, nn.Linear) or dense.weight.shape != (linear.out_features, linear.in_features):
+            raise ValueError(
+                f"Expected {name} to take the place of a linear of {linear.in_features} inputs and "
+                f"{linear.out_features} outputs, but {type(model).__name__} has {dense}. The compressed linears do not "
+                "belong to this config.json."
+            )
+        model.set_submodule(place, linear)
+
+
+def _place(model: "PreTrainedModel", name: str) -> str:
+    """Return the name of a linear in a model, with or without the prefix of the model below the head.
+
+    Raises:
+        ValueError: there is none.
+    """
+    prefix = f"{model.base_model_prefix}."
+    for place in (name, name.removeprefix(prefix), prefix + name):
+        with suppress(AttributeError):
+            model.get_submodule(place)
+            return place
+    raise ValueError(
+        f"Expected {type(model).__name__} to have {name!r}, but it is not there. The compressed linears do not belong "
+        "to this config.json."
+    )

@@ -1,7 +1,7 @@
 """Open a model folder or hub id: configuration, tokenizer, weights. Only safetensors are read, never a pickle."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import cached_property
 from importlib.resources import files
@@ -9,22 +9,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from nowag_pl.files import read_json
 from nowag_pl.models import gguf
-from nowag_pl.models.format.checksums import INDEX_FILE, Checksums
+from nowag_pl.models.bounds import check_num_blocks, check_plain_files, check_sizes
+from nowag_pl.models.format.checksums import INDEX_FILE, SINGLE_FILE, Checksums
+from nowag_pl.models.format.descriptions import METHOD, check_stored, described_linears, empty_linears
+from nowag_pl.models.names import stored_names
+from nowag_pl.models.weights import Header, floating_type, indexed_files, read_headers, weight_files
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "embedded"
-FORMAT = 2  # of compressed models, see docs/format.md
-METHOD = "nowag_pl"  # quant_method of the quantization_config
 CONFIG_FILE = "config.json"
 DESCRIPTION_FILE = "nowag_pl.json"  # of format 1, beside the weights
-_SAFE_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+GENERATION_FILE = "generation_config.json"
+_SMALL_FILES = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
+# Other programs' copies of the weights lie in folders of their own.
+_OTHERS = ["*/*"]
 _PACKAGED = ", ".join(map(repr, gguf.PACKAGED))
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -55,15 +60,23 @@ def resolve_folder(path: str) -> Path:
             f"Expected model.path to be {EMBEDDED!r}, {_PACKAGED}, a local folder, a GGUF file or a Hugging Face id, "
             f"but there is no folder and no GGUF file {path!r}."
         )
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(path, allow_patterns=_SAFE_FILES))
+        return _downloaded(path)
     except Exception as error:  # the hub raises many types; each means that the model is not to be had
         raise ValueError(
             f"Expected model.path to be {EMBEDDED!r}, {_PACKAGED}, a local folder, a GGUF file or a Hugging Face id, "
             f"but {path!r} is none here and could not be fetched from the hub: {_first_sentence(error)}"
         ) from error
+
+
+def _downloaded(name: str) -> Path:
+    """Fetch a model from the hub: its small files, and the weight files that its index names."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(name, allow_patterns=_SMALL_FILES, ignore_patterns=_OTHERS))
+    index = folder / INDEX_FILE
+    weights = indexed_files(index) if index.is_file() else [SINGLE_FILE]
+    return Path(snapshot_download(name, allow_patterns=[*_SMALL_FILES, *weights], ignore_patterns=_OTHERS))
 
 
 class Checkpoint:
@@ -88,25 +101,34 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> "PretrainedConfig":
-        """The model's configuration. Code shipped with a model is never run.
+        """The configuration of the language model, which may be a part of a larger one.
 
         Raises:
-            ValueError: it cannot be read, or is that of a multimodal model.
+            ValueError: it cannot be read.
         """
+        return self._whole_config.get_text_config()
+
+    @cached_property
+    def _whole_config(self) -> "PretrainedConfig":
+        """The configuration in config.json. Code shipped with a model is never run, a kernel it names never fetched."""
         from transformers import AutoConfig
 
+        check_plain_files(self.folder)
         self._checksums.check_small_files()
+        check_sizes(read_json(self.folder / CONFIG_FILE), self.folder / CONFIG_FILE)
         try:
             config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-            text_config = config.get_text_config()
+            config.get_text_config()
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"Could not read the configuration in {self.folder}: {_first_sentence(error)}") from error
-        if text_config is not config:
-            raise ValueError(
-                f"Expected a language model for text alone in {self.folder}, but got one of type {config.model_type!r} "
-                f"around a text model of type {text_config.model_type!r}: save that part as a model of its own."
-            )
+        # Transformers chooses again: a name such as "org/kernel" would be fetched from the hub and run.
+        config._attn_implementation = None
         return config
+
+    @property
+    def is_part(self) -> bool:
+        """Whether the language model is the text part of a larger model."""
+        return self.config is not self._whole_config
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -123,11 +145,32 @@ class Checkpoint:
             ) from error
 
     @property
+    def generation_config(self) -> "GenerationConfig":
+        """The settings of generation beside the model, such as all tokens that end a text.
+
+        Raises:
+            ValueError: there are none, or they cannot be read.
+        """
+        from transformers import GenerationConfig
+
+        self._checksums.check_small_files()
+        try:
+            return GenerationConfig.from_pretrained(self.folder)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"Expected {self.folder / GENERATION_FILE} to hold settings of generation, but it could not be read: "
+                f"{_first_sentence(error)}"
+            ) from error
+
+    @property
     def dtype(self) -> torch.dtype:
         """Floating type of the loaded weights."""
         if self._dtype != "auto":
             return _DTYPES[self._dtype]
-        return getattr(self.config, "dtype", None) or torch.float32
+        named = getattr(self.config, "dtype", None) or getattr(self._whole_config, "dtype", None)
+        if named is None and any(self.folder.glob("*.safetensors")):
+            named = floating_type(self.headers.values())
+        return named or torch.float32
 
     @property
     def vocab_size(self) -> int:
@@ -153,36 +196,43 @@ class Checkpoint:
         """Descriptions of the compressed linears by their name in the model; none in a dense model.
 
         Raises:
-            ValueError: the model is of a newer format, or compressed by another program.
+            ValueError: the model is of a newer format, compressed by another program, or the files do not hold what
+                the descriptions say.
         """
-        return described_linears(self._quantization)
+        linears = described_linears(self._quantization)
+        check_stored(empty_linears(linears), self.headers if linears else {})
+        return linears
 
     @property
     def _quantization(self) -> dict[str, Any]:
         """What the configuration says of compressed linears; format 1 said it in a file of its own."""
-        quantization = getattr(self.config, "quantization_config", None)
+        quantization = getattr(self._whole_config, "quantization_config", None)
         if quantization is None and (self.folder / DESCRIPTION_FILE).is_file():
             return {"quant_method": METHOD, **read_json(self.folder / DESCRIPTION_FILE)}
         return quantization or {}
 
     @cached_property
+    def headers(self) -> dict[str, Header]:
+        """What the files say of each tensor, by its name there.
+
+        Raises:
+            ValueError: there are no safetensors, or a file is damaged.
+        """
+        return read_headers(weight_files(self.folder))
+
+    @cached_property
+    def _stored_names(self) -> dict[str, str]:
+        """The name of every tensor in its file, by its name in the model."""
+        # Compressed models are written under the names in the model.
+        if described_linears(self._quantization):
+            return {name: name for name in self.headers}
+        return stored_names(self.build(empty=True), self.headers)
+
+    @cached_property
     def weight_map(self) -> dict[str, Path]:
-        """Name of every tensor to the file that holds it."""
-        single, index = self.folder / "model.safetensors", self.folder / INDEX_FILE
-        if single.is_file():
-            files = [single]
-        elif index.is_file():
-            files = _indexed_files(index)
-        else:
-            files = sorted(self.folder.glob("*.safetensors"))
-        if not files:
-            pickles = sorted(path.name for path in self.folder.glob("*.bin"))
-            found = f"only pickle files ({', '.join(pickles[:3])})" if pickles else "none"
-            raise ValueError(
-                f"Expected safetensors weights in {self.folder}, but got {found}. Convert them once with "
-                "transformers' save_pretrained; pickles are never opened here."
-            )
-        return {name: file for file in files for name in _tensor_names(file)}
+        """Name of every tensor in the model to the file that holds it."""
+        headers = self.headers
+        return {name: headers[stored].file for name, stored in self._stored_names.items()}
 
     def require(self, names: Iterable[str]) -> None:
         """Raise ValueError if the checkpoint lacks one of these tensors."""
@@ -204,7 +254,9 @@ class Checkpoint:
         for file in sorted({self.weight_map[name] for name in names}):
             self._checksums.check(file)
             with safe_open(file, framework="pt", device=str(device)) as opened:
-                tensors |= {name: opened.get_tensor(name) for name in names if self.weight_map[name] == file}
+                tensors |= {
+                    name: opened.get_tensor(self._stored_names[name]) for name in names if self.weight_map[name] == file
+                }
         return tensors
 
     def build(self, empty: bool = False) -> "PreTrainedModel":
@@ -216,14 +268,19 @@ class Checkpoint:
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
+        if empty:
+            check_num_blocks(getattr(self.config, "num_hidden_layers", None), len(self.headers), self.folder)
         try:
             with init_empty_weights(include_buffers=False) if empty else nullcontext():
-                return AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=False)
+                model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=False)
         except ValueError as error:
             raise ValueError(
                 f"Expected a causal language model in {self.folder}, but a model of type "
                 f"{self.config.model_type!r} could not be built as one: {_first_sentence(error)}"
             ) from error
+        if (self.folder / GENERATION_FILE).is_file():
+            model.generation_config = self.generation_config
+        return model
 
     def load(self) -> "PreTrainedModel":
         """Load the whole dense model.
@@ -235,11 +292,15 @@ class Checkpoint:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
-        self._checksums.check(*set(self.weight_map.values()))
+        self._checksums.check(*{header.file for header in self.headers.values()})
+        check_num_blocks(getattr(self.config, "num_hidden_layers", None), len(self.headers), self.folder)
+        if self.is_part:
+            return self._load_part()
         model: PreTrainedModel
         info: dict[str, Any]
         model, info = AutoModelForCausalLM.from_pretrained(
             self.folder,
+            config=self.config,
             dtype=self.dtype,
             use_safetensors=True,
             trust_remote_code=False,
@@ -254,62 +315,20 @@ class Checkpoint:
             )
         return model.eval()
 
+    def _load_part(self) -> "PreTrainedModel":
+        """Load the text part of a larger model, of which transformers would load the whole."""
+        model = self.build(empty=True)
+        names = [name for name in model.state_dict() if name in self.weight_map]
+        tensors = {name: tensor.to(self.dtype) for name, tensor in self.read(names).items()}
+        try:
+            model.load_state_dict(tensors, strict=False, assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"Expected {self.folder} to hold weights that fit, but got: {error}") from error
+        model.tie_weights()
+        self.require(name for name, parameter in model.named_parameters() if parameter.is_meta)
+        return model.eval()
+
 
 def _first_sentence(error: Exception) -> str:
     """Return the beginning of an error text of another library, which may go on for pages."""
     return re.split(r"(?<=\w[.:!])\s|\n", str(error).strip())[0][:200].rstrip(".: ") + "."
-
-
-def described_linears(quantization: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the descriptions of the compressed linears by their name in the model.
-
-    Args:
-        quantization: `quantization_config` of a model; empty for a dense one.
-
-    Raises:
-        ValueError: it is of a newer format, of another program, or damaged.
-    """
-    if not quantization:
-        return {}
-    if quantization.get("quant_method") != METHOD:
-        raise ValueError(
-            f"Expected a dense model, or one that {METHOD} compressed, but got quant_method "
-            f"{quantization.get('quant_method')!r}."
-        )
-    number, linears = quantization.get("format"), quantization.get("linears")
-    if not isinstance(number, int) or not isinstance(linears, dict):
-        raise ValueError(
-            "Expected format and linears in quantization_config, but it is damaged: copy config.json again."
-        )
-    if number > FORMAT:
-        raise ValueError(f"Expected a compressed model of format {FORMAT} or older, but got {number}: update {METHOD}.")
-    return linears
-
-
-def _indexed_files(index: Path) -> list[Path]:
-    """Return the weight files that an index names.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    content = read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"Expected a weight_map in {index}, but there is none: it is damaged, copy it again.")
-    return sorted({index.with_name(str(name)) for name in weight_map.values()})
-
-
-def _tensor_names(file: Path) -> list[str]:
-    """Return the names in a safetensors file.
-
-    Raises:
-        ValueError: the file is missing, cut short or damaged.
-    """
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"Expected {file} to be a whole safetensors file, but got: {error}. It is missing, damaged or cut "
-            "short: download or copy it again."
-        ) from error

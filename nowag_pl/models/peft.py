@@ -1,7 +1,10 @@
 """LoRA (arXiv:2106.09685) over compressed linears, by PEFT (the extra `lora`)."""
 
+from typing import Any
+
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
 
 from nowag_pl.modules import CompressedLinear
 
@@ -9,7 +12,15 @@ _INITIALIZATIONS = (True, False, "gaussian", "orthogonal")  # those that leave t
 
 
 class LoraCompressedLinear(LoraLinear):
-    """A compressed linear plus the product of two small matrices, `scaling * B A x`."""
+    """A compressed linear plus the product of two small matrices, `scaling * B A x`.
+
+    Raises:
+        ValueError: the adapter would start by changing the base weights, which compressed linears do not allow.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **settings: Any) -> None:
+        _check_start(config)
+        super().__init__(base_layer, adapter_name, config=config, **settings)
 
     def _get_in_out_features(self, module: CompressedLinear) -> tuple[int, int]:  # type: ignore[override]
         return module.in_features, module.out_features
@@ -27,9 +38,9 @@ class LoraCompressedLinear(LoraLinear):
 
 
 def lora_for_compressed(config: LoraConfig) -> LoraConfig:
-    """Let a LoRA configuration find compressed linears, which PEFT does not know.
+    """Check that a LoRA configuration suits compressed linears.
 
-    It is not stored with an adapter: call it also where one is loaded.
+    Where nowag_pl was imported, PEFT does so itself when it puts the adapter over the model; this says it earlier.
 
     Args:
         config: names its `target_modules`; "all-linear" finds ordinary linears only.
@@ -40,10 +51,19 @@ def lora_for_compressed(config: LoraConfig) -> LoraConfig:
     Raises:
         ValueError: the adapter would start by changing the base weights, which compressed linears do not allow.
     """
+    _check_start(config)
+    register(config)
+    return config
+
+
+def register(config: LoraConfig) -> None:
+    """Name the layer over compressed linears in a configuration; it is not stored with an adapter."""
+    config._register_custom_module({CompressedLinear: LoraCompressedLinear})
+
+
+def _check_start(config: LoraConfig) -> None:
     if config.init_lora_weights not in _INITIALIZATIONS:
         raise ValueError(
             f"Expected init_lora_weights to be one of {_INITIALIZATIONS} over compressed linears, but got "
             f"{config.init_lora_weights!r}, which changes the base weights."
         )
-    config._register_custom_module({CompressedLinear: LoraCompressedLinear})
-    return config

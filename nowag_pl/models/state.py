@@ -37,6 +37,25 @@ def held_state(module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dt
     return held
 
 
+def check_linears(module: nn.Module, prefix: str = "") -> None:
+    """Check the values of compressed linears that were loaded, but for those that are not in memory.
+
+    Args:
+        module: a block or a model.
+        prefix: what stands before the names of its linears in messages.
+
+    Raises:
+        ValueError: a value is damaged; the linear is named.
+    """
+    for name, linear in compressed_linears(module).items():
+        if any(tensor.is_meta for tensor in linear.state_dict().values()):
+            continue
+        try:
+            linear.check()
+        except ValueError as error:
+            raise ValueError(f"{prefix}{name} is damaged: {error}") from error
+
+
 def plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the state outside of compressed linears; of tensors that share their memory only the first."""
     inside = tuple(f"{name}." for name in compressed_linears(module))

@@ -18,7 +18,7 @@ from nowag_pl.models.assembly import empty_like_described
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.family_checks import check_arguments, check_no_experts
 from nowag_pl.models.selection import Selection, find_linears
-from nowag_pl.models.state import held_state
+from nowag_pl.models.state import check_linears, held_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,6 +60,7 @@ class StreamedModel:
         checkpoint.require(
             f"{self.block_name(index)}.{name}" for index, block in enumerate(self.blocks) for name in block.state_dict()
         )
+        self._checked: set[str] = set()  # beginnings of the names of compressed linears
         self._load(self.skeleton, "")
         self.skeleton.requires_grad_(False)
         self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
@@ -132,6 +133,9 @@ class StreamedModel:
         for name, parameter in module.named_parameters():
             if parameter.is_meta:
                 raise ValueError(f"Expected {self.checkpoint.folder} to hold {prefix + name!r}, but it is not there.")
+        if prefix not in self._checked and not replaced:
+            check_linears(module, prefix)
+            self._checked.add(prefix)
         module.to(self.device)
 
     def forward_block(self, block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:

@@ -1,7 +1,7 @@
 """The report of a run: the compressed linears, their size, and the cost in quality."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from nowag_pl.data.tokens import tokens_digest
 from nowag_pl.reports.averages import mean_over_weights, num_weights
 from nowag_pl.run import provenance
 from nowag_pl.run.memory import peak_memory_bytes
+from nowag_pl.run.wording import PHASES
 from nowag_pl.stages.compression_run import CompressionRun
 
 REPORT_FILE = "report.json"
@@ -98,3 +99,51 @@ def _seconds(run: CompressionRun, seconds: Mapping[str, float]) -> dict[str, flo
     of_artefacts = run.stage_seconds()
     finetuning = of_artefacts["finetuning"] + seconds.get("finetuning", 0.0)
     return {**of_artefacts, **seconds, "finetuning": finetuning}
+
+
+def with_earlier(report: Mapping[str, Any], earlier: Any, later_phases: Iterable[str]) -> dict[str, Any]:
+    """Return a report with what the one before it in the same run directory knows and this one does not.
+
+    Args:
+        report: content of report.json, as this process has measured it.
+        earlier: content of the file that it replaces; that of another run, or of no report, is left out.
+        later_phases: phases after one-shot compression whose artefacts are there.
+    """
+    merged = dict(report)
+    if not isinstance(earlier, dict) or not _is_same_run(report, earlier):
+        return merged
+    kept = {*later_phases}
+    for metric in ("perplexity", "kl_divergence"):
+        merged[metric] = {
+            text: _figures(figures, earlier[metric].get(text, {}), kept if _same_text(report, earlier, text) else set())
+            for text, figures in report[metric].items()
+        }
+    if kept:
+        merged["settings"] = {**earlier["settings"], **report["settings"]}
+        merged["finetuned_blocks"] = report["finetuned_blocks"] or earlier["finetuned_blocks"]
+    seconds = {name: value for name, value in earlier["seconds"].items() if kept or name != "finetuning"}
+    names = [*report["seconds"], *(name for name in seconds if name not in report["seconds"])]
+    merged["seconds"] = {name: max(report["seconds"].get(name, 0.0), seconds.get(name, 0.0)) for name in names}
+    return merged
+
+
+def _is_same_run(report: Mapping[str, Any], earlier: Mapping[str, Any]) -> bool:
+    """Tell whether a report was written of the same compressed model, and has all that is taken from it."""
+    names = ("perplexity", "kl_divergence", "settings", "seconds", "protocol")
+    if not all(isinstance(earlier.get(name), dict) for name in names) or "finetuned_blocks" not in earlier:
+        return False
+    of_model = [name for name in report["settings"] if name.startswith(("calibration.", "compression."))]
+    return all(earlier["settings"].get(name) == report["settings"][name] for name in of_model)
+
+
+def _same_text(report: Mapping[str, Any], earlier: Mapping[str, Any], text: str) -> bool:
+    return earlier["protocol"].get(text) == report["protocol"][text]
+
+
+def _figures(measured: Mapping[str, float | None], before: Mapping[str, Any], kept: set[str]) -> dict[str, Any]:
+    """Return figures by phase, in the order of the phases, those that were not measured as they were before."""
+    found = dict(measured)
+    for phase in kept:
+        if found.get(phase) is None and before.get(phase) is not None:
+            found[phase] = before[phase]
+    return {phase: found[phase] for phase in PHASES if phase in found}

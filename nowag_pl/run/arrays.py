@@ -1,5 +1,6 @@
 """Large arrays over sequences, written in shares by the ranks and read by all of them."""
 
+import logging
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -8,8 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nowag_pl.files import new_array, read_array
+from nowag_pl.files import check_array, new_array, read_array
 from nowag_pl.run.ranks import Ranks
+
+_log = logging.getLogger("nowag_pl")
 
 
 class SequenceArray:
@@ -48,8 +51,19 @@ class ArrayFolder:
         self._in_memory = in_memory
 
     def __contains__(self, name: str) -> bool:
-        """Tell whether an array is there, the same on every rank."""
-        return bool(self.ranks.broadcast(self.ranks.is_zero and self._num_shares(name) > 0))
+        """Tell whether an array is there and whole, the same on every rank; one that is damaged is deleted."""
+        return self.ranks.broadcast(self.ranks.is_zero and self._is_whole(name))
+
+    def _is_whole(self, name: str) -> bool:
+        count = self._num_shares(name)
+        try:
+            for rank in range(count):
+                check_array(self._file(name, rank, count))
+        except ValueError as error:
+            _log.warning("Making it anew: %s", error)
+            self.remove(name)
+            return False
+        return count > 0
 
     def write(
         self,

@@ -14,6 +14,7 @@ SENSITIVITIES = f"{BUDGET}/sensitivity"
 TRIALS = f"{BUDGET}/trials"  # whole models that the budget compares
 DECISION = f"{BUDGET}/decision.json"
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 REFERENCE = "reference"  # the dense model's predictions
 HIDDEN = f"{FINETUNED}/hidden"  # hidden states, while blocks are finetuned
 BLOCK_CHECKPOINTS = f"{FINETUNED}/checkpoints"
@@ -35,3 +36,11 @@ def block_folder(index: int) -> str:
 def artefact(folder: Path, stage: str, index: int) -> Path:
     """Return the file of a stage and block."""
     return folder / stage / f"{block_folder(index)}.safetensors"
+
+
+def written_folders(folder: Path) -> list[Path]:
+    """Return the folders of a run directory in which its process writes, those that are there."""
+    folders = [folder, *(folder / name for name in (GUIDANCE, MOMENTS, COMPRESSED, FINETUNED, HIDDEN, REFERENCE))]
+    folders += [folder / TRAINING, folder / BUDGET, *(folder / BUDGET).rglob("*")]
+    folders += (folder / BLOCK_CHECKPOINTS).glob("block_*")
+    return [each for each in folders if each.is_dir()]

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,11 @@ from nowag_pl.models.format.saving import save_streamed
 from nowag_pl.models.selection import Selection, find_linears
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear
-from nowag_pl.run.fingerprint import fingerprint
-from nowag_pl.run.layout import BUDGET, COMPRESSED, DECISION, FINETUNED, GUIDANCE, MOMENTS
+from nowag_pl.run.fingerprint import check_finite, fingerprint
+from nowag_pl.run.layout import BUDGET, COMPRESSED, DECISION, FINETUNED, GUIDANCE, MOMENTS, TRAINING
+from nowag_pl.run.manifest import Claim
 from nowag_pl.run.memory import measured_memory
+from nowag_pl.run.places import check_apart
 from nowag_pl.run.ranks import Ranks
 from nowag_pl.run.store import ArtefactStore
 from nowag_pl.stages import finetuned
@@ -52,7 +54,8 @@ class CompressionRun:
         ranks: processes of the run; None: those of the default process group.
 
     Raises:
-        ValueError: the run directory belongs to another model.
+        ValueError: the run directory belongs to another model, holds this one or lies in it, or another process writes
+            in it.
     """
 
     def __init__(
@@ -72,6 +75,8 @@ class CompressionRun:
         self.peak_memory: dict[str, int] = {}  # bytes, by stage, in this process
         self._settings: dict[str, dict[str, Any]] = {}  # of the stages so far
         self._windows: Tensor | None = None
+        places = {checkpoint.folder, *(file.resolve().parent for file in checkpoint.weight_map.values())}
+        check_apart(Path(folder), [("model.path", place) for place in sorted(places)])
         dtype = str(checkpoint.dtype).removeprefix("torch.")
         self.store.claim("model", {"fingerprint": fingerprint(checkpoint), "dtype": dtype})
 
@@ -110,6 +115,71 @@ class CompressionRun:
         """Parameters of the dense model, tied ones once."""
         return sum(p.numel() for module in (self.model.skeleton, *self.model.blocks) for p in module.parameters())
 
+    def check_finite(self) -> None:
+        """Raise ValueError that names the first tensor of the dense model that holds NaN or infinity."""
+        problem = None
+        if self.store.ranks.is_zero:
+            # What is wrong has to reach the other ranks, which wait for it.
+            try:
+                check_finite(self.checkpoint)
+            except ValueError as error:
+                problem = str(error)
+        if problem := self.store.ranks.broadcast(problem):
+            raise ValueError(problem)
+
+    def check_claims(self, texts: "Texts", training: Mapping[str, Any] | None = None) -> None:
+        """Check, before anything is written or computed, that the run directory holds no run with other settings.
+
+        Args:
+            texts: what every stage of the plan reads.
+            training: settings of the end-to-end training that follows; None where there is none.
+
+        Raises:
+            ValueError: it does; the message names the settings.
+        """
+        calibration, compression = self._describe_calibration(texts.calibration), self._describe_compression()
+        sections = {"calibration": calibration, "compression": compression}
+        claims = [*self._calibration_claims(calibration), Claim("compression", compression, COMPRESSED)]
+        if "budget" in compression:
+            claims.append(Claim("budget", calibration | compression, BUDGET))
+        if self.plan.finetuning is not None and texts.finetuning is not None:
+            finetuning = _describe_finetuning(self.plan.finetuning, *texts.finetuning)
+            claims.append(Claim("finetuning", finetuning | flat(sections), FINETUNED))
+            sections["finetuning"] = finetuning
+        if training is not None:
+            claims.append(training_claim(training, flat(sections)))
+        self.store.check(claims)
+
+    def _describe_calibration(self, windows: Tensor) -> dict[str, Any]:
+        """Return all that reaches second moments, but for the batch size, which makes no difference."""
+        described = dataclasses.asdict(self._calibration)
+        del described["batch_size"]
+        if described["guidance"] is None:
+            del described["guidance"]
+        described |= {"num_sequences": len(windows), "seq_len": windows.shape[1]}
+        described["tokens_sha256"] = tokens_digest(windows)
+        selection = selection_of(self.plan.compression)
+        if selection is not None and selection != Selection():
+            # Moments of other linears are not there.
+            described["linears"] = {"targets": selection.targets, "ignore": selection.ignore}
+        return described
+
+    def _calibration_claims(self, described: Mapping[str, Any]) -> list[Claim]:
+        claims = [Claim("calibration", described, MOMENTS)]
+        if (guidance := described.get("guidance")) is not None:
+            # Gradients are those of the dense model, and their power is taken when they are used.
+            of_gradients = {name: value for name, value in described.items() if name not in ("mode", "guidance")}
+            claims.insert(0, Claim("guidance", {**of_gradients, "labels": guidance["labels"]}, GUIDANCE))
+        return claims
+
+    def _describe_compression(self) -> dict[str, Any]:
+        settings = self._compression
+        described = describe(settings)
+        if settings.budget is not None:
+            candidates = self._budget_settings
+            described["budget"] = {"settings": titles(candidates), "num_sequences": settings.budget.num_sequences}
+        return described
+
     def calibrate(self, windows: Tensor) -> None:
         """Gather second moments, unless they are gathered while linears are compressed.
 
@@ -120,23 +190,15 @@ class CompressionRun:
             windows: calibration sequences `[num_sequences, seq_len]`, the same on every rank.
         """
         settings = self._calibration
+        self.check_finite()
+        described = self._describe_calibration(windows)
         self.calibration = {
             "num_sequences": len(windows),
             "num_tokens": windows.numel(),
-            "sha256": tokens_digest(windows),
+            "sha256": described["tokens_sha256"],
         }
-        described: dict[str, Any] = {"num_sequences": len(windows), "seq_len": windows.shape[1]}
-        described |= {"mode": settings.mode, "seed": settings.seed, "tokens_sha256": self.calibration["sha256"]}
-        selection = selection_of(self.plan.compression)
-        if selection is not None and selection != Selection():
-            # Moments of other linears are not there.
-            described["linears"] = {"targets": selection.targets, "ignore": selection.ignore}
-        if settings.guidance is not None:
-            # Gradients are those of the dense model, and their power is taken when they are used.
-            of_gradients = {name: value for name, value in described.items() if name != "mode"}
-            self.store.claim("guidance", {**of_gradients, "labels": settings.guidance.labels}, GUIDANCE)
-            described["guidance"] = dataclasses.asdict(settings.guidance)
-        self.store.claim("calibration", described, MOMENTS)
+        for claim in self._calibration_claims(described):
+            self.store.claim(*claim)
         self._settings["calibration"] = described
         self._windows = windows
         if settings.guidance is not None:
@@ -166,12 +228,10 @@ class CompressionRun:
         if self._windows is None:
             raise RuntimeError("Expected calibrate before compress.")
         settings = self._compression
-        described = describe(settings)
+        described = self._describe_compression()
         self.method = title(settings)
         if settings.budget is not None:
-            candidates = self._budget_settings
-            described["budget"] = {"settings": titles(candidates), "num_sequences": settings.budget.num_sequences}
-            self.method += f", bits spread over linears by sensitivity ({len(candidates)} settings)"
+            self.method += f", bits spread over linears by sensitivity ({len(self._budget_settings)} settings)"
         self._settings["compression"] = described
         self.store.claim("compression", described, COMPRESSED)
         with self.measuring("compression"):
@@ -218,22 +278,14 @@ class CompressionRun:
         """
         if self.method is None:
             raise RuntimeError("Expected compress before finetuning.")
-        described = {
-            **dataclasses.asdict(settings),
-            "train_sha256": tokens_digest(train),
-            "held_out_sha256": tokens_digest(held_out),
-        }
-        # The place of hidden states does not affect the result.
-        del described["activations"]
+        described = _describe_finetuning(settings, train, held_out)
         self.store.claim("finetuning", described | self.settings, FINETUNED)
         self._settings["finetuning"] = described
 
     @property
     def settings(self) -> dict[str, Any]:
         """The settings of all stages so far as JSON values, such as "calibration.seed"."""
-        return {
-            f"{stage}.{name}": value for stage, settings in self._settings.items() for name, value in settings.items()
-        }
+        return flat(self._settings)
 
     def compressed(self, finetuned: bool = False) -> "CompressedModel":
         """Return the compressed model, with its blocks as finetuning left them or as compression did."""
@@ -267,6 +319,13 @@ class CompressionRun:
         rows = (self.store.read_metadata(FINETUNED, index) for index in range(len(self.model)))
         return [{key: row[key] for key in ("before", "after", "epochs", "seconds")} for row in rows]
 
+    def later_phases(self) -> list[str]:
+        """Return the phases after one-shot compression whose artefacts are there, of whichever process."""
+        folder, numbers = self.store.folder, range(len(self.model))
+        is_blockwise = all(self.store.path(FINETUNED, index).is_file() for index in numbers)
+        is_trained = any((folder / TRAINING).glob("*.ckpt"))
+        return ["blockwise"] * is_blockwise + ["finetuned"] * (is_blockwise or is_trained)
+
     def stage_seconds(self) -> dict[str, float]:
         """Return the time that the artefacts took, also those of an earlier, interrupted process."""
         stages = {"calibration": (GUIDANCE, MOMENTS), "compression": (COMPRESSED,), "finetuning": (FINETUNED,)}
@@ -281,6 +340,40 @@ class CompressionRun:
         if (decision := self._decision) is not None:
             seconds["budget"] = decision["seconds"]
         return seconds
+
+
+class Texts(NamedTuple):
+    """Token ids that the stages of a run read, the same on every rank.
+
+    Attributes:
+        calibration: sequences `[num_sequences, seq_len]`.
+        finetuning: those that blocks are trained on, and those that are held out; None without that stage.
+    """
+
+    calibration: Tensor
+    finetuning: tuple[Tensor, Tensor] | None = None
+
+
+def flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return settings by section and name, such as "calibration.seed"."""
+    return {f"{section}.{name}": value for section, settings in sections.items() for name, value in settings.items()}
+
+
+def training_claim(settings: Mapping[str, Any], earlier: Mapping[str, Any]) -> Claim:
+    """Return the claim of end-to-end training, which goes on where it gets more epochs.
+
+    Args:
+        settings: its own.
+        earlier: those of the stages before it.
+    """
+    return Claim("training", {**settings, **earlier}, TRAINING, ("max_epochs",))
+
+
+def _describe_finetuning(settings: FinetuningSettings, train: Tensor, held_out: Tensor) -> dict[str, Any]:
+    """Return all that reaches finetuned blocks, but for where hidden states lie, which makes no difference."""
+    described = dataclasses.asdict(settings)
+    del described["activations"]
+    return described | {"train_sha256": tokens_digest(train), "held_out_sha256": tokens_digest(held_out)}
 
 
 class CompressedModel:

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from stage_runs import compress
+from stage_runs import run_of
 from tiny_models import (
     SEQ_LEN,
     Outcome,
+    artefacts,
     copy_model,
     edit_json,
     edit_tensors,
@@ -161,10 +162,12 @@ def test_nan_weights_name_their_linear(fit, own_model):
     assert_refused(fit(model=own_model), re.escape(name), "NaN")
 
 
-def test_nan_embedding_names_the_first_linear_that_meets_it(fit, own_model):
-    weight = load_file(own_model / "model.safetensors")["model.embed_tokens.weight"]
-    edit_tensors(own_model, {"model.embed_tokens.weight": weight * float("nan")})
-    assert_refused(fit(model=own_model), r"model\.layers\.0\.self_attn\.q_proj", "NaN")
+@pytest.mark.parametrize("name", ["model.embed_tokens", "model.norm", "model.layers.1.input_layernorm"])
+def test_nan_outside_the_linears_is_named_before_anything_is_written(name, fit, own_model, tmp_path):
+    weight = load_file(own_model / "model.safetensors")[f"{name}.weight"]
+    edit_tensors(own_model, {f"{name}.weight": weight * float("nan")})
+    assert_refused(fit(model=own_model), f"{re.escape(name)}: Expected finite weights")
+    assert not list(tmp_path.glob("run/*/*.safetensors"))
 
 
 def test_calibration_text_shorter_than_a_sequence(fit, tmp_path):
@@ -206,7 +209,9 @@ def test_rows_without_text(option, fit, tmp_path):
 
 
 def test_folder_instead_of_a_text(fit, tmp_path):
-    assert_refused(fit(f"--data.eval_files={{mine: {tmp_path}}}"), r"data\.eval_files\.mine", "save_to_disk", "folder")
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    assert_refused(fit(f"--data.eval_files={{mine: {folder}}}"), r"data\.eval_files\.mine", "save_to_disk", "folder")
 
 
 def test_dataset_without_network_names_the_file_that_would_do(fit, monkeypatch):
@@ -263,7 +268,8 @@ def test_more_codewords_than_subvectors_names_the_linear_before_anything_is_writ
         ("--trainer.overfit_batches=2", "overfit_batches"),
         ("--trainer.fast_dev_run=true", "fast_dev_run"),
         ("--trainer.max_steps=3", "max_epochs of at least 1 with trainer.max_steps"),
-        ("--ckpt_path=.", "max_epochs of at least 1 with ckpt_path"),
+        ("--ckpt_path=.", "folder of other files"),
+        ("--ckpt_path=http://localhost/a.ckpt", "on this machine, but got the address"),
         (f"{DISTILLATION}2}}}}", "max_epochs of at least 1 with model.objective"),
         (f"{DISTILLATION}-1}}}}", "^Expected model.objective.temperature above 0, but got -1"),
         ("--compression.budget.num_sequences=0", "^Expected compression.budget.num_sequences of at least 1"),
@@ -304,9 +310,16 @@ def test_training_is_refused_before_anything_is_compressed(setting, pattern, fit
 def test_run_dir_that_is_a_file_or_the_model(fit, own_model, tmp_path):
     (tmp_path / "notes.txt").touch()
     assert_refused(fit(f"--run_dir={tmp_path / 'notes.txt'}"), "run_dir", "is a file")
-    assert_refused(
-        fit(f"--run_dir={own_model}", model=own_model), "run_dir to be another folder than that of the model"
-    )
+    for run_dir in (own_model, own_model / "run", own_model.parent):
+        assert_refused(fit(f"--run_dir={run_dir}", model=own_model), "run_dir and model.path to be apart")
+
+
+def test_run_dir_that_holds_the_data_by_a_link(fit, workplace, tmp_path):
+    before = (workplace / "eval.txt").read_bytes()
+    (tmp_path / "run").symlink_to(workplace, target_is_directory=True)
+    assert_refused(fit(), "run_dir and data.* to be apart")
+    assert (workplace / "eval.txt").read_bytes() == before
+    assert not (workplace / "manifest.json").exists()
 
 
 TRAINING = ("--trainer.max_epochs=1", "--data.max_train_windows=4")
@@ -374,13 +387,14 @@ def test_full_disk_while_the_model_is_exported(fit, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "report.json").is_file()
 
 
-def test_damaged_artefact_is_named(fit, tmp_path):
+def test_damaged_artefact_is_kept_by_name_and_made_anew(fit, tmp_path):
     assert fit().code == 0
+    before = artefacts(tmp_path / "run")
     file = tmp_path / "run" / "compressed" / "block_001.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    assert_refused(fit(), r"compressed/block_001\.safetensors", "delete it")
-    file.unlink()
     assert fit().code == 0
+    assert file.with_name("block_001.safetensors.damaged").exists()
+    assert artefacts(tmp_path / "run") == before
 
 
 def test_misspelt_key_on_the_command_line(fit, tmp_path):
@@ -450,17 +464,15 @@ def test_artefacts_without_a_manifest(finished_run, fit, tmp_path):
 @pytest.fixture
 def finished_run(model_folder, workplace, tmp_path, tmp_path_factory):
     """Put a finished run of the tiny Llama into tmp_path/run."""
-    from nowag_pl import NoWagPruner
     from nowag_pl.data.sources import read_text_file
     from nowag_pl.data.tokens import random_windows, tokenize
     from nowag_pl.models.checkpoint import Checkpoint
-    from nowag_pl.stages.compression_run import CompressionRun
 
     checkpoint = Checkpoint(str(model_folder()))
     tokens = tokenize([read_text_file(workplace / "calibration.txt")], checkpoint.tokenizer)
-    run = CompressionRun(checkpoint, tmp_path / "run")
+    run = run_of(model_folder(), tmp_path / "run", batch_size=8)
     run.calibrate(random_windows(tokens, SEQ_LEN, 6, 0))
-    compress(run, NoWagPruner())
+    run.compress()
     return tmp_path / "run"
 
 

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
-from nowag_pl.lit.hidden_files import HiddenFiles
 from stage_runs import compress, plan_of
 from tiny_models import artefacts, load_whole, random_tokens
 from torch import nn
@@ -21,7 +20,9 @@ from nowag_pl.lit.block_trainer import BlockTrainer
 from nowag_pl.lit.blockwise import finetune_blocks
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
+from nowag_pl.run.layout import FINETUNED
 from nowag_pl.stages import finetuned as finetuning
+from nowag_pl.stages.block_inputs import BlockInputs
 from nowag_pl.stages.compression_run import CompressionRun
 from nowag_pl.stages.plan import FinetuningSettings
 
@@ -254,7 +255,7 @@ def test_bfloat16_block_is_trained_in_float32_and_stored_as_it_was(finetuned, mo
     run = finetuned(folder=model_folder("qwen2", dtype=torch.bfloat16))
     for index in range(3):
         before = finetuning.load_compressed_block(run.model, run.store, index).state_dict()
-        after = run.store.read(finetuning.STAGE, index)[0]
+        after = run.store.read(FINETUNED, index)[0]
         assert {name: tensor.dtype for name, tensor in after.items()} == {
             name: tensor.dtype for name, tensor in before.items()
         }
@@ -419,7 +420,7 @@ def test_one_block_and_two_sets_of_hidden_states_are_alive(targets, compressor, 
                 watch(patch, StreamedModel, "forward_block")
                 watch(patch, BlockTrainer, "train", "training")
                 watch(patch, blockwise.Blockwise, "_mean_square", "measuring")
-                watch(patch, HiddenFiles, "advance", "advancing")
+                watch(patch, BlockInputs, "advance", "advancing")
                 watch(patch, finetuning, "write_block", "writing")
                 finetune(self, missing)
         finally:

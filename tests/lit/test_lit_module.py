@@ -14,6 +14,7 @@ from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.phases import is_compressing
 from nowag_pl.lit.trainer import CompressionTrainer
 from nowag_pl.models.checkpoint import Checkpoint
+from nowag_pl.stages.plan import Plan
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -115,7 +116,7 @@ def test_random_start_is_not_the_checkpoint(model_folder):
 )
 def test_run_wants_a_folder_and_a_dense_model(run_dir, random_init, message, model_folder):
     with pytest.raises(ValueError, match=message):
-        begin_run(Checkpoint(str(model_folder())), run_dir, random_init, torch.device("cpu"))
+        begin_run(Checkpoint(str(model_folder())), run_dir, random_init, Plan(), torch.device("cpu"))
 
 
 def test_vectors_are_not_decayed_and_nothing_is_left_out(data, model_folder, tmp_path):

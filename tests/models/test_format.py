@@ -137,7 +137,7 @@ def test_folder_is_read_without_the_package(compressor, settings, tmp_path):
     for name, digest in index["metadata"]["sha256"].items():
         assert sha256((folder / name).read_bytes()).hexdigest() == digest
     files = {path.name for path in folder.iterdir()}
-    assert files == {*index["metadata"]["sha256"], "model.safetensors.index.json"}
+    assert files == {*index["metadata"]["sha256"], "model.safetensors.index.json", "README.md"}
     shards = {file: read_safetensors(folder / file) for file in set(index["weight_map"].values())}
     tensors = {name: shards[file].pop(name) for name, file in index["weight_map"].items()}
     assert not any(shards.values())

@@ -76,30 +76,36 @@ def test_missing_folder_is_refused_without_asking_the_hub(path, tmp_path, monkey
         Checkpoint(path)
 
 
-def test_hub_download_leaves_pickles_and_code_out(monkeypatch, tmp_path):
+@pytest.mark.parametrize("index", [None, ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]])
+def test_hub_download_takes_small_files_and_what_the_index_names(index, monkeypatch, tmp_path):
     from fnmatch import fnmatch
 
     import huggingface_hub
 
-    asked = {}
+    wanted = ["config.json", "tokenizer.model", "chat_template.jinja", "LICENSE", *(index or ["model.safetensors"])]
+    others = ["pytorch_model.bin", "model.pt", "x.pkl", "modeling.py", "consolidated.safetensors", "model.gguf"]
+    others += ["model.fp16.safetensors", "original/params.json", "original/consolidated.00.pth", "onnx/config.json"]
+    fetched = set()
 
-    def download(path, allow_patterns):
-        asked[path] = allow_patterns
+    def download(path, allow_patterns, ignore_patterns):
+        assert path == "someone/model"
+        for name in wanted + others:
+            if any(fnmatch(name, pattern) for pattern in allow_patterns):
+                fetched.update([name] if not any(fnmatch(name, pattern) for pattern in ignore_patterns) else [])
+        if index:
+            content = {"weight_map": {str(number): name for number, name in enumerate(index)}}
+            (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content))
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve_folder("someone/model") == tmp_path
-    patterns = asked["someone/model"]
-    for name in ("pytorch_model.bin", "model.pt", "weights.pth", "modeling.py", "x.pkl"):
-        assert not any(fnmatch(name, pattern) for pattern in patterns)
-    for name in ("config.json", "model-00001-of-00002.safetensors", "tokenizer.model"):
-        assert any(fnmatch(name, pattern) for pattern in patterns)
+    assert fetched == set(wanted)
 
 
 def test_failing_download_is_told_with_the_name(monkeypatch):
     import huggingface_hub
 
-    def download(path, allow_patterns):
+    def download(path, **patterns):
         raise OSError("no route to host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
@@ -186,14 +192,6 @@ def test_code_in_a_model_folder_is_never_run(own_model, tmp_path):
     with pytest.raises(ValueError, match="configuration"):
         Checkpoint(str(own_model)).config  # noqa: B018
     assert not marker.exists()
-
-
-def test_multimodal_model_is_refused(own_model):
-    (own_model / "config.json").write_text('{"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}')
-    message = r"text alone in \S+own_model, but got one of type 'gemma3' around a text model of type 'gemma3_text'"
-    for use in (lambda checkpoint: checkpoint.build(empty=True), lambda checkpoint: checkpoint.vocab_size):
-        with pytest.raises(ValueError, match=message):
-            use(Checkpoint(str(own_model)))
 
 
 def test_set_module_replaces_by_dotted_name():

@@ -113,3 +113,32 @@ def test_transformers_own_adapters_attach(folder):
 def test_adapter_that_changes_the_base_is_refused(start):
     with pytest.raises(ValueError, match=rf"init_lora_weights.*'{start}', which changes the base weights"):
         lora(init_lora_weights=start)
+
+
+def test_peft_alone_puts_an_adapter_over_a_compressed_model_and_opens_it_again(folder, tmp_path):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=TARGETS, r=4, init_lora_weights="gaussian")
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    assert not torch.allclose(logits(model), logits(AutoModelForCausalLM.from_pretrained(folder)), atol=1e-3)
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+    assert torch.equal(logits(again.eval()), logits(model))
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    base.load_adapter(tmp_path / "adapter")
+    assert torch.equal(logits(base.eval()), logits(model))
+
+
+def test_peft_alone_refuses_an_adapter_that_changes_the_base(folder):
+    config = peft.LoraConfig(target_modules=TARGETS, init_lora_weights="pissa")
+    with pytest.raises(ValueError, match=r"init_lora_weights.*'pissa', which changes the base weights"):
+        peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+
+
+def test_peft_works_over_dense_models_as_before(model_folder):
+    model = AutoModelForCausalLM.from_pretrained(model_folder())
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=TARGETS, init_lora_weights="pissa", r=4))
+    assert type(adapted.base_model.model.model.layers[0].mlp.down_proj) is peft.tuners.lora.Linear

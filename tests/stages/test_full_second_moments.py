@@ -95,9 +95,9 @@ def test_second_moments_are_gathered_once_and_as_matrices_for_those_that_ask(
 ):
     gathered, init = [], Observed.__init__
 
-    def noting(self, model, block, index, full):
+    def noting(self, model, block, index, full, weights):
         gathered.append(full)
-        init(self, model, block, index, full)
+        init(self, model, block, index, full, weights)
 
     monkeypatch.setattr(Observed, "__init__", noting)
     run = run_of(model_folder(), tmp_path / "run", compressor)

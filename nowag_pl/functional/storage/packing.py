@@ -197,6 +197,54 @@ def unpack_keep(
     return keep
 
 
+def check_packed(packed: UInt8[Tensor, " bytes"], num_codes: int, count: int) -> None:
+    """Check packed codes that were read from a file.
+
+    Args:
+        packed: bytes.
+        num_codes: values are below it.
+        count: number of values.
+
+    Raises:
+        ValueError: a value is too large, or the number of bytes is another.
+    """
+    bits = code_bits(num_codes)
+    if len(packed) != ceil(count * bits / 8):
+        raise ValueError(f"Expected {ceil(count * bits / 8)} bytes of codes, but got {len(packed)}.")
+    # Where all values of so many bits are codes, there is nothing to read.
+    if num_codes < 2**bits:
+        largest = max((int(part.max()) for _, part in _unpacked_parts(packed, bits, count)), default=0)
+        if largest >= num_codes:
+            raise ValueError(f"Expected codes in [0, {num_codes}), but got {largest}.")
+
+
+def check_keep(
+    packed: UInt8[Tensor, " bytes"], shape: tuple[int, int], num_kept: int, pattern: tuple[int, int] | None = None
+) -> None:
+    """Check a packed mask that was read from a file.
+
+    Args:
+        packed: bytes.
+        shape: (out, in).
+        num_kept: weights that are kept.
+        pattern: as given to :func:`pack_keep`.
+
+    Raises:
+        ValueError: the mask keeps another number of weights, or does not follow the pattern.
+    """
+    count = shape[0] * shape[1]
+    if pattern is not None and pattern[1] <= MAX_TABLE_GROUP:
+        return check_packed(packed, comb(pattern[1], pattern[0]), count // pattern[1])
+    if len(packed) != ceil(count / 8):
+        raise ValueError(f"Expected a mask of {ceil(count / 8)} bytes, but got {len(packed)}.")
+    ones = torch.tensor([number.bit_count() for number in range(256)], device=packed.device)
+    found = sum(int(ones[part.int()].sum()) for part in packed.split(_part_size()))
+    if found != num_kept:
+        raise ValueError(f"Expected a mask that keeps {num_kept} weights, but it keeps {found}.")
+    if pattern is not None and not (unpack_keep(packed, shape).view(-1, pattern[1]).sum(dim=1) == pattern[0]).all():
+        raise ValueError(f"Expected a mask with {pattern[0]} kept of every {pattern[1]} weights.")
+
+
 @lru_cache
 def _pattern_tables(pattern: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Return masks `[C(M, N), M]` in lexicographic order, and by its bits `[2^M]` the number of a mask, or -1."""

@@ -8,6 +8,7 @@ from typing import Any
 from nowag_pl.files import read_json
 
 INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
 
 
 def file_digest(path: Path) -> str:
@@ -80,7 +81,7 @@ def _recorded(index: Path) -> dict[str, str]:
     """Return the checksums in an index; none where there is no index, or one that another program wrote.
 
     Raises:
-        ValueError: the index is damaged.
+        ValueError: the index is damaged, or names a file outside of the folder.
     """
     if not index.is_file():
         return {}
@@ -89,4 +90,9 @@ def _recorded(index: Path) -> dict[str, str]:
         content = content.get(key, {}) if isinstance(content, dict) else None
     if not isinstance(content, dict):
         raise ValueError(f"Expected {index} to hold an index of weights, but it is damaged: copy it again.")
-    return dict(content)
+    for name, digest in content.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts or not isinstance(digest, str):
+            raise ValueError(f"Expected {index} to have checksums of files in its folder, but got {name!r}.")
+    # Transformers' save_pretrained writes one file and leaves the index of an earlier export, which is void then.
+    is_stale = SINGLE_FILE not in content and (index.parent / SINGLE_FILE).is_file()
+    return {} if is_stale else dict(content)

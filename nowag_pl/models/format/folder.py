@@ -1,6 +1,5 @@
 """Write a model as a Hugging Face folder that is whole or is no model: config.json comes last."""
 
-import copy
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nowag_pl.files import flush, write_json, write_tensors
+from nowag_pl.files import flush, write_json, write_tensors, write_text
 from nowag_pl.models.checkpoint import CONFIG_FILE, DESCRIPTION_FILE, Checkpoint
+from nowag_pl.models.format.card import CARD_FILE, SOURCE_CARD_FILE, model_card
 from nowag_pl.models.format.checksums import INDEX_FILE, file_digest
+from nowag_pl.models.format.source_files import write_source_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,8 +28,9 @@ def write_folder(
     source: str | None,
     quantization: Mapping[str, Any],
     dtype: torch.dtype,
+    dense: bool = False,
 ) -> None:
-    """Write weights, index with checksums, tokenizer, generation settings and configuration.
+    """Write weights, index with checksums, model card, configuration, and the source's other files.
 
     What `folder` held stays until everything is written beside it.
 
@@ -36,26 +38,18 @@ def write_folder(
         folder: folder to create, or whose model is replaced.
         model: a model with the right configuration; its weights are not looked at.
         shards: tensors by name for each file, made when it is written.
-        source: model whose tokenizer goes along.
-        quantization: `quantization_config`, looked at when all shards are written; empty for a dense model.
+        source: model whose other files go along.
+        quantization: `quantization_config`, looked at when all shards are written; empty where nothing is compressed.
         dtype: type that the configuration names.
+        dense: the weights are those of an ordinary model, which the configuration describes.
 
     Raises:
         OSError: the folder cannot be written.
     """
     with _replacing_model(folder) as stage:
         weight_map = _write_shards(stage, shards)
-        config = copy.deepcopy(model.config)
-        config.dtype = dtype
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        if quantization:
-            config.quantization_config = dict(quantization)
-        config.save_pretrained(stage)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(stage)
-        if source is not None:
-            Checkpoint(source).tokenizer.save_pretrained(stage)
+        checkpoint = None if source is None else Checkpoint(source)
+        write_source_files(stage, model, checkpoint, {} if dense else quantization, dtype)
         files = sorted(path for path in stage.rglob("*") if path.is_file())
         metadata = {
             "total_size": sum(size for _, size in weight_map.values()),
@@ -63,6 +57,13 @@ def write_folder(
         }
         index = {"metadata": metadata, "weight_map": {name: file for name, (file, _) in weight_map.items()}}
         write_json(stage / INDEX_FILE, index)
+        # Without a checksum: whoever publishes a model writes into its card.
+        write_text(stage / CARD_FILE, model_card(quantization.get("linears", {}), dense, _source_card(stage)))
+
+
+def _source_card(stage: Path) -> str | None:
+    card = stage / SOURCE_CARD_FILE
+    return card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
 
 
 def _write_shards(stage: Path, shards: Iterable[Mapping[str, Tensor]]) -> dict[str, tuple[str, int]]:

@@ -13,9 +13,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nowag_pl.models.assembly import empty_like_described
-from nowag_pl.models.checkpoint import FORMAT, METHOD, described_linears
 from nowag_pl.models.format.checksums import Checksums
-from nowag_pl.models.state import compressed_linears, packed_tensors
+from nowag_pl.models.format.descriptions import FORMAT, METHOD, check_stored, described_linears, empty_linears
+from nowag_pl.models.state import check_linears, compressed_linears, packed_tensors
+from nowag_pl.models.weights import read_headers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,7 +78,7 @@ class CompressionQuantizer(HfQuantizer):
         """Check the files and replace the linears, on the meta device.
 
         Raises:
-            ValueError: a file is damaged, or the format is newer than this version.
+            ValueError: a file or a description is damaged.
         """
         files = [Path(file) for file in checkpoint_files or []]
         if files and self.quantization_config.verify:
@@ -86,20 +87,18 @@ class CompressionQuantizer(HfQuantizer):
                 checksums.check_small_files(may_lack=True)
                 checksums.check(*files)
                 self._checksums = checksums
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float32)  # transformers has set the model's; the linears know their own types
-        try:
-            with torch.device("cpu"):
-                empty_like_described(model, self.quantization_config.linears)
-        finally:
-            torch.set_default_dtype(default)
+        linears = self.quantization_config.linears
+        if files:
+            check_stored(empty_linears(linears), read_headers(files))
+        empty_like_described(model, linears)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
-        """Check the files that transformers fetched from a hub meanwhile: the generation settings.
+        """Check the values, and the files that transformers fetched from a hub meanwhile: the generation settings.
 
         Raises:
-            ValueError: a file is damaged.
+            ValueError: a value or a file is damaged.
         """
+        check_linears(model)
         if self._checksums is not None:
             self._checksums.check_small_files(may_lack=True)
             self._checksums = None

@@ -12,9 +12,17 @@ from torch import Tensor, nn
 
 from nowag_pl.files import read_json
 from nowag_pl.models.assembly import empty_like_described, fill
-from nowag_pl.models.checkpoint import CONFIG_FILE, DESCRIPTION_FILE, FORMAT, METHOD, Checkpoint
+from nowag_pl.models.checkpoint import CONFIG_FILE, DESCRIPTION_FILE, Checkpoint
+from nowag_pl.models.format.descriptions import FORMAT, METHOD
 from nowag_pl.models.format.folder import sharded, write_folder
-from nowag_pl.models.state import compressed_linears, dense_tensors, held_state, packed_tensors, plain_tensors
+from nowag_pl.models.state import (
+    check_linears,
+    compressed_linears,
+    dense_tensors,
+    held_state,
+    packed_tensors,
+    plain_tensors,
+)
 from nowag_pl.models.streaming import StreamedModel
 
 if TYPE_CHECKING:
@@ -47,17 +55,15 @@ def save_compressed(
     Args:
         model: a transformers model, any of whose linears are compressed.
         folder: folder to create, or whose model is replaced.
-        source: model whose tokenizer goes along: "embedded", a folder or a hub id.
+        source: model whose tokenizer, licence and other files go along: "embedded", a folder or a hub id.
         max_shard_bytes: tensors in one file take no more, unless a single one is larger.
 
     Raises:
         ValueError: `max_shard_bytes` is below 1.
         OSError: the folder cannot be written. What it held before is then as it was.
     """
-    descriptions = {name: linear.description() for name, linear in compressed_linears(model).items()}
-    described = quantization(descriptions) if descriptions else {}
     shards = sharded(packed_tensors(model), max_shard_bytes)
-    write_folder(Path(folder), model, shards, source, described, _dtype(model))
+    write_folder(Path(folder), model, shards, source, _described(model), _dtype(model))
 
 
 def save_dense(
@@ -78,7 +84,7 @@ def save_dense(
         OSError: the folder cannot be written. What it held before is then as it was.
     """
     shards = sharded(dense_tensors(model, _dtype(model)), max_shard_bytes)
-    write_folder(Path(folder), model, shards, source, {}, _dtype(model))
+    write_folder(Path(folder), model, shards, source, _described(model), _dtype(model), dense=True)
 
 
 def save_streamed(
@@ -95,14 +101,13 @@ def save_streamed(
     Raises:
         OSError: the folder cannot be written. What it held before is then as it was.
     """
-    described: dict[str, Any] = {} if dense else quantization({})
+    described: dict[str, Any] = quantization({})
     dtype = model.checkpoint.dtype
 
     def tensors_of(index: int) -> dict[str, Tensor]:
         block, name = load_block(index), model.block_name(index)
-        if not dense:
-            linears = compressed_linears(block).items()
-            described["linears"] |= {f"{name}.{key}": linear.description() for key, linear in linears}
+        linears = compressed_linears(block).items()
+        described["linears"] |= {f"{name}.{key}": linear.description() for key, linear in linears}
         tensors = dense_tensors(block, dtype) if dense else packed_tensors(block)
         return {f"{name}.{key}": tensor for key, tensor in tensors}
 
@@ -111,7 +116,7 @@ def save_streamed(
         for index in range(len(model)):
             yield tensors_of(index)
 
-    write_folder(Path(folder), model.skeleton, shards(), model.checkpoint.path, described, dtype)
+    write_folder(Path(folder), model.skeleton, shards(), model.checkpoint.path, described, dtype, dense)
 
 
 def load_compressed(folder: str | Path, dtype: torch.dtype | None = None, verify: bool = True) -> "PreTrainedModel":
@@ -139,10 +144,17 @@ def load_compressed(folder: str | Path, dtype: torch.dtype | None = None, verify
     compressed = tuple(f"{name}." for name in checkpoint.compressed_linears)
     tensors = checkpoint.read(list(checkpoint.weight_map))
     fill(model, held_state(model, tensors, dtype), required=compressed)
+    check_linears(model)
     from nowag_pl.models.format.quantizer import attach  # which needs transformers
 
     attach(model, checkpoint.compressed_linears)
     return model.eval()
+
+
+def _described(model: "PreTrainedModel") -> dict[str, Any]:
+    """Return the `quantization_config` of a model in memory; empty where nothing is compressed."""
+    descriptions = {name: linear.description() for name, linear in compressed_linears(model).items()}
+    return quantization(descriptions) if descriptions else {}
 
 
 def _dtype(model: "PreTrainedModel") -> torch.dtype:

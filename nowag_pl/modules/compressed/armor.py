@@ -11,8 +11,8 @@ from nowag_pl.functional.armor.block_diagonal import apply_factors
 from nowag_pl.functional.armor.objective import ArmorFactors, reconstruct
 from nowag_pl.functional.pruning import kept_values
 from nowag_pl.functional.storage.bits import armor_bits_per_weight
-from nowag_pl.functional.storage.packing import pack_keep, pattern_bits, unpack_keep
-from nowag_pl.modules.compressed.base import CompressedLinear, dtype_name, rounded_to
+from nowag_pl.functional.storage.packing import check_keep, pack_keep, pattern_bits, unpack_keep
+from nowag_pl.modules.compressed.base import CompressedLinear, check_pattern, dtype_name, rounded_to
 
 # For a wider weight: norms and normalised values need little range.
 _STORED_DTYPE = torch.float16
@@ -141,6 +141,31 @@ class ArmorLinear(CompressedLinear):
             "bias": self.bias_dtype,
             "dtype": dtype_name(self.dtype),
         }
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> None:
+        """Check sizes, types, pattern and blocks.
+
+        Raises:
+            ValueError: one of them is damaged.
+        """
+        super().check_settings(settings)
+        check_pattern(settings["pattern"], settings["in_features"])
+        for side in ("out", "in"):
+            if settings[f"{side}_features"] % settings[f"{side}_block"]:
+                raise ValueError(
+                    f"Expected {side}_block to divide {settings[f'{side}_features']}, but got "
+                    f"{settings[f'{side}_block']}."
+                )
+
+    def check(self) -> None:
+        """Check the factors, the kept values and the mask.
+
+        Raises:
+            ValueError: one of them is damaged.
+        """
+        super().check()
+        check_keep(self.mask, (self.out_features, self.in_features), len(self.values), self.pattern)
 
     @classmethod
     def empty(cls, settings: Mapping[str, Any]) -> "ArmorLinear":

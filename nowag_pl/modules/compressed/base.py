@@ -1,5 +1,6 @@
 """The base of every compressed linear."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -7,6 +8,10 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+_FLOATS = ("float64", "float32", "bfloat16", "float16")
+# What any linear may have among its settings that is a number of something.
+_COUNTS = ("subvector_dim", "codebook_size", "out_block", "in_block", "bits", "state_bits")
 
 
 class CompressedLinear(nn.Module, ABC):
@@ -21,6 +26,8 @@ class CompressedLinear(nn.Module, ABC):
     """
 
     _classes: ClassVar[dict[str, type["CompressedLinear"]]] = {}
+    is_stored: ClassVar[bool] = True
+    """Whether a file may name the class; forms that only run are stored as the linears that they stand for."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -56,6 +63,35 @@ class CompressedLinear(nn.Module, ABC):
     @abstractmethod
     def empty(cls, settings: Mapping[str, Any]) -> "CompressedLinear":
         """Return a module with the right shapes and no meaningful values."""
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> None:
+        """Check what a file says of a linear, before :meth:`empty` makes it.
+
+        Args:
+            settings: as :meth:`settings` gave them, or damaged.
+
+        Raises:
+            ValueError: a size is no count, a type no floating type, or a pattern no pattern.
+        """
+        counts = {key: settings[key] for key in _COUNTS if key in settings}
+        for key, value in ({key: settings.get(key) for key in ("in_features", "out_features")} | counts).items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f"Expected {key} of at least 1, but got {value!r}.")
+        if settings.get("dtype", _FLOATS[0]) not in _FLOATS:
+            raise ValueError(f"Expected dtype to be one of {', '.join(_FLOATS)}, but got {settings['dtype']!r}.")
+        if settings.get("bias") not in (None, *_FLOATS):
+            raise ValueError(f"Expected bias to be null or one of {', '.join(_FLOATS)}, but got {settings['bias']!r}.")
+
+    def check(self) -> None:
+        """Check the values of a linear that was loaded; a subclass checks whatever it uses to find others, too.
+
+        Raises:
+            ValueError: a value is infinite or not a number.
+        """
+        for name, parameter in self.named_parameters():
+            if not parameter.isfinite().all():
+                raise ValueError(f"Expected finite values, but {name} holds others.")
 
     @property
     def bias_dtype(self) -> str | None:
@@ -118,16 +154,26 @@ class CompressedLinear(nn.Module, ABC):
         """Make an empty module from the result of :meth:`description`.
 
         Raises:
-            ValueError: the class is unknown.
+            ValueError: the class is unknown or one that is never stored, or the settings are damaged.
         """
         settings = dict(description)
-        name = settings.pop("class")
-        if name not in CompressedLinear._classes:
+        name = settings.pop("class", None)
+        stored = {key: each for key, each in CompressedLinear._classes.items() if _is_stored(each)}
+        if not isinstance(name, str) or name not in stored:
             raise ValueError(
-                f"Expected a compressed linear of class {sorted(CompressedLinear._classes)}, but got {name!r}. "
+                f"Expected a compressed linear of class {sorted(stored)}, but got {name!r}. "
                 "It was written by another version of nowag_pl."
             )
-        return CompressedLinear._classes[name].empty(settings)
+        try:
+            stored[name].check_settings(settings)
+            linear = stored[name].empty(settings)
+            unknown = sorted(settings.keys() ^ linear.settings().keys())
+        except (KeyError, TypeError, RuntimeError, ArithmeticError, AttributeError, ValueError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
+            raise ValueError(f"Expected the settings of a {name}, but they are damaged: {reason}") from error
+        if unknown:
+            raise ValueError(f"Expected the settings of a {name}, but {unknown[0]!r} is missing or unknown.")
+        return linear
 
     def forward(self, activations: Tensor) -> Tensor:
         """Apply the linear.
@@ -144,6 +190,23 @@ class CompressedLinear(nn.Module, ABC):
     def extra_repr(self) -> str:
         """Describe the module in one line."""
         return ", ".join(f"{name}={value}" for name, value in self.settings().items())
+
+
+def _is_stored(kind: type[CompressedLinear]) -> bool:
+    return kind.is_stored and not inspect.isabstract(kind)
+
+
+def check_pattern(pattern: Any, in_features: int) -> None:
+    """Check that a value out of a file is an N:M pattern that fits a row.
+
+    Raises:
+        ValueError: it is none, or M does not divide the row.
+    """
+    is_pair = isinstance(pattern, list | tuple) and len(pattern) == 2 and all(type(each) is int for each in pattern)
+    if not is_pair or not 1 <= pattern[0] <= pattern[1] or in_features % pattern[1]:
+        raise ValueError(
+            f"Expected pattern to be N and M with 1 <= N <= M where M divides {in_features}, but got {pattern!r}."
+        )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from nowag_pl.functional.pruning import kept_values
 from nowag_pl.functional.storage.bits import masked_bits_per_weight
-from nowag_pl.functional.storage.packing import pack_keep, pattern_bits, unpack_keep
-from nowag_pl.modules.compressed.base import CompressedLinear, dtype_name
+from nowag_pl.functional.storage.packing import check_keep, pack_keep, pattern_bits, unpack_keep
+from nowag_pl.modules.compressed.base import CompressedLinear, check_pattern, dtype_name
 
 
 class MaskedLinear(CompressedLinear):
@@ -95,6 +95,32 @@ class MaskedLinear(CompressedLinear):
             "bias": self.bias_dtype,
             "dtype": dtype_name(self.dtype),
         }
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> None:
+        """Check sizes, types and pattern.
+
+        Raises:
+            ValueError: one of them is damaged.
+        """
+        super().check_settings(settings)
+        pattern, num_kept = settings["pattern"], settings["num_kept"]
+        count = settings["in_features"] * settings["out_features"]
+        least, most = 0, count
+        if pattern is not None:
+            check_pattern(pattern, settings["in_features"])
+            least = most = count // pattern[1] * pattern[0]
+        if type(num_kept) is not int or not least <= num_kept <= most:
+            raise ValueError(f"Expected num_kept in [{least}, {most}], but got {num_kept!r}.")
+
+    def check(self) -> None:
+        """Check the kept values and the mask.
+
+        Raises:
+            ValueError: one of them is damaged.
+        """
+        super().check()
+        check_keep(self.mask, (self.out_features, self.in_features), len(self.values), self.pattern)
 
     @classmethod
     def empty(cls, settings: Mapping[str, Any]) -> "MaskedLinear":

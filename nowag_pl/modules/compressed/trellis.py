@@ -1,12 +1,12 @@
 """A linear on a trellis: k bits a weight and two vectors of scales, with no codebook to store."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from nowag_pl.functional.trellis.codes import Code, code_values
+from nowag_pl.functional.trellis.codes import STATE_BITS, Code, code_values
 from nowag_pl.functional.trellis.quantize import TrellisWeight, reconstruct
 from nowag_pl.functional.trellis.tiles import STEPS, TILE
 from nowag_pl.modules.compressed.base import CompressedLinear, dtype_name, rounded_to
@@ -93,6 +93,31 @@ class TrellisLinear(CompressedLinear):
             "bias": self.bias_dtype,
             "dtype": dtype_name(self.dtype),
         }
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> None:
+        """Check sizes, types and the trellis.
+
+        Raises:
+            ValueError: one of them is damaged.
+        """
+        super().check_settings(settings)
+        if settings["code"] not in get_args(Code) or settings["rotation"] not in ("both", "none"):
+            raise ValueError(
+                f"Expected a code among {', '.join(get_args(Code))} and a rotation of 'both' or 'none', but got "
+                f"{settings['code']!r} and {settings['rotation']!r}."
+            )
+        if settings["state_bits"] not in STATE_BITS or settings["bits"] > settings["state_bits"]:
+            raise ValueError(
+                f"Expected state_bits in [{STATE_BITS[0]}, {STATE_BITS[-1]}] and no more bits, but got "
+                f"{settings['state_bits']} and {settings['bits']}."
+            )
+        sizes = [settings["in_features"], settings["out_features"]]
+        padded = settings["padded"]
+        if not isinstance(padded, list) or [type(each) for each in padded] != [int, int]:
+            raise ValueError(f"Expected padded to be two sizes, but got {padded!r}.")
+        if any(more % TILE or more < size for more, size in zip(padded, sizes, strict=True)):
+            raise ValueError(f"Expected padded to be {sizes} made up to multiples of {TILE}, but got {padded}.")
 
     @classmethod
     def empty(cls, settings: Mapping[str, Any]) -> "TrellisLinear":

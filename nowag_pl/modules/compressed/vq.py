@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nowag_pl.functional.chunks import CHUNK_ELEMENTS, fill_rows
 from nowag_pl.functional.normalization import denormalize
 from nowag_pl.functional.storage.bits import vector_quantized_bits_per_weight
-from nowag_pl.functional.storage.packing import pack, unpack
+from nowag_pl.functional.storage.packing import MAX_BITS, check_packed, pack, unpack
 from nowag_pl.functional.vq.matmul import vq_matmul
 from nowag_pl.functional.vq.quantized import Quantized, joined
 from nowag_pl.kernels.bits import code_bits
@@ -138,6 +138,27 @@ class VQLinear(CodedLinear):
             "bias": self.bias_dtype,
             "dtype": dtype_name(self.dtype),
         }
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> None:
+        """Check sizes and types.
+
+        Raises:
+            ValueError: one of them is damaged.
+        """
+        super().check_settings(settings)
+        if settings["codebook_size"] > 2**MAX_BITS:
+            raise ValueError(f"Expected codebook_size up to 2^{MAX_BITS}, but got {settings['codebook_size']}.")
+
+    def check(self) -> None:
+        """Check the codebook, the scales and the codes.
+
+        Raises:
+            ValueError: a value is not finite, or a code is beyond the codebook.
+        """
+        super().check()
+        rows, columns = self._codes_shape
+        check_packed(self.codes, self.codebook_size, rows * columns)
 
     @classmethod
     def empty(cls, settings: Mapping[str, Any]) -> "VQLinear":

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ class RunningLinear(CompressedLinear):
     Args:
         linear: the original linear.
     """
+
+    is_stored: ClassVar[bool] = False
 
     def __init__(self, linear: CompressedLinear) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias)

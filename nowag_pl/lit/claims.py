@@ -1,0 +1,44 @@
+"""When a run is refused whose settings are not those of the run directory: before anything is written or computed."""
+
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+
+from nowag_pl.lit.phases import PhasedTrainer, is_compressing
+from nowag_pl.lit.settings import training_settings
+from nowag_pl.lit.stage import Stage, data_of, module_of
+from nowag_pl.run.ranks import Ranks
+from nowag_pl.run.store import ArtefactStore
+from nowag_pl.stages.compression_run import Texts, training_claim
+
+
+class ClaimsCheck(Stage):
+    """Compares the settings of every stage with those of the artefacts; the first callback of a fit."""
+
+    def __init__(self) -> None:
+        self._done = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called when a fit is set up: check, once, when the texts are there.
+
+        Raises:
+            ValueError: the run directory holds artefacts made with other settings, or a weight is not finite.
+        """
+        module = module_of(pl_module)
+        if self._done or module.run_dir is None or not is_compressing(trainer, stage):
+            return
+        self._done = True
+        assert isinstance(trainer, PhasedTrainer)
+        training = training_settings(trainer, module)
+        plan, data = module.plan, data_of(trainer)
+        if plan.compression is None or plan.calibration is None:
+            if training is not None:
+                claim = training_claim(training, {"model": module.checkpoint.path})
+                ArtefactStore(Path(module.run_dir), Ranks.current()).check([claim])
+            return
+        calibration = data.calibration_windows(plan.calibration.num_sequences, plan.calibration.seed)
+        finetuning = None
+        if (settings := plan.finetuning) is not None:
+            finetuning = data.finetuning_windows(settings.num_sequences, settings.num_held_out, settings.seed)
+        module.run.check_claims(Texts(calibration, finetuning), training)
+        module.run.check_finite()

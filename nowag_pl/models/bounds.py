@@ -1,0 +1,73 @@
+"""What is looked at before a model folder is opened, so that a damaged or hostile one ends in one line, at once."""
+
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_MOST_BLOCKS = 10_000
+_LARGEST = 10_000_000
+_BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_SIZES = (
+    "hidden_size",
+    "n_embd",
+    "intermediate_size",
+    "vocab_size",
+    "head_dim",
+    "num_attention_heads",
+    "n_head",
+    "num_key_value_heads",
+)
+_BELOW = ("text_config", "vision_config")
+
+
+def check_plain_files(folder: Path) -> None:
+    """Check that nothing in a folder blocks whoever reads it.
+
+    Raises:
+        ValueError: it holds a pipe, a socket or a device.
+    """
+    for path in sorted(folder.iterdir()):
+        mode = path.stat().st_mode if path.exists() else stat.S_IFREG
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise ValueError(f"Expected {folder} to hold plain files, but {path.name!r} is a pipe, socket or device.")
+
+
+def check_sizes(content: Any, file: Path) -> None:
+    """Check the sizes in a configuration before anything is built of them.
+
+    Args:
+        content: what config.json holds.
+        file: for messages.
+
+    Raises:
+        ValueError: it is no configuration, or a size is no number or beyond every model.
+    """
+    if not isinstance(content, Mapping):
+        raise ValueError(f"Expected {file} to hold the configuration of a model, but got a {type(content).__name__}.")
+    limits = dict.fromkeys(_BLOCK_COUNTS, _MOST_BLOCKS) | dict.fromkeys(_SIZES, _LARGEST)
+    for key, limit in limits.items():
+        value = content.get(key)
+        for size in value if isinstance(value, list) else [value]:
+            if size is not None and (type(size) is not int or not 0 <= size <= limit):
+                raise ValueError(f"Expected {key} in {file} to be a number in [0, {limit}], but got {_short(size)}.")
+    for key in _BELOW:
+        if content.get(key) is not None:
+            check_sizes(content[key], file)
+
+
+def check_num_blocks(num_blocks: int | None, num_tensors: int, folder: Path) -> None:
+    """Check that a model has no more blocks than tensors.
+
+    Raises:
+        ValueError: it has more.
+    """
+    if num_blocks is not None and num_blocks > num_tensors:
+        raise ValueError(
+            f"Expected num_hidden_layers in {folder}/config.json to be that of the weights, but got {num_blocks} "
+            f"blocks and {num_tensors} tensors. The weights do not belong to this config.json."
+        )
+
+
+def _short(value: object) -> str:
+    return repr(value)[:40]
