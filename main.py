@@ -1,12 +1,12 @@
-"""Compress a language model and measure what it lost.
+"""Compress a language model and measure its loss in quality.
 
 python main.py fit                                        the embedded model, NoWag-P 50 %, perplexity
 python main.py fit --config configs/method/nowag_vq_2bit_small.yaml
 python main.py fit --config configs/method/nowag_p_2_4.yaml --config configs/finetuning/embedded.yaml
 python main.py fit --model.path <folder or hub id> --config configs/data/wikitext2_c4.yaml
 python main.py validate --model.path <folder or hub id>   perplexity of a dense or compressed model
-python main.py compare <run> <run> ... [--output FILE]    finished runs beside each other
-python main.py evaluate --model.path <folder or hub id>   questions of lm-evaluation-harness (the extra `eval`)
+python main.py compare <run> <run> ... [--output FILE]    finished runs side by side
+python main.py evaluate --model.path <folder or hub id>   zero-shot tasks of lm-evaluation-harness (the extra `eval`)
 """
 
 from pathlib import Path
@@ -66,14 +66,14 @@ class CompressionCLI(StageCLI):
             "--run_dir",
             type=str | None,
             default=None,
-            help="folder of artefacts, logs and report; the same command goes on in it where it was. "
+            help="folder of artefacts, logs and report; the same command continues an interrupted run in it. "
             "null: runs/<model>-<method>",
         )
         parser.link_arguments("run_dir", "model.run_dir")
         parser.link_arguments("compression.enabled", "calibration.enabled")
 
     def after_fit(self) -> None:
-        """Show the figures when the progress bars are gone."""
+        """Show the figures after the progress bars."""
         assert isinstance(self.trainer, CompressionTrainer)
         for callback in self.trainer.callbacks:
             if isinstance(callback, ModelReport):

@@ -15,11 +15,11 @@ class ModelCalibration(Stage):
             calibration text.
         seed: seed of these places.
         mode: "dense" takes the inputs that linears have in the dense model, as in the paper; "propagated" those that
-            they have after the blocks that are compressed already; "corrected" those that they have after all linears
-            that are compressed already, and fits every linear to give what the dense model has at its place.
-        batch_size: sequences that pass a block together on each device; a smaller number takes less memory.
-        guidance: weight every token by the squared gradient of the end loss at each linear's output, which takes one
-            pass forwards and one back. null: all tokens count alike.
+            they have after the blocks compressed so far; "corrected" those that they have after all linears compressed
+            so far, and fits every linear to compensate for the error of those before it.
+        batch_size: sequences that pass through a block together on each device; a smaller number takes less memory.
+        guidance: weight every token by the squared gradient of the final loss at each linear's output, which takes a
+            forward and a backward pass. null: all tokens have equal weight.
         enabled: Calibrate. On the command line, compression.enabled decides this.
     """
 

@@ -21,14 +21,14 @@ class ModelCompression(Stage):
 
     Args:
         compressor: the method, by class_path and init_args: NoWagPruner, NoWagQuantizer, ArmorCompressor, WandaPruner,
-            MagnitudePruner, or a class of your own that derives from nowag_pl.compressors.Compressor.
+            MagnitudePruner, NoWagTrellis, or a class of your own that derives from nowag_pl.compressors.Compressor.
         budget: spread the bits that the compressor needs over the linears by measured sensitivity. null: the same
             settings for every linear.
-        targets: patterns of the linears that are compressed, such as [mlp.*]. null: all.
+        targets: patterns of the linears to compress, such as [mlp.*]. null: all.
         ignore: patterns of the linears that stay dense, such as ["blocks:0", "blocks:-1"]. null: none.
-        overrides: pattern to other settings of the compressor, such as {down_proj: {sparsity: 0.3}}, or to another
-            compressor by class_path and init_args; of two patterns that match, the later one holds. null: none.
-        enabled: Compress. false trains or measures a model as it is.
+        overrides: for each pattern, other settings of the compressor, such as {down_proj: {sparsity: 0.3}}, or another
+            compressor by class_path and init_args; if two patterns match, the later one applies. null: none.
+        enabled: Compress. false: train or measure the model without compressing it.
     """
 
     def __init__(

@@ -12,28 +12,29 @@ from nowag_pl.stages.plan import FinetuningSettings, Plan
 
 
 class ModelFinetuning(Stage):
-    """Finetune every compressed block to give the dense block's outputs, one after the other.
+    """Finetune the compressed blocks one after the other to reproduce the dense blocks' outputs.
 
-    Inputs are the hidden states that the compressed and finetuned blocks before it produce. Everything continuous is
-    trained: kept weights, codebooks, scales, norms, biases. Of all epochs and the block as it was, the one with the
-    lowest error on the held-out sequences is kept.
+    Inputs are the outputs of the compressed and finetuned blocks before it. Everything continuous is trained: kept
+    weights, codebooks, scales, norms, biases. The result of the epoch with the lowest error on the held-out sequences
+    is kept, or the untrained block if no epoch was better.
 
     Args:
-        enabled: finetune blocks.
-        num_sequences: training sequences of data.seq_len tokens each, from the first part of the calibration text.
-        num_held_out: sequences that decide, from the rest of that text.
-        seed: which places, and the order in which they are trained on.
+        enabled: Finetune blocks.
+        num_sequences: number of training sequences of data.seq_len tokens, from the first part of the calibration text.
+        num_held_out: number of sequences that choose the epoch, from the rest of that text.
+        seed: seed of the places of the sequences in the text, and of their order in training.
         targets: "block" for the outputs of the dense block on the same inputs; "model" for the hidden states of the
             dense model.
-        max_epochs: passes over the training sequences at most.
+        max_epochs: largest number of passes over the training sequences.
         learning_rate: learning rate of AdamW at the start.
         batch_size: sequences per step on all devices together.
         accumulate_grad_batches: batches whose gradients are added up before a step.
         gradient_clip_val: largest norm of a gradient; a larger one is scaled down to it.
         plateau_patience: epochs without a lower held-out error before the learning rate is halved.
-        stop_patience: epochs without a lower held-out error before a block is done.
-        activations: where hidden states are while a block uses them: "memory" for host memory, "disk" for mapped files.
-        precision: precision of the computation; "auto" for bf16-mixed where the device has it, else 32-true.
+        stop_patience: epochs without a lower held-out error before training of a block ends.
+        activations: place of the hidden states while a block uses them: "memory" for host memory, "disk" for mapped
+            files.
+        precision: precision of the computation; "auto" for bf16-mixed if the device supports it, else 32-true.
     """
 
     def __init__(  # noqa: PLR0913 - each is an option of the command line

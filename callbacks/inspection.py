@@ -20,14 +20,14 @@ class ModelInspection(Stage):
     """Draw weights, importance, masks, codewords, block errors and heat maps for TensorBoard.
 
     Args:
-        enabled: draw them.
-        max_blocks: blocks whose linears are drawn, the first and the last among them. TensorBoard shows at most ten
-            images for each linear unless it is called with --samples_per_plugin=images=100.
-        linears: draw only linears whose names end so, such as [mlp.down_proj]. null: all.
-        max_image_size: pixels on a side of a matrix, each the mean of a cell.
-        num_samples: weights in a histogram, and subvectors in a plane.
-        num_windows: evaluation windows on which the error of each block's output is measured; every block is read
-            for it twice. 0: not measured.
+        enabled: Draw them.
+        max_blocks: number of blocks whose linears are drawn, including the first and the last. TensorBoard shows at
+            most ten images for each linear unless it is called with --samples_per_plugin=images=100.
+        linears: draw only linears whose names end in one of these, such as [mlp.down_proj]. null: all.
+        max_image_size: largest side of the image of a matrix, in pixels; each pixel is the mean of a cell.
+        num_samples: number of weights in a histogram, and of subvectors in a plot of codewords.
+        num_windows: evaluation windows on which the error of each block's output is measured, for which every block is
+            read twice. 0: not measured.
     """
 
     def __init__(

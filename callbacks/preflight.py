@@ -92,6 +92,6 @@ def _training(trainer: Trainer, module: LitCausalLM) -> Training | None:
 
 
 def _num_checkpoints(callback: ModelCheckpoint, trainer: Trainer) -> int:
-    """Return how many checkpoints a callback keeps; one after each epoch where it keeps all."""
+    """Return the number of checkpoints that a callback keeps; one for each epoch if it keeps all."""
     kept = callback.save_top_k if callback.save_top_k >= 0 else max(trainer.max_epochs or 1, 1)
     return kept + bool(callback.save_last)

@@ -24,8 +24,8 @@ class ModelReport(Stage):
     """Compare with the dense model, show a table, write <run_dir>/report.json and report.html.
 
     Args:
-        batch_size: windows of the evaluation texts that pass a block of the dense model together.
-        html: write report.html beside report.json: one file with tables and figures.
+        batch_size: windows of the evaluation texts that pass through a block of the dense model together.
+        html: also write report.html, one file with tables and figures.
     """
 
     def __init__(self, batch_size: int = 8, html: bool = True) -> None:
@@ -113,7 +113,7 @@ class ModelReport(Stage):
         self._training_seconds = float(state_dict["training_seconds"])
 
     def show(self) -> None:
-        """Print the tables of the last validation; to be called when no progress bar is drawn any more."""
+        """Print the tables of the last validation; to be called after the last progress bar."""
         console = Console()
         for table in self._tables:
             console.print(table)

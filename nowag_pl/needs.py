@@ -1,7 +1,7 @@
-"""What the stages of a run will need: device memory, host memory and disk.
+"""Estimates of device memory, host memory and disk for the stages of a run.
 
 The formulas are those of docs/reproduction.md, "Memory and disk". All figures are bytes; those of memory are upper
-bounds, those of disk are exact but for file headers.
+bounds, those of disk are exact except for file headers.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ DISTILLATION_BYTES = 40  # and the same of the teacher
 
 @dataclass(frozen=True)
 class StageNeeds:
-    """What one stage needs at its peak.
+    """The peak needs of one stage.
 
     Attributes:
         stage: its name.
@@ -27,7 +27,7 @@ class StageNeeds:
         host: host memory of each process.
         shared_host: host memory of all processes together.
         disk: written into the run directory.
-        device_option, host_option, disk_option: options that lower them; disk beside another run_dir.
+        device_option, host_option, disk_option: options that lower them; for disk, other than another run_dir.
         built: host memory of each process in which the model is made before it goes to the device.
     """
 
@@ -44,7 +44,7 @@ class StageNeeds:
 
 @dataclass(frozen=True)
 class DataShape:
-    """How much text there is.
+    """The amount of text.
 
     Attributes:
         seq_len: tokens in a window.
@@ -63,7 +63,7 @@ class Training:
 
     Attributes:
         batch_size: windows of a step on each device.
-        teacher: how the dense model's predictions are recorded, where they are learned.
+        teacher: settings for recording the dense model's predictions, if they are trained on.
         num_windows: windows on which they are recorded.
         num_checkpoints: checkpoints on disk at once.
     """
@@ -114,7 +114,7 @@ def guidance(sizes: ModelSizes, settings: CalibrationSettings, seq_len: int) -> 
 
 
 def compression(sizes: ModelSizes, settings: CalibrationSettings, seq_len: int) -> list[StageNeeds]:
-    """Return the needs of calibration and compression: one stage where second moments are gathered along the way."""
+    """Return the needs of calibration and compression: one stage if compression gathers second moments."""
     hidden = sizes.hidden_states(settings.num_sequences, seq_len)
     activations, pairs = sizes.activations(settings.batch_size * seq_len), sizes.block.pairs
     calibration = StageNeeds(
@@ -148,7 +148,7 @@ def compression(sizes: ModelSizes, settings: CalibrationSettings, seq_len: int) 
 
 
 def budget(sizes: ModelSizes, settings: CalibrationSettings, num_sequences: int, seq_len: int) -> StageNeeds:
-    """Return the needs of spreading a budget by sensitivities on so many sequences, beside those of a compression."""
+    """Return the needs of spreading a budget by sensitivities on so many sequences, without those of a compression."""
     tokens = settings.batch_size * seq_len
     # Activations are kept, with their gradients and the change of an output; both weights, and their difference.
     block = sizes.dense_block + sizes.block.candidates + 12 * sizes.linear.weights + sizes.linear.restoring

@@ -24,16 +24,16 @@ class ArmorCompressor(Compressor):
 
     Args:
         pattern: (N, M): the core S keeps N of every M consecutive weights of a row.
-        block_size: size of the blocks of A and B; of each, the largest divisor of its features that is not above this
-            is taken (for B one that M divides). A and B cost 16 (block / in + block / out) bits per weight.
-        max_iters: iterations at the most, each a step of Adam and a choice of supports.
-        learning_rate: of Adam on A and B at the start; it falls to zero over max_iters. That of S is scaled by the size
-            of its values.
-        tolerance: stop when 50 iterations lower the loss by less than this fraction; 0 to go on while it falls.
-        selection: how a group of each pair of blocks is chosen for a new support: with "gradient" in proportion to the
-            squared gradient of the loss, or "random".
-        weighting: what an error of the normalised weight counts. "normalized": the paper's `h_j`; "output": as much as
-            it moves the linear's output, `h_j r1_j^2 r2_i^2`.
+        block_size: largest size of the blocks of A and B; the largest divisor of the number of features up to this is
+            used (for B, a multiple of M). A and B cost 16 (block / in + block / out) bits per weight.
+        max_iters: largest number of iterations, each a step of Adam and a choice of supports.
+        learning_rate: first learning rate of Adam on A and B; it falls to zero over max_iters. The rate of S is scaled
+            by the size of its values.
+        tolerance: stop when 50 iterations lower the loss by less than this fraction; 0 to continue while it falls.
+        selection: choice of the group in each pair of blocks that may get a new support: "gradient", with a probability
+            proportional to the squared gradient of the loss, or "random".
+        weighting: weight of an error of the normalised weight. "normalized": the paper's `h_j`; "output": its effect on
+            the linear's output, `h_j r1_j^2 r2_i^2`.
         seed: seed of the choice of groups.
     """
 
@@ -105,7 +105,7 @@ class ArmorCompressor(Compressor):
         return ArmorLinear(scaled, self.pattern, linear.bias, linear.weight.dtype)
 
     def _target(self, normalized: Normalized, second_moment: Tensor) -> ArmorTarget:
-        """Return the objective; weights average 1, so that gradients are large beside Adam's epsilon."""
+        """Return the objective; weights average 1, so that gradients are large compared with Adam's epsilon."""
         weight, in_scale, out_scale = normalized
         if self.weighting == "output":
             return ArmorTarget(weight, *output_weights(in_scale, out_scale, second_moment))

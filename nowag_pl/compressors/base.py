@@ -21,8 +21,8 @@ _FULL_BYTES_PER_WEIGHT = 48
 class Compressor(ABC):
     """A method that turns a linear into a smaller one. Its `repr` names it in manifests and reports.
 
-    Only :meth:`compress` must be written. The other members have defaults that hold for any method; a method that
-    knows better says so, and estimates of memory, disk and bits become exact.
+    Only :meth:`compress` must be written. The other members have defaults that suit any method; overriding them makes
+    the estimates of memory, disk and bits exact.
     """
 
     @property
@@ -32,21 +32,21 @@ class Compressor(ABC):
 
     @abstractmethod
     def compress(self, linear: nn.Linear, second_moment: Tensor) -> CompressedLinear:
-        """Compress one linear, which is left as it is.
+        """Compress one linear, which is not changed.
 
         Args:
             linear: dense linear `[out, in]`, with or without bias.
             second_moment: mean of the squared input of each column, `[in]`, float32; the mean of x x^T, `[in, in]`,
-                where :attr:`full_second_moment` asks for it.
+                if :attr:`full_second_moment` is True.
 
         Raises:
             ValueError: a weight or moment is not finite, or the settings do not fit the shape.
         """
 
     def empty(self, shape: tuple[int, int], dtype: torch.dtype, bias: bool = False) -> CompressedLinear | None:
-        """Return the module that :meth:`compress` makes of a linear, on the meta device and without values.
+        """Return the result of :meth:`compress` on the meta device, without values.
 
-        Its `bits_per_weight`, `storage_bytes`, parameters and needs of memory are those of the result.
+        Its `bits_per_weight`, `storage_bytes`, parameters and memory are those of the compressed linear.
 
         Args:
             shape: (out, in).
@@ -54,7 +54,7 @@ class Compressor(ABC):
             bias: whether the linear has a bias.
 
         Returns:
-            None where the module cannot be told before the weights are seen.
+            None if the module depends on the values of the weights.
 
         Raises:
             ValueError: the settings do not fit the shape.
@@ -62,7 +62,7 @@ class Compressor(ABC):
         return None
 
     def working_bytes(self, shape: tuple[int, int]) -> int:
-        """Return the memory that compressing one linear takes beside the linear and its result, in bytes.
+        """Return the memory for compressing one linear, in addition to the linear and its result, in bytes.
 
         Args:
             shape: (out, in).
@@ -70,7 +70,7 @@ class Compressor(ABC):
         return 32 * shape[0] * shape[1] + self.full_moment_bytes(shape)
 
     def full_moment_bytes(self, shape: tuple[int, int]) -> int:
-        """Return the part of :meth:`working_bytes` that full second moments cause; 0 where they are not needed.
+        """Return the part of :meth:`working_bytes` that full second moments cause; 0 if they are not needed.
 
         Args:
             shape: (out, in).
@@ -101,7 +101,7 @@ def empty_settings(shape: tuple[int, int], dtype: torch.dtype, bias: bool) -> di
 
 
 def check_inputs(linear: nn.Linear, second_moment: Tensor, full: bool = False) -> None:
-    """Raise ValueError where a weight or a second moment cannot be compressed.
+    """Raise ValueError if a weight or a second moment cannot be used for compression.
 
     Args:
         linear: dense linear `[out, in]`.

@@ -13,7 +13,7 @@ class MagnitudePruner(Pruner):
     """Keep the largest `|W_ij|` of the matrix, or of each group of an N:M pattern.
 
     Args:
-        sparsity: fraction of the weights to remove, in [0, 1). null: 0.5, unless a pattern says it.
+        sparsity: fraction of the weights to remove, in [0, 1). null: 0.5, unless there is a pattern.
         pattern: (N, M) to keep N of every M consecutive weights of a row, such as [2, 4]. null: no pattern.
     """
 
@@ -27,7 +27,7 @@ class WandaPruner(Pruner):
     """Keep the largest `|W_ij| sqrt(h_j)` of each row, or of each group of an N:M pattern.
 
     Args:
-        sparsity: fraction of each row to remove, in [0, 1). null: 0.5, unless a pattern says it.
+        sparsity: fraction of each row to remove, in [0, 1). null: 0.5, unless there is a pattern.
         pattern: (N, M) to keep N of every M consecutive weights of a row, such as [2, 4]. null: no pattern.
     """
 
@@ -43,5 +43,5 @@ class WandaPruner(Pruner):
         return keep_largest(scores, self.sparsity)
 
     def num_kept(self, shape: tuple[int, int]) -> int:
-        """Return how many weights of a linear `(out, in)` stay; without a pattern, equally many in each row."""
+        """Return the number of kept weights of a linear `(out, in)`; without a pattern, the same number in each row."""
         return super().num_kept(shape) if self.pattern is not None else shape[0] * super().num_kept((1, shape[1]))

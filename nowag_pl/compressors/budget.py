@@ -1,4 +1,4 @@
-"""Settings of one method among which a budget of bits chooses for each linear."""
+"""Settings of one method from which a budget of bits chooses one for each linear."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ class Budget:
     """Spread the bits of a compressor over the linears by how much the model's predictions depend on each.
 
     Args:
-        candidates: settings among which each linear gets one, beside the compressor's own: what differs from it, such
-            as [{sparsity: 0.4}, {sparsity: 0.6}]. null: those that the method offers.
+        candidates: settings that a linear may get instead of the compressor's own, given by the fields that differ,
+            such as [{sparsity: 0.4}, {sparsity: 0.6}]. null: the candidates that the method offers.
         num_sequences: calibration sequences, the first ones, on which sensitivities are measured and the result is
             compared with the compressor's own settings everywhere.
         bits_per_weight: the most that all linears may take on average, such as 2.5 between the 2 and 3 bits of a
@@ -54,7 +54,7 @@ def settings_of(compressor: Compressor, budget: Budget) -> list[Compressor]:
 
 
 def titles(settings: Sequence[Compressor]) -> list[str]:
-    """Return what tells each setting from the others, such as "sparsity=0.4"; of another method all of it."""
+    """Return the fields that distinguish each setting, such as "sparsity=0.4"; all fields for another method."""
     kind = type(settings[0])
     described = [_fields(compressor) for compressor in settings if type(compressor) is kind]
     differing = [name for name in described[0] if any(each[name] != described[0][name] for each in described)]
@@ -70,7 +70,7 @@ def changed(compressor: Compressor, changes: Mapping[str, Any], option: str) -> 
     Args:
         compressor: a dataclass.
         changes: field to value.
-        option: what messages call the changes, such as "compression.budget.candidates".
+        option: name of the changes in messages, such as "compression.budget.candidates".
 
     Raises:
         ValueError: the compressor is no dataclass, lacks a field, or a value is out of its range.

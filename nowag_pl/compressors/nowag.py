@@ -30,13 +30,13 @@ class NoWagPruner(Pruner):
     """NoWag-P: keep the largest `h_j W_bar_ij^2` of the normalised weight.
 
     Args:
-        sparsity: fraction of the weights to remove, in [0, 1). null: 0.5, unless a pattern says it.
+        sparsity: fraction of the weights to remove, in [0, 1). null: 0.5, unless there is a pattern.
         pattern: (N, M) to keep N of every M consecutive weights of a row, such as [2, 4]. null: no pattern.
         structured: remove whole "rows" (output channels) or "columns" (input channels). null: single weights.
-        update: how kept weights make up for the removed ones, by the full second moments. null: not at all, as in the
-            paper; "refit": those that NoWag-P keeps are fitted to the linear's output by least squares; "alternating":
-            the mask is chosen together with the values, by alternating directions (ADMM), then they are fitted.
-        damping: with an update, what is added to the diagonal of the second moments, as a share of its mean.
+        update: compensation of removed weights by the kept ones, by the full second moments. null: none, as in the
+            paper; "refit": the weights that NoWag-P keeps are fitted to the linear's output by least squares;
+            "alternating": mask and values are chosen together by alternating directions (ADMM), then the values fitted.
+        damping: with an update, the addition to the diagonal of the second moments, as a share of its mean.
     """
 
     structured: Literal["rows", "columns"] | None = None
@@ -90,7 +90,7 @@ class NoWagPruner(Pruner):
         return keep_structured(scores, self.sparsity, dim=0 if self.structured == "rows" else 1)
 
     def num_kept(self, shape: tuple[int, int]) -> int:
-        """Return how many weights of a linear `(out, in)` stay, in whole rows or columns where it is structured."""
+        """Return the number of kept weights of a linear `(out, in)`, in whole rows or columns if structured."""
         if self.structured is None:
             return super().num_kept(shape)
         lines, length = shape if self.structured == "rows" else shape[::-1]
@@ -105,19 +105,19 @@ class NoWagQuantizer(Compressor):
         subvector_dim: weights per codeword (d). Rows that it does not divide are padded with weightless zeros.
         codebook_size: number of codewords (k) of each linear. Codes cost log2(k) / d bits per weight.
         seed: seed of the k-means++ start.
-        max_iters: Lloyd iterations at the most.
+        max_iters: largest number of Lloyd iterations.
         tolerance: stop when an iteration lowers the loss by less than this fraction; 0 to stop only when the codes
             settle.
-        weighting: what an error of the normalised weight counts. "normalized": the paper's `h_j`; "output": as much as
-            it moves the linear's output, `h_j r1_j^2 r2_i^2`.
-        restarts: k-means runs from different starts, of which the one with the smallest loss is taken.
-        update: how codes make up for each other's errors, by the full second moments. null: not at all, as in the
-            paper; "feedback": each column of subvectors takes up the errors of those before it; "alternating": codes
-            and codebook are chosen by alternating directions (ADMM). The codebook is fitted by least squares to either.
-        rounds: with an update, how often codes are chosen and the codebook is fitted; after the first time, each column
-            takes up the errors of all others.
-        refit_scales: whether the scales are fitted to the linear's output by least squares, by the full second moments.
-        damping: for both, what is added to the diagonal of the second moments, as a share of its mean.
+        weighting: weight of an error of the normalised weight. "normalized": the paper's `h_j`; "output": its effect on
+            the linear's output, `h_j r1_j^2 r2_i^2`.
+        restarts: number of k-means runs from different starts; the one with the smallest loss is used.
+        update: compensation of errors among codes, by the full second moments. null: none, as in the paper;
+            "feedback": each column of subvectors compensates for the errors of those before it; "alternating": codes
+            and codebook are chosen by alternating directions (ADMM). In both, least squares fit the codebook.
+        rounds: with an update, number of rounds of choosing codes and fitting the codebook; after the first round, each
+            column compensates for the errors of all others.
+        refit_scales: fit the scales to the linear's output by least squares, by the full second moments.
+        damping: for both, the addition to the diagonal of the second moments, as a share of its mean.
     """
 
     subvector_dim: int = 6

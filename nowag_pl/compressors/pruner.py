@@ -1,4 +1,4 @@
-"""What the pruning methods share: settings, checks, and the module that they make."""
+"""The base of the pruning methods: settings, checks, and the resulting module."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Pruner(Compressor):
     """Remove the weights with the smallest scores.
 
     Args:
-        sparsity: fraction of the weights to remove, in [0, 1). null: 0.5, unless a pattern says it.
+        sparsity: fraction of the weights to remove, in [0, 1). null: 0.5, unless there is a pattern.
         pattern: (N, M) to keep N of every M consecutive weights of a row, such as [2, 4]. null: no pattern.
     """
 
@@ -40,7 +40,7 @@ class Pruner(Compressor):
             if self.sparsity is not None:
                 raise ValueError(
                     f"Expected sparsity or pattern, but got sparsity {self.sparsity} and pattern {self.pattern}. "
-                    "The pattern says how much is removed: set sparsity to null."
+                    "The pattern determines the sparsity: set sparsity to null."
                 )
         elif self.sparsity is None:
             object.__setattr__(self, "sparsity", DEFAULT_SPARSITY)
@@ -67,7 +67,7 @@ class Pruner(Compressor):
         return 8 * shape[0] * shape[1] + self.full_moment_bytes(shape)
 
     def num_kept(self, shape: tuple[int, int]) -> int:
-        """Return how many weights of a linear `(out, in)` stay."""
+        """Return the number of weights of a linear `(out, in)` that are kept."""
         num_weights = shape[0] * shape[1]
         if self.pattern is not None:
             return num_weights // self.pattern[1] * self.pattern[0]

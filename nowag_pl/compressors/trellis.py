@@ -12,15 +12,15 @@ from nowag_pl.functional.trellis.codes import Code
 from nowag_pl.functional.trellis.quantize import TrellisSettings, quantize_trellis
 from nowag_pl.modules.compressed.trellis import TrellisLinear
 
-_WORKING_BYTES = 40  # per weight: the target, what is on the trellis, tiles, states, and copies for the scales
+_WORKING_BYTES = 40  # per weight: target, rotated weight, tiles, states, and copies for the scales
 
 
 @dataclass(frozen=True)
 class NoWagTrellis(Compressor):
-    """Normalise, rotate, and put every 16 x 16 weights on a trellis, with the errors of columns fed into later ones.
+    """Normalise, rotate, and quantize tiles of 16 x 16 weights on a trellis, feeding errors into later columns.
 
     Args:
-        bits: bits of a weight, 1 to 8. Beside them there are only 16 bits for each row and column.
+        bits: bits per weight, 1 to 8. In addition, each row and column takes 16 bits.
         state_bits: bits of a state of the trellis: 12, or 16 for a few percent less error in 16 times the time.
         code: numbers of the states: "mul1", "mcg", "3inst" or "1mad".
         rotation: "both" for random signs and Hadamard blocks on both sides, "none" for NoWag's normalised weight as it

@@ -45,7 +45,7 @@ def read_documents(path: str | Path, column: str = "text") -> list[str]:
     Args:
         path: a table (.json, .jsonl, .ndjson, .parquet, .csv; rows are documents), any other UTF-8 text file (one
             document), each of them also as .gz, or a folder that `save_to_disk` wrote.
-        column: of a table, the column that holds the text.
+        column: column of a table that holds the text.
 
     Raises:
         ValueError: the file is missing, damaged, empty or of a kind that is not read, it has no such column, or the
@@ -64,7 +64,7 @@ def read_documents(path: str | Path, column: str = "text") -> list[str]:
     _log.info("Reading %s", path)
     try:
         rows = load_dataset(builder, data_files=glob.escape(str(path)), split="train")
-    except Exception as error:  # of many types: each means that the file is not what its suffix says
+    except Exception as error:  # of many types: each means that the file does not have the format of its suffix
         reason = first_line(error.__cause__ or error)
         raise ValueError(f"Expected {path} to be a readable {builder} file with rows, but got: {reason}.") from error
     return rows_to_documents(rows, column, str(path))
@@ -90,8 +90,8 @@ def open_saved(folder: Path, split: str | None) -> "Dataset":
     """Open a dataset that `save_to_disk` wrote.
 
     Args:
-        folder: it.
-        split: which of its splits. None where there is only one.
+        folder: the folder.
+        split: name of one of its splits. None if there is only one.
 
     Raises:
         ValueError: there is no such dataset or split, or it has several splits and none is named.
@@ -111,7 +111,7 @@ def open_saved(folder: Path, split: str | None) -> "Dataset":
     if split is None and len(splits) == 1:
         return next(iter(splits.values()))
     if split == "train" and not is_dict:
-        return opened  # "train" is also what is meant where nothing is said
+        return opened  # "train" is the default, so it may mean a dataset without splits
     if split in splits:
         return splits[split]
     wanted = "one split" if split is None else f"split {split!r}"
@@ -133,9 +133,9 @@ def rows_to_documents(
     Args:
         rows: the dataset, which may be a stream: of it only as many rows are read as needed.
         column: column that holds the text.
-        name: what messages call the dataset.
+        name: name of the dataset in messages.
         max_documents: number of rows to read. None: all.
-        shuffle_seed: draw rows at random, of a stream among the next 10,000. None: in order.
+        shuffle_seed: draw rows at random; from a stream, among the next 10,000. None: in order.
 
     Raises:
         ValueError: there are no rows, they have no such column, or it holds something else than text.
@@ -165,7 +165,7 @@ def require_column(columns: list[str], column: str, name: str) -> None:
     """Check that a dataset has the column of the text.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it does not.
     """
     if column not in columns:
         raise ValueError(f"Expected {name} to have a column {column!r}, but got {columns}.")

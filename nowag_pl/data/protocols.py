@@ -1,13 +1,13 @@
-"""How an evaluation text becomes windows: the whole stream, or one of the two ways in which papers cut C4.
+"""Windows of an evaluation text: the whole stream, or one of the two ways in which papers cut C4.
 
 Both ways for C4 are those of the GPTQ repository (https://github.com/IST-DASLab/gptq, datautils.py: `get_c4` and
-`get_c4_new`), written anew from their description. Their figures differ: never compare one with the other. Both take
+`get_c4_new`), rewritten from their description. Their figures differ: never compare one with the other. Both take
 the first file of C4's validation set, en/c4-validation.00000-of-00008.json.gz of allenai/c4:
 
-- "c4", which QuIP# follows: 256 times, documents are drawn with Python's `random`, seed 0, until one
-  has at least `seq_len` tokens, and of it a window at a random place. Each document is tokenised by itself, with the
+- "c4", which QuIP# follows: 256 times, documents are drawn with Python's `random`, seed 0, until one has at least
+  `seq_len` tokens; a window is taken from a random place of it. Each document is tokenised by itself, with the
   special tokens that the tokenizer adds.
-- "c4-new": the first 1100 documents, joined by a space, tokenised as one stream behind one
+- "c4-new": the first 1100 documents, joined by a space, tokenised as one stream after one
   beginning-of-sequence token, at most 256 windows.
 """
 
@@ -34,7 +34,7 @@ C4_FILE_DOCUMENTS = 45_576
 
 
 def stream_tokens(source: TextSource, tokenizer: "PreTrainedTokenizerBase", cache_dir: Path | None = None) -> Tensor:
-    """Return the text of a source as one stream of tokens, for calibration or as windows one behind the other.
+    """Return the text of a source as one stream of tokens, for calibration or as consecutive windows.
 
     Args:
         source: the text. It is not opened if its tokens are in the cache under its description.
@@ -142,7 +142,7 @@ def _tokens(
     key: list[str],
     make: Callable[[list[str]], Tensor],
 ) -> Tensor:
-    """Return what `make` makes of the documents, from the cache if it is there."""
+    """Return the result of `make` on the documents, from the cache if it is there."""
     if source.cache_key is not None:
         return cached_tokens([*key, source.cache_key], tokenizer, cache_dir, lambda: make(source.documents()))
     documents = source.documents()

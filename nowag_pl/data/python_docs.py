@@ -1,4 +1,4 @@
-"""A text that every machine with Python has: the language reference and the docstrings, read at run time.
+"""A text that comes with every Python: the language reference and the docstrings, read at run time.
 
 Documents are the topics of :mod:`pydoc_data.topics` and, for every module of a package, its docstrings. They are
 read from source files, so nothing is imported or executed. One document in ten, chosen by the hash of its
@@ -30,7 +30,7 @@ def python_docs(split: Literal["train", "eval"], packages: Sequence[str] = (STAN
     Raises:
         ValueError: a package is not installed.
     """
-    seen: set[bytes] = set()  # some docstrings stand in dozens of modules: the first keeps it, whatever its split
+    seen: set[bytes] = set()  # some docstrings are in dozens of modules: the first keeps it, whatever its split
     for package in packages:
         for name, document in _documents(package):
             paragraphs = []
@@ -72,7 +72,7 @@ def _package_folder(package: str) -> Path:
 
 
 def _docstrings(path: Path) -> list[str]:
-    """Return the docstrings of a source file in their order, or nothing where it does not parse."""
+    """Return the docstrings of a source file in their order, or nothing if it does not parse."""
     try:
         with tokenize.open(path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # other people's escape sequences

@@ -1,4 +1,4 @@
-"""Where text comes from: local files, Hugging Face datasets, Python's documentation; each a list of documents."""
+"""Sources of text: local files, Hugging Face datasets, Python's documentation; each a list of documents."""
 
 import dataclasses
 import glob
@@ -40,7 +40,7 @@ class TextSource(Protocol):
 
     @property
     def cache_key(self) -> str | None:
-        """What its tokens are kept under, so that it need not be read again. None: the text itself."""
+        """Key of its tokens in the cache, so that it need not be read again. None: the text itself."""
 
     def documents(self) -> list[str]:
         """Read it."""
@@ -48,7 +48,7 @@ class TextSource(Protocol):
 
 @dataclass(frozen=True)
 class LocalFiles:
-    """Local files and datasets saved to disk, one behind the other; see :func:`read_documents`."""
+    """Local files and datasets saved to disk, one after the other; see :func:`read_documents`."""
 
     paths: tuple[str, ...]
     protocol: EvalProtocol = "stream"
@@ -83,9 +83,10 @@ class HubDataset:
         split: split to read, such as "train", "test", "train[:1000]".
         column: column that holds the text.
         data_files: files to read instead of the whole dataset: relative to it, or local ones in their place.
-        protocol: how the text becomes evaluation windows. "stream": documents joined by a blank line, tokenised once,
-            cut into windows; "c4": GPTQ's 256 crops of C4's first validation file; "c4-new": its first 1100 documents.
-        streaming: read over the network only as far as needed, instead of downloading all.
+        protocol: way of cutting the text into evaluation windows. "stream": documents joined by a blank line, tokenised
+            once, cut into windows; "c4": GPTQ's 256 crops of C4's first validation file; "c4-new": its first 1100
+            documents.
+        streaming: read over the network only as far as needed, instead of downloading everything.
         max_documents: number of documents to read; needed with streaming. null: all.
         shuffle_seed: take documents at random; with streaming, each among the next 10,000. null: in order.
     """
@@ -104,16 +105,16 @@ class HubDataset:
         if self.max_documents is not None and self.max_documents < 1:
             raise ValueError(f"Expected max_documents of at least 1, but got {self.max_documents}.")
         if self.streaming and self.max_documents is None:
-            raise ValueError("Expected max_documents beside streaming, or the whole dataset is read, but got null.")
+            raise ValueError("Expected max_documents with streaming, or the whole dataset is read, but got null.")
         if self.protocol != "stream" and (self.max_documents, self.shuffle_seed) != (None, None):
             raise ValueError(
-                f"Expected neither max_documents nor shuffle_seed beside protocol {self.protocol!r}, which says which "
-                f"documents are taken, but got {self.max_documents} and {self.shuffle_seed}."
+                f"Expected neither max_documents nor shuffle_seed with protocol {self.protocol!r}, which chooses the "
+                f"documents, but got {self.max_documents} and {self.shuffle_seed}."
             )
 
     @property
     def cache_key(self) -> str | None:
-        """This description, for what is not on this machine; None for local data, which may change."""
+        """This description, for data of the hub; None for local data, which may change."""
         files = self._files
         if self.path in _BUILDERS:
             is_local = not all("://" in file for file in files)
@@ -147,7 +148,7 @@ class HubDataset:
 
     @property
     def _local_files(self) -> list[str]:
-        """Files on this machine that stand in for the dataset's own."""
+        """Files on this machine that replace those of the dataset."""
         files = [str(Path(file).expanduser()) for file in self._files]
         return files if files and all(Path(file).is_file() for file in files) else []
 
@@ -181,7 +182,7 @@ class HubDataset:
         ]
 
     def _arguments(self, path: Path) -> dict[str, Any]:
-        """Return what `load_dataset` takes to find the files."""
+        """Return the arguments by which `load_dataset` finds the files."""
         if self.path in _BUILDERS:
             return {"path": self.path, "name": self.name, "data_files": self.data_files}
         split = re.split(r"[\[+]", self.split)[0]
@@ -195,7 +196,7 @@ class HubDataset:
             }
         if self.data_files is None:
             return {"path": self.path, "name": self.name}
-        # Some files are fewer documents than the dataset says it has: its checks would refuse them.
+        # Some files have fewer documents than the dataset's metadata: its checks would refuse them.
         part = {"data_files": {split: self.data_files}, "verification_mode": "no_checks"}
         return {"path": self.path, "name": self.name, **part}
 

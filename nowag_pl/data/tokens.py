@@ -1,8 +1,8 @@
 """Text to tokens to windows, by the protocol of the compression papers.
 
-Documents are joined by a blank line and tokenised once, with a beginning-of-sequence token at the very start where
-the tokenizer has one. Evaluation cuts the stream into whole windows and drops the tail; calibration takes windows
-at random places.
+Documents are joined by a blank line and tokenised once, with a beginning-of-sequence token at the very start if the
+tokenizer has one. Evaluation cuts the stream into whole windows and drops the tail; calibration takes windows at
+random places.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ def tokenize(documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase", cac
 
 
 def stream_of(text: str, tokenizer: "PreTrainedTokenizerBase") -> Tensor:
-    """Tokenise a text as one stream behind one beginning-of-sequence token, if the tokenizer has any.
+    """Tokenise a text as one stream, after one beginning-of-sequence token if the tokenizer has one.
 
     Returns:
         Token ids `[num_tokens]`, int32.
@@ -72,7 +72,7 @@ def cached_tokens(
     """Return tokens from the cache, or make and keep them.
 
     Args:
-        key: all that decides the tokens beside the tokenizer: the text, or the description of a dataset.
+        key: everything except the tokenizer that determines the tokens: the text, or the description of a dataset.
         tokenizer: the model's tokenizer.
         cache_dir: folder of the cache. None keeps nothing.
         make: makes the tokens.
@@ -94,7 +94,7 @@ def cached_tokens(
 
 
 def _digest(key: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Hash all that decides the tokens."""
+    """Hash everything that determines the tokens."""
     digest = hashlib.sha256(_CACHE_VERSION.encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     description = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))

@@ -3,7 +3,7 @@
 This is the multiple-choice knapsack problem. Settings that are not on the lower convex hull of a linear's losses over
 its costs are left out; from the cheapest setting of each linear, the step with the largest fall of the loss per unit of
 cost is taken, over all linears, as long as it can be paid (Lagrangian relaxation; Shoham and Gersho, "Efficient bit
-allocation for an arbitrary set of quantizers", 1988). What is left of the budget then goes to any single change that
+allocation for an arbitrary set of quantizers", 1988). The rest of the budget then goes to any single change that
 helps most. The sum of the losses is above the least possible one by less than the largest step on a hull.
 """
 

@@ -1,7 +1,7 @@
 """Alternating directions (ADMM): a compressed form chosen together with the values that go with it.
 
 The problem is to find a weight D that has a compressed form and the least output error,
-`sum_i (w_i - d_i) H (w_i - d_i)^T`, H the mean of x x^T. ADMM keeps a dense weight X beside it and alternates between
+`sum_i (w_i - d_i) H (w_i - d_i)^T`, H the mean of x x^T. ADMM keeps a dense weight X in addition and alternates between
 lowering the error of X near D, and projecting X onto the compressed form; a growing penalty brings both together. For
 masks this is ALPS (arXiv:2406.07831), here with columns scaled to a unit diagonal of H.
 """
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 Project = Callable[[Tensor], Tensor]
-"""Returns the nearest weight `[out, in]` of the compressed form, with column j counting as `H_jj` says."""
+"""Returns the nearest weight `[out, in]` of the compressed form, with column j weighted by `H_jj`."""
 
 
 @dataclass(frozen=True)

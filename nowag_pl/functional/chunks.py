@@ -1,4 +1,4 @@
-"""Large matrices a piece at a time, so that what is computed on the way to a result takes little memory."""
+"""Large matrices one piece at a time, so that intermediate results take little memory."""
 
 from collections.abc import Callable, Iterator
 

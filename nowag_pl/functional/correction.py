@@ -1,9 +1,9 @@
-"""Weights that make up for what compression before a linear has done to its input.
+"""Weights that compensate for the error that earlier compression causes in a linear's input.
 
-Behind compressed linears, a linear is called with x~ instead of the dense model's x. The mean of `|y - W' x~|^2` over
-tokens is least for `W' = W + E[(y - W x~) x~^T] E[x~ x~^T]^-1`, where y is what the linear should give: `W x`, as in
-GPTAQ (arXiv:2504.02692), or what brings the sum that its output is added to back to the dense model's. A compressor
-that takes W' for the weight and `E[x~ x~^T]` for the second moments then lowers the error towards y.
+After compressed linears, a linear receives x~ instead of the dense model's x. The mean of `|y - W' x~|^2` over
+tokens is least for `W' = W + E[(y - W x~) x~^T] E[x~ x~^T]^-1`, where y is the desired output: `W x`, as in GPTAQ
+(arXiv:2504.02692), or the output that makes the residual stream equal to the dense model's. A compressor that uses W'
+as the weight and `E[x~ x~^T]` as the second moments then lowers the error relative to y.
 """
 
 from jaxtyping import Float
@@ -27,14 +27,14 @@ def corrected_weight(
         weight: dense weight W.
         drift: D, mean over tokens of `(y - W x~) x~^T`.
         second_moment: H, mean of `x~ x~^T`.
-        ridge: what is added to the diagonal of H, as a share of its mean: the larger, the less is corrected.
+        ridge: addition to the diagonal of H, as a share of its mean: the larger, the smaller the correction.
 
     Raises:
         ValueError: H cannot be inverted.
 
     Example:
         >>> import torch
-        >>> inputs = 0.5 * torch.eye(2)  # what was 1 is a half behind compressed linears
+        >>> inputs = 0.5 * torch.eye(2)  # compressed linears have halved the inputs of 1
         >>> corrected_weight(torch.eye(2), (torch.eye(2) - inputs) @ inputs, inputs @ inputs, ridge=1e-6)
         tensor([[2.0000, 0.0000],
                 [0.0000, 2.0000]])

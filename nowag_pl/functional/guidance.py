@@ -1,8 +1,8 @@
-"""What the end loss says of tokens: each counts by the squared gradient at a linear's output (arXiv:2505.07004).
+"""Weights of tokens by the final loss: the squared gradient at a linear's output (arXiv:2505.07004).
 
-To second order, an error `e_t` of a linear's outputs at token t moves the end loss by about `sum_i g_ti^2 e_ti^2 / 2`,
-g the gradient of the loss. With all outputs of a linear taken alike, `g_ti^2` becomes its mean over them, one number
-for each token, and the second moments become the mean of `w_t x_t x_t^T`.
+To second order, an error `e_t` of a linear's outputs at token t changes the final loss by about
+`sum_i g_ti^2 e_ti^2 / 2`, with g the gradient of the loss. If all outputs of a linear share one weight, `g_ti^2`
+becomes its mean over them, one number for each token, and the second moments become the mean of `w_t x_t x_t^T`.
 """
 
 import torch
@@ -14,7 +14,7 @@ def token_weights(gradient: Float[Tensor, "... out"]) -> Float[Tensor, "..."]:
     """Return `w_t = mean_i g_ti^2`, float32.
 
     Args:
-        gradient: g, of the end loss at the outputs of a linear.
+        gradient: g, the gradient of the final loss at the outputs of a linear.
 
     Example:
         >>> import torch
@@ -29,7 +29,7 @@ def tempered(weights: Float[Tensor, "sequences tokens"], power: float) -> Float[
 
     Args:
         weights: w, of at least 0.
-        power: 1 for the weights as they are, 0 for tokens that count alike.
+        power: exponent of the weights: 1 for no change, 0 for equal weights.
 
     Example:
         >>> import torch

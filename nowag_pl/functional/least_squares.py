@@ -45,13 +45,13 @@ def conjugate_gradients(
     dot: Callable[[Tensor, Tensor], Tensor],
     num_steps: int,
 ) -> Float[Tensor, "*shape"]:
-    """Solve one positive semidefinite system, or one for each row, as `dot` says.
+    """Solve one positive semidefinite system, or one for each row, by the scalar product `dot`.
 
     Args:
         start: first solution.
         residual: right-hand side less the product of the matrix and the first solution.
         apply: multiplies by the matrix.
-        diagonal: of the matrix, in the shape of the solution; values where it is 0 do not move.
+        diagonal: diagonal of the matrix, in the shape of the solution; values at its zeros do not move.
         dot: scalar products, in a shape that broadcasts with the solution.
         num_steps: steps.
     """

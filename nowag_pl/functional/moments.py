@@ -55,7 +55,7 @@ def damped_inverse_factor(
 ) -> tuple[Float[Tensor, "in in"], Float[Tensor, "in in"]]:
     """Return the damped H and the upper triangular U with `U^T U` its inverse, computed in float64.
 
-    Where H cannot be inverted as it is damped, it is damped ten times more, up to three times.
+    If H cannot be inverted with this damping, it is damped ten times more, up to three times.
 
     Args:
         second_moment: H, mean of x x^T.

@@ -11,7 +11,7 @@ from nowag_pl.kernels.dispatch import is_for_numba
 
 
 class Normalized(NamedTuple):
-    """A normalised weight and what restores it."""
+    """A normalised weight and the scales that restore it."""
 
     weight: Float[Tensor, "out in"]
     in_scale: Float[Tensor, " in"]
@@ -110,6 +110,6 @@ def denormalize(
 
 
 def _nonzero(values: Tensor) -> Tensor:
-    """Return float32 values, 1 where they are zero."""
+    """Return float32 values, with 1 in the place of zeros."""
     values = values.float()
     return torch.where(values > 0, values, torch.ones_like(values))

@@ -72,7 +72,7 @@ def output_weights(
 
 
 def with_mean_one(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Return values divided by their mean; zeros as they are.
+    """Return values divided by their mean; all zeros are not changed.
 
     Args:
         values: not negative.

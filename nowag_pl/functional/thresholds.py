@@ -18,7 +18,7 @@ SAMPLE_MARGIN = 512
 def mark_largest(values: Float[Tensor, " n"], num_removed: int, keep: Bool[Tensor, " n"]) -> bool:
     """Write the mask of the largest of many values on a CPU, reading them once.
 
-    A sample tells two values that the threshold lies between. Only those between them are looked at again.
+    A sample gives two bounds of the threshold. Only values between them are examined again.
 
     Args:
         values: float32.
@@ -38,7 +38,7 @@ def mark_largest(values: Float[Tensor, " n"], num_removed: int, keep: Bool[Tenso
     low, high = sample[max(rank - SAMPLE_MARGIN, 0)], sample[min(rank + SAMPLE_MARGIN, len(sample) - 1)]
 
     def share(first: int, last: int) -> tuple[int, np.ndarray] | None:
-        """Mark what is above the higher value; return how many, and the places of those between both if few."""
+        """Mark entries above the higher value; return their number, and the places of those between both if few."""
         places, num_above = [], 0
         for start in range(first, last, SAMPLE_SIZE):
             part = slice(start, min(start + SAMPLE_SIZE, last))

@@ -1,4 +1,4 @@
-"""What makes matrices and point clouds small enough to look at."""
+"""Reductions of matrices and point clouds to a size for viewing."""
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ def downsample(matrix: Float[Tensor, "rows columns"], max_size: int) -> Float[Te
 
     Args:
         matrix: any values.
-        max_size: longest side of the result; a side that is not longer stays as it is.
+        max_size: longest side of the result; a side that is not longer does not change.
 
     Raises:
         ValueError: `max_size` is below 1.

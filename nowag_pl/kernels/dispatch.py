@@ -16,28 +16,28 @@ _log = logging.getLogger(__name__)
 
 
 def is_for_numba(device: torch.device, amount: int, work: Work = "elements") -> bool:
-    """Tell whether a computation runs in loops that Numba compiles: on a CPU, if it is large, and Numba is installed.
+    """Return whether a computation runs in loops compiled by Numba: on a CPU, if it is large and Numba is installed.
 
     Args:
-        device: where the tensors are.
-        amount: how much work there is.
-        work: what is counted.
+        device: device of the tensors.
+        amount: amount of work.
+        work: unit of the amount.
     """
     return device.type == "cpu" and amount >= PAYS_FROM[work] and has_module("numba")
 
 
 def is_for_triton(device: torch.device) -> bool:
-    """Tell whether a computation runs in Triton kernels: on CUDA, if Triton is installed.
+    """Return whether a computation runs in Triton kernels: on CUDA, if Triton is installed.
 
     Args:
-        device: where the tensors are.
+        device: device of the tensors.
     """
     return device.type == "cuda" and has_module("triton")
 
 
 @lru_cache
 def has_module(name: Literal["numba", "triton"]) -> bool:
-    """Tell whether a package of kernels is installed; if not, say once how to get it.
+    """Return whether a package of kernels is installed; if not, log once how to install it.
 
     Args:
         name: the package.

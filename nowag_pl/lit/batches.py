@@ -27,7 +27,7 @@ class SharedBatches(Sampler[Share]):
         batch_size: items in a batch of all ranks together.
         rank: this rank.
         world_size: number of ranks.
-        seed: of the order, another in each epoch. None: in order.
+        seed: seed of the order, which differs in each epoch. None: in order.
     """
 
     def __init__(self, num_items: int, batch_size: int, rank: int = 0, world_size: int = 1, seed: int | None = None):
@@ -64,7 +64,7 @@ class ResumableLoader(DataLoader[Any]):
 
     Args:
         dataset: gives a whole batch for a :class:`Share`.
-        batches: which.
+        batches: the batches to load.
     """
 
     def __init__(self, dataset: Dataset[Any], batches: SharedBatches) -> None:
@@ -80,7 +80,7 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return how many batches of this epoch were handed out."""
+        """Return the number of batches of this epoch that were handed out."""
         return {"position": self._position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

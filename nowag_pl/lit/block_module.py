@@ -1,4 +1,4 @@
-"""One decoder block under Lightning: trained towards target hidden states."""
+"""One decoder block under Lightning, trained to match target hidden states."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,14 +18,14 @@ _NEVER = 10**9
 
 
 class BlockModule(LightningModule):
-    """A block whose outputs are brought near to targets, in mean squared error relative to `scale`.
+    """A block whose outputs are trained to match targets, in mean squared error relative to `scale`.
 
     Args:
         block: the block; all of its parameters are trained, held in float32.
         forward_block: `(block, hidden, arguments) -> hidden`.
-        arguments: `(batch_size, seq_len) -> ` the block's other arguments beside hidden states.
+        arguments: `(batch_size, seq_len) -> ` the block's arguments other than hidden states.
         scale: mean square of the target block's output minus its input; an error of 1 is as good as no block at all.
-        learning_rate: of AdamW.
+        learning_rate: learning rate of AdamW.
         plateau_patience: epochs without a lower held-out error after which the learning rate is halved.
     """
 
@@ -80,7 +80,7 @@ class BlockModule(LightningModule):
         scheduler.step(self._held_out.compute())
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW; the learning rate is halved where the held-out error does not fall."""
+        """AdamW; the learning rate is halved when the held-out error does not fall."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self._learning_rate, weight_decay=0.0)
         scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=self._plateau_patience)
         # Lightning would step it after the checkpoint of the epoch, which could not be resumed exactly.

@@ -1,7 +1,7 @@
-"""Blockwise finetuning: one after the other, compressed blocks are trained to give the dense block's outputs.
+"""Blockwise finetuning: compressed blocks are trained one after the other to reproduce the dense blocks' outputs.
 
 Inputs of a block are the hidden states that the compressed and already finetuned blocks before it produce. Each block
-has a small Trainer of its own; a killed run goes on at its block and epoch.
+has a small Trainer of its own; a killed run continues at its block and epoch.
 """
 
 import gc
@@ -42,8 +42,8 @@ def finetune_blocks(
     Args:
         run: a run whose linears are compressed.
         train: sequences to train on `[num_sequences, seq_len]`, the same on every rank.
-        held_out: sequences that decide `[num_held_out, seq_len]`.
-        settings: how.
+        held_out: sequences that choose the epoch `[num_held_out, seq_len]`.
+        settings: settings of the finetuning.
         trainer_settings: devices, precision and the like of the Trainers.
     """
     run.claim_finetuning(train, held_out, settings)
@@ -86,7 +86,7 @@ class Blockwise:
         run: a run whose linears are compressed.
         hidden: hidden states between blocks.
         trainer: trains a block.
-        num_train: sequences to train on; the others decide.
+        num_train: sequences to train on; the others choose the epoch.
     """
 
     def __init__(self, run: CompressionRun, hidden: BlockInputs, trainer: BlockTrainer, num_train: int) -> None:
@@ -116,7 +116,7 @@ class Blockwise:
         self._hidden.clear()
 
     def _finetune_block(self, index: int, data: BlockData, report: Callable[[str], None]) -> str:
-        """Train one block, keep the best of all epochs and of the block as it was, and write it; say how it went."""
+        """Train one block, keep the best of all epochs and the untrained block, write it, and return its figures."""
         started = time.perf_counter()
         scale = self._mean_square(index, data, None) or 1.0
         block = self._compressed(index).to(self._model.device)
@@ -152,7 +152,7 @@ class Blockwise:
         return finetuned.load_compressed_block(self._model, self._store, index)
 
     def _trained(self, index: int, path: str) -> nn.Module:
-        """Return the block of a Trainer's checkpoint, rounded as it is stored."""
+        """Return the block of a Trainer's checkpoint, rounded to its stored types."""
         state = read_checkpoint(path)["state_dict"]
         trained = {name.removeprefix("block."): tensor for name, tensor in state.items() if name.startswith("block.")}
         block = self._compressed(index)

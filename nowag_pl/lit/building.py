@@ -1,4 +1,4 @@
-"""Where the model of a module comes from: its checkpoint, or the compressed model of a run."""
+"""The source of a module's model: its checkpoint, or the compressed model of a run."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def begin_run(
         run_dir: folder of the artefacts.
         random_init: whether the model has random weights instead.
         plan: the stages of the run.
-        device: where computations happen.
+        device: device of the computations.
 
     Raises:
         ValueError: there is no run directory, or no dense model to compress.
@@ -32,7 +32,7 @@ def begin_run(
         state = "has random weights" if random_init else "is compressed already"
         raise ValueError(
             f"Expected a dense model to compress, but {checkpoint.path} {state}. Set compression.enabled to false to "
-            "train or measure it as it is."
+            "train or measure it unchanged."
         )
     return CompressionRun(checkpoint, run_dir, plan, device)
 
@@ -44,7 +44,7 @@ def build_whole(
 
     Args:
         checkpoint: dense or compressed model.
-        compressed: the result of a run, which goes before the checkpoint; None where there is none.
+        compressed: the result of a run, which is preferred to the checkpoint; None if there is none.
         random_init: start from random weights instead of the checkpoint's.
         verify: compare the files of a compressed checkpoint with their checksums.
     """

@@ -29,25 +29,25 @@ class TokenDataModule(LightningDataModule):
     """Text for calibration, training and evaluation, cut into windows of equal length.
 
     Without any files or datasets the text is the documentation of Python's standard library, read from this
-    machine. Calibration and training share their text; evaluation never does unless you say so.
+    machine. Calibration and training share their text; evaluation uses another text unless you give it the same.
 
     Args:
         calibration_files: files to calibrate (and train) on: UTF-8 text, or .json, .jsonl, .ndjson, .parquet or .csv
             with a column "text", each also as .gz, or a folder written by datasets' save_to_disk. null: the dataset,
             or the built-in text.
-        eval_files: such files to measure perplexity on, by the name they get in the report. null: the datasets,
+        eval_files: files of the same kinds to measure perplexity on, by their name in the report. null: the datasets,
             or the built-in text.
         calibration_dataset: Hugging Face dataset to calibrate (and train) on, instead of files. null: none.
         eval_datasets: Hugging Face datasets to measure perplexity on, by name, each by its own protocol. null: none.
         python_packages: installed packages whose docstrings are the built-in text; "stdlib" is Python's own library,
             the default (null).
-        seq_len: tokens per window. null: the model's maximum, or 2048 where that is less.
+        seq_len: tokens per window. null: the model's maximum, but at most 2048.
         eval_batch_size: windows evaluated at a time on each device.
         train_batch_size: windows per training step on each device.
         max_train_windows: train end to end on the first windows of the text only. null: all.
         max_eval_windows: evaluate only the first windows of each text. null: all.
-        cache_dir: folder for tokens, kept under a hash of tokenizer and text, or of a hub dataset's description, so
-            that it is opened once only. null: nowag_pl in the user's cache.
+        cache_dir: folder for tokens, stored under a hash of tokenizer and text, or of a hub dataset's description, so
+            that the dataset is opened only once. null: nowag_pl in the user's cache.
     """
 
     def __init__(  # noqa: PLR0913 - each is an option of the command line
@@ -182,7 +182,7 @@ class TokenDataModule(LightningDataModule):
         return "data.python_packages", PythonDocs("train", tuple(self.python_packages))
 
     def _known_ids(self, tokens: Tensor) -> Tensor:
-        """Return tokens as they are if the model knows them all."""
+        """Return the tokens unchanged if all are in the model's vocabulary."""
         size = self.checkpoint.vocab_size
         if tokens.numel() and int(tokens.max()) >= size:
             raise ValueError(
@@ -274,7 +274,7 @@ def _check_sources(
     eval_datasets: dict[str, HubDataset] | None,
     python_packages: list[str] | None,
 ) -> None:
-    """Raise ValueError where it is not clear which texts are meant."""
+    """Raise ValueError if the options name a text in two ways."""
     for name, texts in {
         "calibration_files": calibration_files,
         "eval_files": eval_files,
@@ -321,5 +321,5 @@ def data_of(trainer: Trainer) -> TokenDataModule:
 
 
 def default_seq_len(checkpoint: Checkpoint) -> int:
-    """Return how many tokens a window or question has where nothing is said: the model's context, 2048 at most."""
+    """Return the default number of tokens of a window or question: the model's context, but at most 2048."""
     return min(checkpoint.max_seq_len or DEFAULT_SEQ_LEN_LIMIT, DEFAULT_SEQ_LEN_LIMIT)

@@ -22,7 +22,7 @@ class TaskSettings:
         tasks: names of tasks or groups of tasks of the harness.
         num_fewshot: solved examples before each question. None: each task's own number.
         limit: use only the first examples of each task. None: all.
-        batch_size: sequences that pass the model together.
+        batch_size: sequences that pass through the model together.
         include_path: folder with further task definitions (YAML). None: only those of the harness.
     """
 
@@ -78,7 +78,7 @@ def evaluate_tasks(model: nn.Module, tokenizer: Any, settings: TaskSettings, man
     """Ask the model the questions of the settings.
 
     Args:
-        model: a transformers model, dense or compressed, on the device where it shall run.
+        model: a transformers model, dense or compressed, on the device on which it will run.
         tokenizer: its tokenizer.
         settings: the questions.
         manager: from :func:`task_manager`.

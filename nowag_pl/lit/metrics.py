@@ -10,7 +10,7 @@ from nowag_pl.functional.predictions.divergence import kl_divergence, negative_l
 class Perplexity(Metric):
     """exp of the mean negative log likelihood over every predicted token.
 
-    A window of `seq_len` tokens makes `seq_len - 1` predictions. The sum is kept in float64.
+    A window of `seq_len` tokens gives `seq_len - 1` predictions. The sum is kept in float64.
     """
 
     full_state_update = False
@@ -56,7 +56,7 @@ class Divergence(Metric):
         self.add_state("num_tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, reference_logits: Tensor, logits: Tensor) -> None:
-        """Add windows; the last position of each, which predicts nothing that is measured, is left out.
+        """Add windows without the last position of each, because its prediction is not measured.
 
         Args:
             reference_logits: `[batch, seq_len, vocabulary]` of the dense model.

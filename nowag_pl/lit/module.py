@@ -32,16 +32,17 @@ class LitCausalLM(TextModule):
 
     Args:
         path: "embedded" for the small model that ships with nowag_pl, a local folder in Hugging Face format (dense,
-            or compressed by this package), or a Hugging Face id. Only safetensors are read.
+            or compressed by this package), a GGUF file, "smollm2", or a Hugging Face id. Only safetensors and GGUF
+            are read.
         dtype: type of the weights: "auto" for the checkpoint's own, or "float32", "bfloat16", "float16".
         random_init: start from random weights instead of the checkpoint's, to train from scratch.
         learning_rate: highest learning rate of AdamW when trainer.max_epochs > 0.
         weight_decay: decay of AdamW for matrices; vectors (norms, biases, scales) are not decayed.
         warmup_fraction: share of the steps in which the learning rate rises, before it falls along a cosine.
         objective: loss of the training, by class_path and init_args: nowag_pl.lit.objectives.NextToken, or
-            nowag_pl.lit.objectives.Distillation to train a compressed model towards the dense model's predictions.
-        verify: compare each weight file with its checksum, where the model has them, as exported ones do.
-        run_dir: folder of artefacts and report; without it nothing can be compressed.
+            nowag_pl.lit.objectives.Distillation to train a compressed model on the dense model's predictions.
+        verify: compare each weight file with its checksum, if the model has checksums, as exports do.
+        run_dir: folder of artefacts and report; required for compression.
     """
 
     def __init__(  # noqa: PLR0913 - each is an option of the command line
@@ -95,7 +96,7 @@ class LitCausalLM(TextModule):
         return self.objective.train_dataloader(self)
 
     def release(self) -> None:
-        """Let go of the model, so that it can be built anew from newer artefacts."""
+        """Release the model, so that it can be built again from newer artefacts."""
         self.model, self._types = None, {}
 
     def configure_model(self) -> None:
@@ -168,7 +169,7 @@ class LitCausalLM(TextModule):
         )
 
     def on_validation_start(self) -> None:
-        """Begin to measure; where the model is not in memory, move the evaluation texts through its blocks."""
+        """Begin to measure; if the model is not in memory, move the evaluation texts through its blocks."""
         data = data_of(self.trainer)
         streamed = self._streamed(data) if self.model is None else None
         self._validation = Validation(data, self.device, self.reference, streamed)

@@ -1,4 +1,4 @@
-"""How a model is trained end to end: AdamW, a linear warm-up and a cosine decay."""
+"""The optimizer of end-to-end training: AdamW, a linear warm-up and a cosine decay."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ class OptimizerSettings:
     """Learning rate and decay.
 
     Attributes:
-        learning_rate: the highest.
-        weight_decay: of matrices.
+        learning_rate: highest learning rate.
+        weight_decay: weight decay of matrices.
         warmup_fraction: share of the steps in which the learning rate rises.
     """
 
@@ -52,8 +52,8 @@ def rate_share(step: int, steps: int, warmup_fraction: float) -> float:
     Neither the first step nor the last one has a rate of 0, so that a training of one step trains.
 
     Args:
-        step: from 0 on.
-        steps: of the whole training.
+        step: number of the step, from 0 on.
+        steps: number of steps of the whole training.
         warmup_fraction: share of the steps in which the rate rises, in [0, 1).
 
     Example:
@@ -71,8 +71,8 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
     """Return groups of trained parameters for an optimizer: matrices decay; vectors (norms, biases, scales) do not.
 
     Args:
-        parameters: of a model; those without gradients are left out.
-        weight_decay: of matrices.
+        parameters: parameters of a model; those without gradients are left out.
+        weight_decay: weight decay of matrices.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [

@@ -1,4 +1,4 @@
-"""Types of a model's values: in which they are stored, in which they are trained, and the rounding between the two."""
+"""The types in which a model's values are stored and trained, and the rounding between the two."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -13,8 +13,8 @@ class Types(NamedTuple):
     """Types of one parameter.
 
     Attributes:
-        stored: in files.
-        held: in a model that is not trained.
+        stored: type in files.
+        held: type in a model that is not trained.
     """
 
     stored: torch.dtype
@@ -30,7 +30,7 @@ def check_precision(precision: str) -> None:
     if (precision.endswith("-true") and precision != "32-true") or precision == "transformer-engine":
         raise ValueError(
             f"Expected trainer.precision of 32-true, bf16-mixed or 16-mixed, but got {precision}: the weights have "
-            "the type that model.dtype says."
+            "the type of model.dtype."
         )
 
 
@@ -60,8 +60,8 @@ def narrow(model: nn.Module, types: Mapping[str, Types], sharded: bool) -> None:
 
     Args:
         model: the model; it is changed.
-        types: of :func:`widen`.
-        sharded: keep the type of every parameter, as FSDP2 has laid them out, and round the values only.
+        types: result of :func:`widen`.
+        sharded: keep the type of every parameter, as FSDP2 needs it, and round only the values.
     """
     for name, parameter in model.named_parameters():
         rounded = parameter.data.to(types[name].stored)

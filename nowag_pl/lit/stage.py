@@ -1,4 +1,4 @@
-"""The declared base of callbacks that do a stage of a fit, and typed access to the module and data of a Trainer."""
+"""The declared base of callbacks that run a stage of a fit, and typed access to the module and data of a Trainer."""
 
 from lightning.pytorch import Callback, LightningModule
 
@@ -10,10 +10,10 @@ __all__ = ["Stage", "data_of", "module_of"]
 
 
 class Stage(Callback):
-    """A callback that does a stage of a fit.
+    """A callback that runs a stage of a fit.
 
     Lifecycle: `announce` when a fit or a validation begins, before anything is computed; `setup` while it is set up,
-    where the processes are up and nothing is wrapped; then Lightning's other hooks.
+    after all processes have started and before anything is wrapped; then Lightning's other hooks.
     """
 
     def announce(self, plan: Plan) -> None:

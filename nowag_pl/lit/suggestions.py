@@ -103,7 +103,7 @@ def _parameters(class_path: str) -> list[str]:
 
 
 def _files(missing: Path) -> dict[str, str]:
-    """Return the files beside a missing one, and the configurations, by name without ending."""
+    """Return the files in the folder of a missing one, and the configurations, by name without ending."""
     files = [*sorted(_CONFIGS.rglob("*.yaml")), *sorted(missing.parent.glob(f"*{missing.suffix}"))]
     here = Path.cwd()
     return {path.stem: str(path.relative_to(here) if path.is_relative_to(here) else path) for path in files}

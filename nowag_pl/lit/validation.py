@@ -1,4 +1,4 @@
-"""How a model is measured on evaluation texts, as a whole or a block at a time, a few positions' logits at once."""
+"""Measurement of a model on evaluation texts, as a whole or a block at a time, with the logits of a few positions."""
 
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -22,11 +22,11 @@ class DenseReference(Protocol):
 
 
 class TextMetrics:
-    """Perplexity on one text, and the divergence from the dense model where there is a reference.
+    """Perplexity on one text, and the divergence from the dense model if there is a reference.
 
     Args:
         name: the text.
-        device: where logits are.
+        device: device of the logits.
         reference: the dense model's predictions.
     """
 
@@ -42,7 +42,7 @@ class TextMetrics:
         Args:
             indices: numbers of the windows `[batch]`.
             tokens: the windows `[batch, seq_len]`.
-            positions: which of their tokens.
+            positions: places of their tokens.
             logits: predictions at them `[batch, positions, vocabulary]`.
         """
         self._perplexity.update(logits, tokens[:, positions])
@@ -95,9 +95,9 @@ class Validation:
 
     Args:
         data: the texts.
-        device: where logits are.
+        device: device of the logits.
         reference: the dense model's predictions, if the model is compared with them.
-        streamed: the texts after the last block; None where the whole model is in memory.
+        streamed: the texts after the last block; None if the whole model is in memory.
     """
 
     def __init__(

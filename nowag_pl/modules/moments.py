@@ -37,11 +37,11 @@ class RunningMean(nn.Module):
 class SecondMoment(RunningMean):
     """Running mean of the squares of each input feature, or of the products of all pairs, over tokens.
 
-    Sums are float64, so that neither the order of the batches nor their number matters. Products of pairs are made in
-    float32, a sequence at a time.
+    Sums are float64, so that neither the order of the batches nor their number matters. Products of pairs are computed
+    in float32, a sequence at a time.
 
     Args:
-        num_features: length of the last dimension of what is observed.
+        num_features: length of the last dimension of the observations.
         full: gather the matrix of x_i x_j, whose diagonal are the squares.
 
     Example:
@@ -61,7 +61,7 @@ class SecondMoment(RunningMean):
 
         Args:
             activations: `[..., num_features]`, any floating type.
-            weights: how much each token counts, `[...]`; None: 1.
+            weights: weight of each token, `[...]`; None: 1.
 
         Raises:
             ValueError: the last dimension is not `num_features`.
@@ -140,7 +140,7 @@ class CrossMoment(RunningMean):
         Args:
             rows: a, `[..., seq_len, num_rows]`, any floating type.
             columns: b, `[..., seq_len, num_columns]`, the same tokens.
-            weights: how much each token counts, `[..., seq_len]`; None: 1.
+            weights: weight of each token, `[..., seq_len]`; None: 1.
         """
         sequences = (part.reshape(-1, *part.shape[-2:]) for part in (rows, columns))
         for number, (left, right) in enumerate(zip(*sequences, strict=True)):  # [seq_len, features]
@@ -152,8 +152,8 @@ def weighted(sequence: Tensor, weights: Tensor | None, number: int) -> Tensor:
     """Return the tokens of a sequence `[seq_len, features]` times their weights.
 
     Args:
-        sequence: float32.
-        weights: of the tokens of several sequences, `[..., seq_len]`; None leaves the tokens as they are.
-        number: of the sequence among them.
+        sequence: activations of the tokens, float32.
+        weights: weights of the tokens of several sequences, `[..., seq_len]`; None for weights of 1.
+        number: number of the sequence among them.
     """
     return sequence if weights is None else sequence * weights.reshape(-1, len(sequence))[number][:, None]

@@ -23,8 +23,8 @@ class Board:
     """Writes to one run of TensorBoard. The number of a block is the step of its entries.
 
     Args:
-        writer: where to.
-        folder: of the writer's files; the table of runs (HPARAMS) is fed from a folder in it.
+        writer: writer of the run.
+        folder: folder of the writer's files; the table of runs (HPARAMS) is written to a folder in it.
     """
 
     def __init__(self, writer: SummaryWriter, folder: Path) -> None:
@@ -77,7 +77,7 @@ class Board:
         metrics: Mapping[str, Mapping[str, float]],
         seq_len: int,
     ) -> None:
-        """Say it in words."""
+        """Show the summary as text."""
         self._writer.add_text(f"summary/{phase}", summary_markdown(title, rows, metrics, seq_len))
 
     def hyperparameters(
@@ -89,7 +89,7 @@ class Board:
     ) -> None:
         """Enter the run in the table of runs, with its settings and perplexities.
 
-        No "experiment" is declared: TensorBoard then takes the settings and figures of all runs that it finds together.
+        No "experiment" is declared: TensorBoard then combines the settings and figures of all runs that it finds.
         """
         keys = ("loss", "sparsity", "bits_per_weight")
         figures = {f"linears/{key}": mean_over_weights(rows, key) for key in keys}
@@ -111,7 +111,7 @@ class Board:
 
 
 def _readable(settings: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
-    """Return settings that a table can show; hashes tell nothing to a reader."""
+    """Return settings that a table can show; hashes mean nothing to a reader."""
     shown = {name: value for name, value in settings.items() if value is not None and not name.endswith("sha256")}
     return {name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in shown.items()}
 

@@ -20,8 +20,8 @@ class Protocol:
     Attributes:
         text: name of the evaluation text.
         seq_len: tokens per window.
-        num_windows: windows; None where an older report does not say it.
-        sha256: of the tokens of all windows; None where an older report does not say it.
+        num_windows: number of windows; None if an older report lacks it.
+        sha256: hash of the tokens of all windows; None if an older report lacks it.
     """
 
     text: str
@@ -35,7 +35,7 @@ class Run:
     """One report.
 
     Attributes:
-        name: of its folder, with as many parent folders as tell it from the others.
+        name: name of its folder, with enough parent folders to distinguish it from the others.
         report: content of report.json.
     """
 
@@ -101,7 +101,7 @@ def column_names(columns: Sequence[Protocol]) -> list[str]:
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
-    """Say why perplexities on texts of one name stand in different columns."""
+    """Explain why perplexities on texts of one name are in different columns."""
     columns = protocols(runs)
     names = dict(zip(columns, column_names(columns), strict=True))
     notes = []
@@ -126,7 +126,7 @@ def _describe(protocol: Protocol) -> str:
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
-    """Return the last parts of the paths, as many as tell them apart."""
+    """Return the last parts of the paths, as many as distinguish them."""
     parts = [folder.resolve().parts[1:] or ("/",) for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-length:]) for each in parts]
@@ -138,7 +138,7 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
 def compare(run_dirs: list[str], output: str = "compare.html") -> None:
     """Compare finished runs: a table on the terminal, and the same with figures in one HTML file.
 
-    Perplexities that were measured on different texts or windows stand in different columns, and it is said why.
+    Perplexities that were measured on different texts or windows are in different columns, with an explanation.
 
     Args:
         run_dirs: run directories, each with a report.json.
@@ -162,7 +162,7 @@ def compare(run_dirs: list[str], output: str = "compare.html") -> None:
 def comparison_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Return the header and the cells of the table: a row for each run and measured state of its model.
 
-    A dense model that several runs have measured in the same way stands there once.
+    A dense model that several runs have measured in the same way has one row.
     """
     columns = protocols(runs)
     names = column_names(columns)

@@ -19,12 +19,12 @@ _log = logging.getLogger("nowag_pl")
 
 @dataclass(frozen=True)
 class Available:
-    """What this machine has to offer, in bytes.
+    """The free memory and disk of this machine, in bytes.
 
     Attributes:
-        device: free memory of the device; None where it is host memory.
-        host: host memory that can be had without swapping.
-        disk: free space where the run directory is.
+        device: free memory of the device; None if it is host memory.
+        host: host memory that is available without swapping.
+        disk: free space on the file system of the run directory.
     """
 
     device: int | None
@@ -40,7 +40,7 @@ class Available:
 
 
 def show(stages: Sequence[StageNeeds], folder: Path, device: torch.device, num_processes: int = 1) -> None:
-    """Print the needs beside the available memory and disk, and warn where they do not fit.
+    """Print the needs with the available memory and disk, and warn if they do not fit.
 
     Args:
         stages: needs of the stages of one run.
@@ -56,7 +56,7 @@ def show(stages: Sequence[StageNeeds], folder: Path, device: torch.device, num_p
 
 
 def host_bytes(needs: StageNeeds, available: Available, num_processes: int) -> int:
-    """Return the host memory of a stage, with its device memory where the device is the host."""
+    """Return the host memory of a stage, including its device memory if the device is the host."""
     each = needs.host + LIBRARY_BYTES + max(needs.built, needs.device if available.device is None else 0)
     return num_processes * each + needs.shared_host
 
@@ -96,7 +96,7 @@ def _shortage(stage: str, needed: int, what: str, available: int, option: str) -
 
 def table(stages: Sequence[StageNeeds], available: Available, num_processes: int) -> Table:
     """Lay out the needs; the last row holds the available memory and disk."""
-    laid_out = Table(title="Expected at most, beside the present use of the process")
+    laid_out = Table(title="Expected at most, in addition to the present use of the process")
     for column in ("stage", "device memory", "host memory", "disk"):
         laid_out.add_column(column, justify="left" if column == "stage" else "right")
     on_device = available.device is not None

@@ -1,4 +1,4 @@
-"""A report as one HTML file, with its figures inside and nothing from a network."""
+"""A report as one HTML file, which contains its figures and needs no network."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -35,7 +35,7 @@ def report_page(report: Mapping[str, Any]) -> str:
 
 
 def quality_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return perplexity and divergence by evaluation text and state of the model, where they were measured."""
+    """Return the measured perplexity and divergence by evaluation text and state of the model."""
     rows = []
     for text, figures in report["perplexity"].items():
         for phase in (phase for phase in PHASES if figures.get(phase) is not None):

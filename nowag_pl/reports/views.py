@@ -1,4 +1,4 @@
-"""Views of compressed linears, small enough to look at: a few linears of a few blocks, one block at a time."""
+"""Small views of compressed linears: a few linears of a few blocks, one block at a time."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -24,13 +24,13 @@ _MASK_CROP = 32  # rows and columns of a mask whose single weights are shown
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is looked at.
+    """Limits of the views.
 
     Attributes:
-        max_blocks: blocks, at even distances, the first and the last among them.
-        linears: linears whose name ends so. None: all.
-        max_image_size: pixels on a side of a matrix.
-        num_samples: weights in a histogram, and subvectors in a plane.
+        max_blocks: number of blocks, at even distances, including the first and the last.
+        linears: ends of the names of linears to show. None: all.
+        max_image_size: largest side of the image of a matrix, in pixels.
+        num_samples: number of weights in a histogram, and of subvectors in a plot of codewords.
     """
 
     max_blocks: int = 3
@@ -51,7 +51,7 @@ class Codewords:
     Attributes:
         points: some of the subvectors `[n, 2]`.
         codewords: `[k, 2]`.
-        counts: how many of all subvectors each codeword stands for, `[k]`.
+        counts: number of all subvectors that each codeword stands for, `[k]`.
     """
 
     points: Tensor
@@ -61,7 +61,7 @@ class Codewords:
 
 @dataclass(frozen=True)
 class LinearView:
-    """One linear, made small.
+    """A small view of one linear.
 
     Attributes:
         block: number of its block.
@@ -97,7 +97,7 @@ def inspect_linears(run: CompressionRun, limits: Limits) -> Iterator[LinearView]
 
     Args:
         run: a run whose linears are compressed. Its artefacts are read; no other process need take part.
-        limits: how much to look at.
+        limits: limits of the views.
     """
     if limits.linears is not None and not any(name.endswith(limits.linears) for name in run.model.linears(0)):
         _log.warning(
@@ -125,7 +125,7 @@ def inspect_linear(
         linear: the dense linear `[out, in]`.
         compressed: the linear in its place.
         second_moment: `[in]`.
-        limits: how much to look at.
+        limits: limits of the views.
     """
     weight = linear.weight.float()
     normalized = normalize(weight)
@@ -133,7 +133,7 @@ def inspect_linear(
     reconstruction = compressed.weight.float() / normalized.in_scale / normalized.out_scale[:, None]
     size, count = limits.max_image_size, limits.num_samples
     images = {
-        "weight": downsample(weight.abs(), size),  # each matrix is let go before the next
+        "weight": downsample(weight.abs(), size),  # each matrix is released before the next
         "normalized": downsample(normalized.weight.abs(), size),
         "importance": downsample(nowag_scores(weight, second_moment), size),
         "normalized_importance": downsample(scores, size),

@@ -1,1 +1,1 @@
-"""What is done over the blocks of a model, one after the other."""
+"""Stages that process the blocks of a model one after the other."""

@@ -1,4 +1,4 @@
-"""Which method each linear of a model is compressed by."""
+"""The method by which each linear of a model is compressed."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -35,10 +35,10 @@ class Assignment:
 
 
 def assignment_of(settings: CompressionSettings, names: Sequence[Sequence[str]]) -> Assignment:
-    """Return the method of every linear as the settings say, before a budget chooses among candidates.
+    """Return the method of every linear by the settings, before a budget chooses among candidates.
 
     Args:
-        settings: the method, and what overrides it for some linears; of two patterns that match a linear, the later
+        settings: the method, and its overrides for some linears; of two patterns that match a linear, the later
             one holds.
         names: for each block, the whole names of its linears.
 
@@ -55,12 +55,12 @@ def assignment_of(settings: CompressionSettings, names: Sequence[Sequence[str]])
 
 
 def selection_of(settings: CompressionSettings | None) -> Selection | None:
-    """Return which linears are compressed; None where none are."""
+    """Return which linears are compressed; None if none are."""
     return None if settings is None else Selection(settings.targets, settings.ignore)
 
 
 def describe(settings: CompressionSettings) -> dict[str, Any]:
-    """Return method, patterns and overrides as JSON values, for the manifest; patterns only where there are any."""
+    """Return method, patterns and overrides as JSON values, for the manifest; patterns only if there are any."""
     described = settings.compressor.describe()
     if settings.targets is not None:
         described["targets"] = list(settings.targets)

@@ -1,8 +1,8 @@
-"""Gradients of a loss of the predictions, taken back through the dense model a block at a time.
+"""Gradients of a loss of the predictions, computed backwards through the dense model one block at a time.
 
 A first pass keeps the hidden states before each block. Gradients then go from the head down: each block is run once
-more from these, so that one block and its gradients are on the device at a time. The inputs of linears and the
-gradients at their outputs can be looked at as they pass.
+more from these, so that only one block and its gradients are on the device at a time. The inputs of linears and the
+gradients at their outputs can be observed on the way.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -47,9 +47,9 @@ class Backward:
         model: dense model.
         windows: token ids `[num_sequences, seq_len]`, the same on every rank; each takes its share.
         ranks: the processes of the run.
-        batch_size: sequences that pass a block together.
-        first: the lowest block that they will be taken through.
-        labels: "model" for labels that the model itself draws, whose gradients make up the Fisher information; "text"
+        batch_size: sequences that pass through a block together.
+        first: the lowest block for which gradients are needed.
+        labels: "model" for labels drawn from the model itself, whose gradients give the Fisher information; "text"
             for the tokens that follow.
     """
 
@@ -142,7 +142,7 @@ def _hidden_states(
 
 
 def _labels(windows: Tensor, ranks: Ranks, batch_size: int, labels: Labels) -> list[Tensor]:
-    """Return what chooses the labels of this rank's batches; it depends on a sequence's place and tokens alone."""
+    """Return a function that chooses the labels of this rank's batches by a sequence's place and tokens alone."""
     everything = windows[:, 1:]
     if labels == "model":
         everything = torch.rand(everything.shape, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Inputs and targets of blocks while they are finetuned, in files, so that a killed run goes on at its block.
+"""Inputs and targets of blocks while they are finetuned, in files, so that a killed run continues at its block.
 
 A file holds the hidden states of all sequences at one place: `prefix_003` those that the compressed and finetuned
 blocks before block 3 give, `dense_003` those of the dense model there, `targets_003` the outputs of the dense block for
@@ -23,7 +23,7 @@ class BlockInputs:
     Args:
         run: a run whose linears are compressed.
         windows: token ids of all sequences `[num_sequences, seq_len]`, the same on every rank.
-        settings: which targets, and where hidden states are while they are used.
+        settings: the targets, and the place of hidden states while they are used.
     """
 
     def __init__(self, run: CompressionRun, windows: Tensor, settings: FinetuningSettings) -> None:
@@ -48,7 +48,7 @@ class BlockInputs:
         return self._files.read(f"prefix_{index:03d}")
 
     def targets(self, index: int, inputs: SequenceArray) -> SequenceArray:
-        """Return the outputs that a block is trained towards, computing them where they are not there."""
+        """Return the target outputs of a block, computing them if they are not there."""
         return self._files.read(self._write_targets(index, inputs))
 
     def advance(self, index: int, inputs: SequenceArray) -> None:

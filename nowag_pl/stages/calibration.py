@@ -46,14 +46,14 @@ def calibrate(model: StreamedModel, store: ArtefactStore, windows: Tensor, setti
 def moment_source(
     model: StreamedModel, store: ArtefactStore, stage: str, windows: Tensor, settings: CalibrationSettings, full: bool
 ) -> MomentSource:
-    """Return where a stage gets its second moments from.
+    """Return the source of a stage's second moments.
 
     Args:
         model: dense model.
         store: run directory.
         stage: the stage; one that is done for every block needs no hidden states.
         windows: calibration sequences `[num_sequences, seq_len]`, the same on every rank.
-        settings: which second moments.
+        settings: mode, batch size and guidance.
         full: whether the matrices of x x^T are needed.
     """
     is_stored = settings.mode == "dense" and not full

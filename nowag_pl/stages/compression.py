@@ -24,7 +24,7 @@ from nowag_pl.stages.moments import LinearGroup, MomentSource
 
 
 class Result(NamedTuple):
-    """What became of one linear.
+    """The result of compressing one linear.
 
     Attributes:
         storage: its tensors, in host memory.
@@ -51,7 +51,7 @@ class Compression(NamedTuple):
         model: dense model.
         assignment: the method of every linear.
         ranks: the processes of the run.
-        report: says how far it is.
+        report: reports the progress.
     """
 
     model: StreamedModel
@@ -66,7 +66,7 @@ def compress(model: StreamedModel, store: ArtefactStore, source: MomentSource, a
     Args:
         model: dense model.
         store: run directory.
-        source: where second moments come from.
+        source: source of second moments.
         assignment: the method of every linear.
 
     Raises:
@@ -88,7 +88,7 @@ def compress(model: StreamedModel, store: ArtefactStore, source: MomentSource, a
 def compress_block(
     compression: Compression, source: MomentSource, block: nn.Module, index: int
 ) -> tuple[Results, float]:
-    """Compress the linears of a block, group after group; return what became of them, and the seconds it took."""
+    """Compress the linears of a block, group after group; return the results, and the seconds it took."""
     results: Results = {}
     seconds = 0.0
     for group in source.groups(block, index):
@@ -101,10 +101,10 @@ def compress_block(
 
 
 def compress_linears(compression: Compression, index: int, group: LinearGroup) -> Results:
-    """Compress some linears of a block, shared out over the ranks.
+    """Compress some linears of a block, divided among the ranks.
 
     Args:
-        compression: how.
+        compression: the methods.
         index: number of the block.
         group: the linears; they are taken out of it.
 
@@ -163,11 +163,11 @@ def _write(store: ArtefactStore, index: int, names: Iterable[str], results: Resu
 
 @torch.no_grad()
 def measure(linear: nn.Linear, compressed: CompressedLinear, second_moment: Tensor) -> dict[str, Any]:
-    """Return what the report says of one compressed linear.
+    """Return the entry of one compressed linear in the report.
 
     Args:
         linear: the dense linear `[out, in]`.
-        compressed: what became of it.
+        compressed: its compressed form.
         second_moment: `[in]` or `[in, in]`.
     """
     squares = mean_squares(second_moment).to(linear.weight.device)
@@ -195,7 +195,7 @@ def find_linear(description: Mapping[str, Any], tensors: Mapping[str, Tensor], n
     Args:
         description: its description.
         tensors: those of all linears.
-        name: with a dot after it, what the keys of its own begin with.
+        name: prefix of its keys, without the dot that follows it.
     """
     prefix = f"{name}."
     stored = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
@@ -203,7 +203,7 @@ def find_linear(description: Mapping[str, Any], tensors: Mapping[str, Tensor], n
 
 
 def restored(description: Mapping[str, Any], stored: Mapping[str, Tensor]) -> CompressedLinear:
-    """Return the compressed linear of a description and what it stores."""
+    """Return the compressed linear of a description and its stored tensors."""
     linear = CompressedLinear.from_description(description)
     # Assigning takes no second copy.
     linear.load_state_dict(held_state(linear, stored), assign=True)

@@ -2,7 +2,7 @@
 
 Where compression happens, from top to bottom: :meth:`CompressionRun.calibrate` gathers second moments,
 :meth:`CompressionRun.compress` compresses block after block, :mod:`nowag_pl.lit.blockwise` finetunes, and
-:class:`CompressedModel` is what they have made.
+:class:`CompressedModel` is their result.
 """
 
 import dataclasses
@@ -45,13 +45,13 @@ from nowag_pl.stages.teacher import DenseReference, Teacher, TeacherSettings
 
 
 class CompressionRun:
-    """The stages of one run over one model, each written into the run directory and skipped where it is there.
+    """The stages of one run over one model, each written into the run directory and skipped if it is there.
 
     Args:
         checkpoint: dense model.
         folder: run directory.
-        plan: what the run does.
-        device: where computations happen.
+        plan: the stages of the run and their settings.
+        device: device of the computations.
         ranks: processes of the run; None: those of the default process group.
 
     Raises:
@@ -184,10 +184,10 @@ class CompressionRun:
         return described
 
     def calibrate(self, windows: Tensor) -> None:
-        """Gather second moments, unless that has to be done while linears are compressed.
+        """Gather second moments, unless they are gathered while linears are compressed.
 
-        Mean squares of the dense model need no compression; full second moments are too large to be kept, and those
-        after compressed blocks are there when these are.
+        Mean squares of the dense model need no compression. Full second moments are too large to be stored, and those
+        after compressed blocks need these blocks.
 
         Args:
             windows: calibration sequences `[num_sequences, seq_len]`, the same on every rank.
@@ -226,7 +226,7 @@ class CompressionRun:
 
         Raises:
             RuntimeError: `calibrate` was not called before.
-            ValueError: there is nothing among which the budget can choose.
+            ValueError: the budget has nothing to choose from.
         """
         if self._windows is None:
             raise RuntimeError("Expected calibrate before compress.")
@@ -254,7 +254,7 @@ class CompressionRun:
 
     @property
     def budget(self) -> dict[str, Any] | None:
-        """What the budget has decided, but for the setting of each linear, which :meth:`statistics` has; or None."""
+        """The decision of the budget without the setting of each linear, which :meth:`statistics` has; or None."""
         decision = self._decision
         return decision and {name: decision[name] for name in ("taken", "uniform", "spread", "settings")}
 
@@ -268,12 +268,12 @@ class CompressionRun:
         return measured_memory(self.peak_memory, stage, self.device)
 
     def claim_finetuning(self, train: Tensor, held_out: Tensor, settings: FinetuningSettings) -> None:
-        """Enter in the manifest what the finetuned blocks depend on, or check it.
+        """Enter the settings that finetuned blocks depend on in the manifest, or check them.
 
         Args:
             train: sequences to train on.
-            held_out: sequences that decide.
-            settings: how.
+            held_out: sequences that choose the epoch.
+            settings: settings of the finetuning.
 
         Raises:
             RuntimeError: `compress` was not called before.
@@ -299,7 +299,7 @@ class CompressionRun:
         return DenseReference(self.model, self.store, windows, batch_size)
 
     def teacher(self, windows: Tensor, settings: TeacherSettings) -> Teacher:
-        """Return what teaches a compressed model on training windows, computing what is not there."""
+        """Return the dense predictions on training windows for distillation, computing those not stored yet."""
         return Teacher(self.model, self.store, windows, settings)
 
     def statistics(self) -> list[dict[str, Any]]:
@@ -380,11 +380,11 @@ def _describe_finetuning(settings: FinetuningSettings, train: Tensor, held_out: 
 
 
 class CompressedModel:
-    """What a run has made of its model, read from the run directory a block at a time or as a whole.
+    """The compressed model of a run, read from the run directory a block at a time or as a whole.
 
     Args:
         run: a run whose linears are compressed.
-        finetuned: whether its blocks are those that finetuning left.
+        finetuned: take its blocks after finetuning.
     """
 
     def __init__(self, run: CompressionRun, finetuned: bool) -> None:

@@ -1,9 +1,9 @@
-"""What compression before a linear has done to its input and its target, measured on the streams of both models.
+"""The effect of earlier compression on a linear's input and target, measured on the streams of both models.
 
-A linear of the compressed model is called with x~ where the dense one is called with x. Its target is a tensor of the
-dense block: the sum that the linear's output is added to (the residual stream), where a block hands such a sum on as it
-is, or else the linear's own output. Which it is, and which linears share their input, is found by watching the block
-run once, so that no family need be known.
+A linear of the compressed model receives x~ instead of the dense model's x. Its target is a tensor of the dense block:
+the sum that the linear's output is added to (the residual stream) if the block passes this sum on unchanged, otherwise
+the linear's own output. The target, and the linears that share their input, are found by observing one run of the
+block, so that any family of models works.
 """
 
 import copy
@@ -50,10 +50,10 @@ class Drift(NamedTuple):
     """Moments of the linears of a group.
 
     Attributes:
-        second_moments: mean of `x~ x~^T`, `[in, in]`, of each linear; the same one for all where tokens count alike.
-        drifts: mean of `(y - y~) x~^T` of each linear, `[out, in]`; y its target, y~ what takes its place before the
+        second_moments: mean of `x~ x~^T`, `[in, in]`, of each linear; the same one for all if token weights are equal.
+        drifts: mean of `(y - y~) x~^T` of each linear, `[out, in]`; y its target, y~ its present value before the
             linear is compressed.
-        num_tokens: over how many tokens.
+        num_tokens: number of tokens in the means.
     """
 
     second_moments: dict[str, Tensor]
@@ -61,7 +61,7 @@ class Drift(NamedTuple):
     num_tokens: int
 
     def corrected(self, name: str, linear: nn.Linear) -> nn.Linear:
-        """Return a linear that comes nearest to its target on what it is called with."""
+        """Return the linear that comes nearest to its target on its present inputs."""
         weight = corrected_weight(linear.weight, self.drifts[name], self.second_moments[name])
         parameter = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
         return copy.deepcopy(linear, {id(linear.weight): parameter})
@@ -75,7 +75,7 @@ class CorrectedMoments(MomentSource):
         states: hidden states of this rank before block 0.
         ranks: the processes of the run.
         full: whether compressors need the matrices of x x^T; they are gathered either way.
-        weights: how much each token counts; None: all alike.
+        weights: weight of each token; None: equal weights.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class CorrectedMoments(MomentSource):
         return gather_drift(blocks, (self._dense_states, self._states), group, self._ranks, weights)
 
     def compressed(self, linears: Mapping[str, Callable[[], CompressedLinear]]) -> None:
-        """Put the compressed linears of a group before what comes after them."""
+        """Put the compressed linears of a group in the way of everything that follows them."""
         assert self._block is not None
         put(self._block, {name: make() for name, make in linears.items()}, self._model)
 
@@ -180,7 +180,7 @@ def find_groups(model: StreamedModel, block: nn.Module, index: int) -> list[Grou
 
 
 def _target(own: Point, seen: Mapping[Point, Tensor]) -> Point:
-    """Return where an output is added to an input of another module, or the output itself."""
+    """Return the point at which an output is added to an input of another module, or the output itself."""
     order = list(seen)
     before, after = order[: order.index(own)], order[order.index(own) + 1 :]
     output = seen[own]
@@ -203,7 +203,7 @@ def gather_drift(
         states: hidden states of this rank before either, possibly none; they stay there.
         group: the linears.
         ranks: the processes of the run.
-        weights: how much each token of this rank counts for each linear, `[num_mine, seq_len]`; None: all alike.
+        weights: weight of each token of this rank for each linear, `[num_mine, seq_len]`; None: equal weights.
 
     Returns:
         Float32, on the device.
@@ -252,7 +252,7 @@ def captured(block: nn.Module, points: list[Point], stop: bool = False) -> Itera
 
     Args:
         block: the block.
-        points: what to keep; what is no tensor, or given by name, is left out.
+        points: the inputs to keep; those that are not tensors, or are given by name, are left out.
         stop: leave the context as soon as all are there.
     """
     seen: dict[Point, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Finetuned blocks as artefacts: what is stored of them, and how they are put together again."""
+"""Finetuned blocks as artefacts: the tensors that are stored, and how blocks are built from them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +30,7 @@ def load_finetuned_block(model: StreamedModel, store: ArtefactStore, index: int)
 
 
 def check_fixed(block: nn.Module, store: ArtefactStore, index: int) -> None:
-    """Check that training left masks and codes of a block as compression made them, and removed weights at zero.
+    """Check that training changed neither masks and codes of a block nor the zeros of removed weights.
 
     Args:
         block: trained block, perhaps with sharded parameters.

@@ -1,6 +1,6 @@
-"""Guidance: how much each calibration token counts for each linear, by the gradient of the end loss.
+"""Guidance: the weight of each calibration token for each linear, by the gradient of the final loss.
 
-One pass forwards and one back; what is kept is one number for each token and linear, by which every kind of second
+One forward and one backward pass; the result is one number for each token and linear, by which every kind of second
 moments is weighted: those of the dense model, and those after compressed blocks and linears.
 """
 
@@ -26,7 +26,7 @@ def write_guidance(model: StreamedModel, store: ArtefactStore, windows: Tensor, 
         model: dense model.
         store: run directory.
         windows: calibration sequences `[num_sequences, seq_len]`, the same on every rank; each takes its share.
-        settings: which labels, and the sequences that pass a block together.
+        settings: the labels, and the number of sequences that pass through a block together.
 
     Raises:
         ValueError: a gradient is NaN or infinite; the message names block and linear.
@@ -71,7 +71,7 @@ def _check(weights: dict[str, Tensor], block: str) -> None:
 
 
 def read_guidance(store: ArtefactStore, settings: GuidanceSettings | None) -> TokenWeights | None:
-    """Return what gives the weights of this rank's tokens, whose mean over all ranks is 1; None without guidance."""
+    """Return a function for the weights of this rank's tokens, of mean 1 over all ranks; None without guidance."""
     if settings is None:
         return None
 

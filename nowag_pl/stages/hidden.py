@@ -14,12 +14,12 @@ from nowag_pl.run.ranks import Ranks
 
 
 class HiddenStates:
-    """The hidden states before a block. They lie in host memory, a batch at a time goes to the device.
+    """The hidden states before a block. They are in host memory; one batch at a time goes to the device.
 
     Args:
         model: the model whose blocks they pass.
         windows: token ids `[num_sequences, seq_len]`; possibly none.
-        batch_size: sequences that pass a block together.
+        batch_size: sequences that pass through a block together.
     """
 
     def __init__(self, model: StreamedModel, windows: Tensor, batch_size: int) -> None:
@@ -35,7 +35,7 @@ class HiddenStates:
         Args:
             block: the block, dense or compressed.
             index: its number in the model.
-            advance: replace the hidden states by those after the block; False runs it for its hooks alone.
+            advance: replace the hidden states by those after the block; False runs it only for its hooks.
         """
         for number, hidden in enumerate(self._hidden):
             output = forward(self._model, block, index, hidden)
@@ -43,7 +43,7 @@ class HiddenStates:
                 self._hidden[number] = output.cpu()
 
     def fork(self) -> "HiddenStates":
-        """Return others at the same place. What both have not moved on from is in memory once."""
+        """Return others at the same place. States that neither has moved on from are in memory only once."""
         other = copy.copy(self)
         other._hidden = list(self._hidden)
         return other
@@ -59,10 +59,10 @@ class HiddenStates:
 
 
 def forward(model: StreamedModel, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
-    """Return what a block makes of hidden states, on the device.
+    """Return the output of a block on hidden states, on the device.
 
     Args:
-        model: what the block is called with beside them.
+        model: gives the other arguments of the block.
         block: the block, dense or compressed.
         index: its number in the model.
         hidden: `[batch, seq_len, hidden]`.
@@ -75,7 +75,7 @@ class Passage(NamedTuple):
     """Blocks that windows pass, and how.
 
     Attributes:
-        model: embeddings, and what the blocks are called with.
+        model: embeddings, and the other arguments of the blocks.
         load_block: gives a block.
         title: for the progress bar.
     """
@@ -91,7 +91,7 @@ def passed(passage: Passage, windows: Tensor, batch_size: int, ranks: Ranks) -> 
     Args:
         passage: the blocks.
         windows: token ids `[num_windows, seq_len]`, the same on every rank.
-        batch_size: windows that pass a block together.
+        batch_size: windows that pass through a block together.
         ranks: who shares them.
     """
     model = passage.model
@@ -104,13 +104,13 @@ def passed(passage: Passage, windows: Tensor, batch_size: int, ranks: Ranks) -> 
 
 
 class HiddenFiles:
-    """Hidden states by name in the files of a folder, each whole or absent: from there a killed run goes on.
+    """Hidden states by name in the files of a folder, each whole or absent; a killed run continues from there.
 
     Args:
         model: the model that they belong to.
         arrays: the folder.
         windows: token ids of all sequences `[num_sequences, seq_len]`, the same on every rank.
-        batch_size: sequences of this rank that pass a block together.
+        batch_size: sequences of this rank that pass through a block together.
     """
 
     def __init__(self, model: StreamedModel, arrays: ArrayFolder, windows: Tensor, batch_size: int) -> None:
@@ -120,7 +120,7 @@ class HiddenFiles:
         self._batch_size = batch_size
 
     def __contains__(self, name: str) -> bool:
-        """Tell whether the hidden states are there, the same on every rank."""
+        """Return whether the hidden states are there, the same on every rank."""
         return name in self._arrays
 
     def read(self, name: str) -> SequenceArray:
@@ -132,7 +132,7 @@ class HiddenFiles:
         self._write(name, lambda rows: self._model.embed(self._windows[rows]).hidden)
 
     def run(self, name: str, block: nn.Module, index: int, inputs: SequenceArray) -> None:
-        """Write what a block makes of its inputs, if it is not there."""
+        """Write the output of a block on its inputs, if it is not there."""
         self._write(name, lambda rows: forward(self._model, block, index, inputs.take(rows.tolist())))
 
     @torch.no_grad()

@@ -15,13 +15,13 @@ Work = Callable[[int, nn.Module, Report], str]  # number of a block, the block, 
 
 
 class BlockStage(NamedTuple):
-    """What is done for every block.
+    """The work on every block.
 
     Attributes:
         name: folder of its artefacts.
         title: for the progress bar.
         work: does it for one block, and writes the artefact.
-        made: what takes the place of linears for the blocks that follow, by name; none where it is the dense model's.
+        made: replacements of linears for the blocks that follow, by name; none if the dense ones stay.
     """
 
     name: str
@@ -38,8 +38,8 @@ def over_blocks(model: StreamedModel, store: ArtefactStore, source: MomentSource
     Args:
         model: dense model.
         store: run directory.
-        source: where second moments come from.
-        stage: what to do.
+        source: source of second moments.
+        stage: the work to do.
     """
     missing = set(store.missing(stage.name, len(model)))
     last = max(missing, default=-1)

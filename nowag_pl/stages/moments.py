@@ -1,4 +1,4 @@
-"""Where the second moments of a block's linears come from while blocks are done one after the other.
+"""Sources of the second moments of a block's linears while blocks are processed one after the other.
 
 - :class:`StoredMoments`: from the artefacts of a calibration, mean squares of the dense model.
 - :class:`DenseMoments`: gathered as the hidden states of the dense model pass.
@@ -23,16 +23,16 @@ from nowag_pl.run.store import ArtefactStore
 from nowag_pl.stages.hidden import HiddenStates
 
 TokenWeights = Callable[[int, str], Tensor]  # number of a block, name of a linear to `[num_mine, seq_len]`
-Made = Callable[[int], dict[str, CompressedLinear]]  # number of a block to what takes the place of its linears
+Made = Callable[[int], dict[str, CompressedLinear]]  # number of a block to the replacements of its linears
 
 
 class LinearGroup(NamedTuple):
-    """Linears of a block that are compressed before anything after them is looked at.
+    """Linears of a block that are compressed before anything after them is processed.
 
     Attributes:
         linears: dense linears by their name in the block.
         moments: second moment of each, `[in]` or `[in, in]`.
-        target: gives what is compressed in the place of a linear.
+        target: gives the linear to compress in the place of a linear.
     """
 
     linears: dict[str, nn.Linear]
@@ -41,12 +41,12 @@ class LinearGroup(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """What a source has gathered for a block.
+    """The statistics that a source has gathered for a block.
 
     Attributes:
         squares: mean squares of the input of each linear, `[in]`.
-        num_tokens: over how many tokens.
-        seconds: how long it took.
+        num_tokens: number of tokens in the means.
+        seconds: time it took.
     """
 
     squares: dict[str, Tensor]
@@ -60,7 +60,7 @@ class MomentSource(ABC):
     Lifecycle, block by block: `groups` where the block's linears are needed, then `gathered`; then `advance`.
 
     Attributes:
-        has_states: whether hidden states have to pass every block, those that need no second moments too.
+        has_states: whether hidden states have to pass through every block, even one that needs no second moments.
     """
 
     has_states: ClassVar[bool] = True
@@ -80,7 +80,7 @@ class MomentSource(ABC):
     def compressed(  # noqa: B027 - most sources need not know it
         self, linears: Mapping[str, Callable[[], CompressedLinear]]
     ) -> None:
-        """Take what was made of the last group, before the next one is asked for.
+        """Receive the compressed linears of the last group, before the next one is asked for.
 
         Args:
             linears: gives each compressed linear, by its name in the block.
@@ -88,7 +88,7 @@ class MomentSource(ABC):
 
     @abstractmethod
     def gathered(self) -> Gathered | None:
-        """Return what was gathered for the last block; None where nothing was."""
+        """Return the statistics that were gathered for the last block, or None."""
 
     @abstractmethod
     def advance(self, block: nn.Module, index: int, made: Made) -> None:
@@ -97,7 +97,7 @@ class MomentSource(ABC):
         Args:
             block: the block, as it was loaded, perhaps without its linears.
             index: its number.
-            made: what takes the place of linears.
+            made: replacements of linears.
         """
 
 
@@ -134,7 +134,7 @@ class DenseMoments(MomentSource):
         states: hidden states of this rank before block 0.
         ranks: the processes of the run.
         full: whether to gather the matrices of x x^T.
-        weights: how much each token counts; None: all alike.
+        weights: weight of each token; None: equal weights.
     """
 
     def __init__(
@@ -207,15 +207,15 @@ def put(block: nn.Module, linears: Mapping[str, CompressedLinear], model: Stream
 class Observed:
     """Second moments of the inputs of a block's linears while the context is open.
 
-    Linears that are called with the same tensor share one matrix, which is gathered for the first of them, unless
-    tokens count in another way for each.
+    Linears that are called with the same tensor share one matrix, which is gathered for the first of them, unless each
+    has its own weights of tokens.
 
     Args:
         model: dense model.
         block: the block.
         index: its number.
         full: whether to gather the matrices of x x^T.
-        weights: how much each token counts; None: all alike.
+        weights: weight of each token; None: equal weights.
     """
 
     def __init__(
@@ -302,7 +302,7 @@ class Observed:
 
 
 class Weights:
-    """How much each token counts, handed out batch by batch as the sequences pass.
+    """The weight of each token, handed out batch by batch as the sequences pass.
 
     Args:
         weights: of all sequences of this rank, `[num_sequences, seq_len]`.

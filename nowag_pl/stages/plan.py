@@ -1,4 +1,4 @@
-"""What a run will do, settled before anything is computed: the settings of each stage, or None where it is left out."""
+"""The plan of a run, made before anything is computed: the settings of each stage, or None if it is left out."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,12 +13,12 @@ CalibrationMode = Literal["dense", "propagated", "corrected"]
 
 @dataclass(frozen=True)
 class GuidanceSettings:
-    """How calibration tokens are weighted by the end loss.
+    """Weights of calibration tokens by the final loss.
 
     Attributes:
-        labels: whose gradients: "text" for the next tokens of the text; "model" for tokens that the model itself draws,
-            whose squared gradients are the Fisher information.
-        power: of the squared gradients; below 1, tokens count more alike.
+        labels: labels of the loss: "text" for the next tokens of the text; "model" for tokens drawn from the model
+            itself, for which squared gradients are the Fisher information.
+        power: exponent of the squared gradients; smaller values make the weights of tokens more equal.
     """
 
     labels: Literal["text", "model"] = "text"
@@ -31,14 +31,14 @@ class GuidanceSettings:
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """How second moments are gathered.
+    """Settings for gathering second moments.
 
     Attributes:
         num_sequences: calibration sequences.
-        seed: which places of the calibration text.
+        seed: seed of the places in the calibration text.
         mode: as for :class:`~callbacks.calibration.ModelCalibration`.
-        batch_size: sequences that pass a block together on each device.
-        guidance: how tokens are weighted by the end loss; None: all count alike.
+        batch_size: sequences that pass through a block together on each device.
+        guidance: weights of tokens by the final loss; None: all tokens have equal weight.
     """
 
     num_sequences: int = 128
@@ -55,14 +55,14 @@ class CalibrationSettings:
 
 @dataclass(frozen=True)
 class CompressionSettings:
-    """Which linears are compressed, and how.
+    """The linears to compress, and their methods.
 
     Attributes:
         compressor: the method.
-        budget: how its bits are spread over the linears; None: its settings are the same everywhere.
-        targets: patterns of the linears that are compressed; None: every linear of every decoder block.
-        ignore: patterns of those that stay dense all the same.
-        overrides: pattern to another method, or to settings that differ from the method's.
+        budget: spreads its bits over the linears; None: the same settings everywhere.
+        targets: patterns of the linears to compress; None: every linear of every decoder block.
+        ignore: patterns of linears that stay dense even if a target matches them.
+        overrides: for each pattern, another method, or settings that differ from the method's.
     """
 
     compressor: Compressor
@@ -74,23 +74,23 @@ class CompressionSettings:
 
 @dataclass(frozen=True)
 class FinetuningSettings:
-    """How blocks are finetuned.
+    """Settings for finetuning blocks.
 
     Attributes:
         num_sequences: training sequences.
-        num_held_out: sequences that decide.
-        targets: "block" for what the dense block makes of the same inputs; "model" for the hidden states of the
-            dense model.
-        max_epochs: passes over the training sequences at most.
-        learning_rate: of AdamW at the start.
+        num_held_out: sequences that choose the epoch.
+        targets: "block" for the dense block's outputs on the same inputs; "model" for the hidden states of the dense
+            model.
+        max_epochs: largest number of passes over the training sequences.
+        learning_rate: learning rate of AdamW at the start.
         batch_size: sequences per step on all devices together.
         accumulate_grad_batches: batches whose gradients are added up before a step.
         gradient_clip_val: largest norm of a gradient.
         plateau_patience: epochs without a lower held-out error before the learning rate is halved.
-        stop_patience: epochs without a lower held-out error before a block is done.
-        seed: of the order of the sequences, and which places of the text they are from.
-        activations: where hidden states are while they are used: "memory" for host memory, "disk" for mapped files.
-        precision: of the computation; "auto" for bf16-mixed where the device has it, else 32-true.
+        stop_patience: epochs without a lower held-out error before training of a block ends.
+        seed: seed of the places of the sequences in the text, and of their order.
+        activations: place of the hidden states while they are used: "memory" for host memory, "disk" for mapped files.
+        precision: precision of the computation; "auto" for bf16-mixed if the device supports it, else 32-true.
     """
 
     num_sequences: int = 96
@@ -119,13 +119,13 @@ class FinetuningSettings:
 
     @property
     def num_streams(self) -> int:
-        """Sets of hidden states that are on disk at once: inputs, targets, and what comes next."""
+        """Sets of hidden states that are on disk at once: inputs, targets, and those of the next block."""
         return 3 if self.targets == "block" else 4
 
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """Which folders are written.
+    """The folders to write.
 
     Attributes:
         format: "packed" linears, an ordinary "dense" checkpoint, or an "exl3" folder.
@@ -141,10 +141,10 @@ class ExportSettings:
 
 @dataclass(frozen=True)
 class ReportSettings:
-    """How the dense model's predictions are recorded.
+    """Settings for recording the dense model's predictions.
 
     Attributes:
-        batch_size: windows of the evaluation texts that pass a block together.
+        batch_size: windows of the evaluation texts that pass through a block together.
     """
 
     batch_size: int = 8
@@ -156,11 +156,11 @@ class ReportSettings:
 
 @dataclass
 class Plan:
-    """The stages of a run. Callbacks enter theirs before any of them is set up, and read what the others will do.
+    """The stages of a run. Callbacks enter theirs before any of them is set up, and read those of the others.
 
     Attributes:
-        calibration: second moments; None where nothing is compressed.
-        compression: linears; None to train or measure a model as it is.
+        calibration: second moments; None if nothing is compressed.
+        compression: linears; None to train or measure a model without compressing it.
         finetuning: blocks, one after the other.
         export: model folders.
         report: comparison with the dense model.

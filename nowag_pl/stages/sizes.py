@@ -17,7 +17,7 @@ from nowag_pl.modules import CompressedLinear
 from nowag_pl.stages.compression_run import CompressionRun
 
 MEASURED_TOKENS = 4096  # whose logits are in memory together; 2 GB in float32 for a vocabulary of 128,000
-UNTOLD_BYTES = 16  # per weight, to restore it, and for gradients, where a method cannot tell what it makes
+UNTOLD_BYTES = 16  # per weight, to restore it, and for gradients, if a method does not know its result in advance
 
 Methods = Mapping[str, Sequence[Compressor]]  # by whole name of a linear: its method, then others for a budget
 
@@ -33,10 +33,10 @@ class LinearSizes(NamedTuple):
         held: bytes of values and `packed` in memory.
         stored: bytes on disk.
         candidates: bytes on disk with every setting that a budget may choose.
-        restoring: bytes beside the weight while it is restored.
+        restoring: bytes in addition to the weight while it is restored.
         keeping: bytes kept of the weight for gradients.
         compressing: bytes while it is compressed.
-        pairs: pairs of inputs in its full second moment; 0 where none is gathered.
+        pairs: pairs of inputs in its full second moment; 0 if none is gathered.
         num_linears: number of linears.
     """
 
@@ -109,12 +109,12 @@ class ModelSizes:
         hidden: length of a hidden state.
         widest: longest input or output of a linear.
         vocabulary: number of token ids.
-        itemsize: of a weight.
+        itemsize: bytes of a weight.
         skeleton: embeddings, head and norms outside of the blocks.
-        others: all of the blocks that is not compressed.
+        others: all parts of the blocks that are not compressed.
         dense_block: largest block with dense linears.
         compressed_block: largest block with compressed linears, in memory.
-        block_values: number of values that can be trained in a block at most.
+        block_values: largest number of values that can be trained in a block.
         total: sums over all compressed linears.
         block: the largest sums over those of a block.
         linear: the largest of a linear.
@@ -142,7 +142,7 @@ class ModelSizes:
 
         Args:
             checkpoint: the model.
-            methods: of the linears that are compressed; None: it stays as it is.
+            methods: methods of the linears to compress; None: nothing is compressed.
 
         Raises:
             ValueError: a method does not fit the shape of a linear; the message names it. Or the decoder blocks are
@@ -192,12 +192,12 @@ class ModelSizes:
 
     @property
     def trained_values(self) -> int:
-        """How many values are trained end to end at most: of a compressed model, those in its blocks."""
+        """The largest number of values trained end to end: in a compressed model, those in its blocks."""
         return self.total.values + (self.others + (0 if self.is_compressed else self.skeleton)) // self.itemsize
 
     @property
     def frozen_values(self) -> int:
-        """How many are not: embeddings and head of a compressed model."""
+        """The number of values not trained: embeddings and head of a compressed model."""
         return self.skeleton // self.itemsize if self.is_compressed else 0
 
     def hidden_states(self, num_sequences: int, seq_len: int) -> int:
@@ -205,11 +205,11 @@ class ModelSizes:
         return num_sequences * seq_len * self.hidden * self.itemsize
 
     def activations(self, num_tokens: int) -> int:
-        """Return the memory of a block beside its weights while that many tokens pass it."""
+        """Return the memory of a block in addition to its weights while that many tokens pass through it."""
         return num_tokens * (4 * self.itemsize * self.hidden + (3 * self.itemsize + 8) * self.widest)
 
     def passing(self, num_tokens: int, itemsize: int) -> int:
-        """Return the memory beside a block while tokens pass it: a restored weight, and activations."""
+        """Return the memory in addition to a block while tokens pass through it: a restored weight, and activations."""
         weight = itemsize * self.linear.weights + self.linear.restoring
         return weight + self.activations(num_tokens) * itemsize // self.itemsize
 
@@ -224,7 +224,7 @@ class ModelSizes:
         return self.vocabulary * (logits * self.itemsize * together + working * min(num_tokens, 1024))
 
     def forward(self, num_tokens: int, itemsize: int, compared: bool = False) -> int:
-        """Return the memory of a forward without gradients beside the model: that of a block, or of logits."""
+        """Return the memory of a forward without gradients in addition to the model: of a block, or of logits."""
         logits = itemsize * num_tokens * self.vocabulary + self.measuring(num_tokens, compared)
         return max(self.passing(num_tokens, itemsize), logits)
 
@@ -264,13 +264,13 @@ def _linears(block_name: str, block: nn.Module, methods: Methods, itemsize: int)
                 sizes = LinearSizes.of(cast(nn.Linear | CompressedLinear, module), of_linear, itemsize)
             except ValueError as error:
                 raise ValueError(f"{block_name}.{name}: {error}") from error
-            # Linears may share a second moment, which shapes do not tell.
+            # Linears may share a second moment, which shapes do not show.
             found[name] = sizes._replace(pairs=sizes.inputs**2 * full)
     return found
 
 
 def _others(block: nn.Module, linears: Mapping[str, LinearSizes]) -> int:
-    """Return the bytes of a block's parameters but for those of compressed linears; their biases are among them."""
+    """Return the bytes of a block's parameters except those of compressed linears; their biases are included."""
     return sum(
         parameter.nbytes
         for name, parameter in block.named_parameters()
@@ -280,7 +280,7 @@ def _others(block: nn.Module, linears: Mapping[str, LinearSizes]) -> int:
 
 @dataclass(frozen=True)
 class Holding:
-    """How processes hold a model that is there as a whole.
+    """The way in which processes hold a whole model.
 
     Attributes:
         num_ranks: processes of all nodes.
@@ -301,7 +301,7 @@ class Holding:
         return 4 * sizes.trained_values + (sizes.itemsize if self.mixed else 4) * sizes.frozen_values
 
     def share(self, sizes: ModelSizes, divisible: int) -> int:
-        """Return what one process holds of divisible bytes, with the masks, codes and groups that it holds whole."""
+        """Return one process's share of divisible bytes, with the masks, codes and groups that it holds whole."""
         if not self.sharded or self.num_ranks == 1:
             return divisible + sizes.total.packed
         gathered = 4 * (1 if sizes.is_compressed else 2) * (sizes.skeleton + 2 * sizes.compressed_block)

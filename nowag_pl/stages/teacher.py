@@ -1,7 +1,7 @@
-"""The dense model's predictions on given windows, kept in files: what compares with it, and what learns from it.
+"""The dense model's predictions on given windows, stored in files for comparison and for distillation.
 
-What is kept are the hidden states behind the last block, a small fraction of the logits' size, which the head turns
-into logits when they are needed; or the likeliest tokens alone, which is smaller still.
+Stored are the hidden states after the last block, a small fraction of the logits' size, which the head turns
+into logits when they are needed; or only the most likely tokens, which is smaller still.
 """
 
 import logging
@@ -26,13 +26,13 @@ TRAINING_TEXT = "training text"
 
 @dataclass(frozen=True)
 class TeacherSettings:
-    """How a compressed model is taught by the dense one.
+    """Settings for distillation from the dense model.
 
     Attributes:
-        temperature: what both models' logits are divided by; above 1, unlikely tokens count more.
-        top_k: keep only so many of the dense model's likeliest tokens at each position, 8 bytes each, the others lumped
-            together. null: keep its hidden states, from which all logits follow.
-        batch_size: windows that pass a block of the dense model together.
+        temperature: divisor of both models' logits; above 1, unlikely tokens have more weight.
+        top_k: store only this many of the dense model's most likely tokens at each position, 8 bytes each, and treat
+            the others as one. null: store its hidden states, from which all logits follow.
+        batch_size: windows that pass through a block of the dense model together.
     """
 
     temperature: float = 1.0
@@ -65,7 +65,7 @@ def dense_states(
         store: run directory, whose ranks share the windows.
         windows: `[num_windows, seq_len]`, the same on every rank.
         name: of the text, for the progress bar.
-        batch_size: windows that pass a block together.
+        batch_size: windows that pass through a block together.
     """
     return passed(Passage(model, model.load_block, f"Dense model on {name}"), windows, batch_size, store.ranks)
 
@@ -77,7 +77,7 @@ class DenseReference:
         model: dense model.
         store: run directory.
         windows: name of each text to its windows `[num_windows, seq_len]`.
-        batch_size: windows that pass a block together.
+        batch_size: windows that pass through a block together.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class DenseReference:
         Args:
             name: text.
             indices: numbers of the windows `[batch]`.
-            positions: which of their tokens.
+            positions: places of their tokens.
 
         Returns:
             `[batch, positions, vocabulary]`.

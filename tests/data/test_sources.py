@@ -190,9 +190,9 @@ def test_stream_that_breaks_is_refused(tmp_path, monkeypatch):
     ("settings", "message"),
     [
         ({"max_documents": 0}, "max_documents of at least 1, but got 0"),
-        ({"streaming": True}, "max_documents beside streaming"),
-        ({"protocol": "c4", "max_documents": 5}, "beside protocol 'c4'.* but got 5 and None"),
-        ({"protocol": "c4-new", "shuffle_seed": 0}, "beside protocol 'c4-new'.* but got None and 0"),
+        ({"streaming": True}, "max_documents with streaming"),
+        ({"protocol": "c4", "max_documents": 5}, "with protocol 'c4'.* but got 5 and None"),
+        ({"protocol": "c4-new", "shuffle_seed": 0}, "with protocol 'c4-new'.* but got None and 0"),
     ],
 )
 def test_settings_that_contradict_are_refused(settings, message):

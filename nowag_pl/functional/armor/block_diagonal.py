@@ -11,8 +11,8 @@ def largest_block(num_features: int, at_most: int, multiple_of: int = 1) -> int:
 
     Args:
         num_features: length that the blocks fill exactly.
-        at_most: wanted size.
-        multiple_of: what the size has to be a multiple of.
+        at_most: largest allowed size.
+        multiple_of: divisor that the size must have.
 
     Raises:
         ValueError: there is no such size.

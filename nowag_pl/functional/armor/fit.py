@@ -35,13 +35,13 @@ class ArmorFit(NamedTuple):
 
 @dataclass(frozen=True)
 class ArmorSettings:
-    """How factors and core are fitted.
+    """Settings of the fit of factors and core.
 
     Attributes:
         pattern: (N, M) of the core; M divides the blocks of B.
-        max_iters: iterations at the most.
-        learning_rate: of Adam on A and B; that of S is scaled as :class:`_Descent` says.
-        tolerance: stop when 50 iterations lower the objective by less than this fraction; 0 to go on while it falls.
+        max_iters: largest number of iterations.
+        learning_rate: rate of Adam on A and B; that of S is scaled, see :class:`_Descent`.
+        tolerance: stop when 50 iterations lower the objective by less than this fraction; 0 to continue while it falls.
         selection: draw groups in proportion to the squared gradient of the objective, or evenly.
     """
 
@@ -59,10 +59,10 @@ def fit_armor(
     """Lower the objective from a start.
 
     The learning rate falls to zero along a cosine. A continuous step that would raise the objective is not taken: Adam
-    forgets its moments and goes on with half of the rate.
+    forgets its moments and continues with half of the rate.
 
     Args:
-        target: what is approximated, and what its errors count.
+        target: the weight to approximate, and the weights of its errors.
         start: factors to start from.
         settings: pattern, steps, and when to stop.
         generator: draws the groups; on the CPU.
@@ -122,7 +122,7 @@ class _Descent:
         self._schedule = CosineAnnealingLR(self._optimizer, T_max=max_iters)
 
     def step(self, factors: ArmorFactors, gradients: ArmorGradients) -> ArmorFactors:
-        """Return factors after a step from the given ones; what is removed from the core stays zero."""
+        """Return factors after a step from the given ones; removed weights of the core stay zero."""
         values: list[Tensor] = [factors.out_factor, factors.core, factors.in_factor]
         for parameter, value, gradient in zip(self._parameters, values, gradients, strict=True):
             parameter.copy_(value)

@@ -1,10 +1,10 @@
 """The discrete step of ARMOR (arXiv:2510.05528): new supports and values for one group of M weights per block pair.
 
 `(A S B)_pq = A_p S_pq B_q`: a block of W_bar depends on one pair of an A-block and a B-block only, so that the groups
-of all pairs are solved at once. With a the column of A_p that the group's row meets, B_J the rows of B_q that its
-columns meet and E the residual without the group, its values s cost `||E - a s B_J||^2`, weighted by u and h. That is
-`s^T G s - 2 c^T s` and a constant, `G = (a^T U a) B_J H B_J^T`, `c = B_J H E^T U a`; for each of the C(M, N) supports
-the best s solves an N x N system.
+of all pairs are solved at once. With a the column of A_p that multiplies the group's row, B_J the rows of B_q that its
+columns multiply and E the residual without the group, its values s cost `||E - a s B_J||^2`, weighted by u and h. This
+is `s^T G s - 2 c^T s` and a constant, `G = (a^T U a) B_J H B_J^T`, `c = B_J H E^T U a`; for each of the C(M, N)
+supports the best s solves an N x N system.
 """
 
 from itertools import combinations
@@ -31,7 +31,7 @@ class Groups(NamedTuple):
 
 
 class _Quadratic(NamedTuple):
-    """The objective by the values of a group, `s^T G s - 2 c^T s`, and what the values multiply."""
+    """The objective as a function of a group's values, `s^T G s - 2 c^T s`, and the factors of the values."""
 
     gram: Tensor  # G, [p, q, m, m]
     linear: Tensor  # c, [p, q, m]
@@ -39,7 +39,7 @@ class _Quadratic(NamedTuple):
     rows: Tensor  # B_J, [p, q, m, b]
 
     def gain(self, values: Tensor) -> Tensor:
-        """Return by how much values `[p, q, m]` lower the objective from that of zeros, `[p, q]`."""
+        """Return the decrease of the objective by values `[p, q, m]` from that of zeros, `[p, q]`."""
         return (values * (2 * self.linear - _times(self.gram, values))).sum(dim=-1)
 
 
@@ -95,10 +95,10 @@ def improve_groups(
 ) -> tuple[ArmorFactors, Float[Tensor, "out in"]]:
     """Give each group the support and values of least objective, everything else fixed.
 
-    A group stays as it is where nothing better is found.
+    A group does not change if nothing better is found.
 
     Args:
-        target: what is approximated.
+        target: the weight to approximate, and the weights of its errors.
         factors: A, S and B.
         residual: W_bar - A S B.
         groups: a group of every block pair.
@@ -163,7 +163,7 @@ def _grouped(matrix: Tensor, factors: ArmorFactors, group_size: int) -> Tensor:
 
 
 def _index(groups: Groups) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return where groups are in what :func:`_grouped` gives."""
+    """Return the places of groups in the result of :func:`_grouped`."""
     pair_row, pair_column = _pairs(groups)
     return pair_row, groups.row, pair_column, groups.number
 

@@ -10,7 +10,7 @@ from nowag_pl.functional.armor.block_diagonal import multiply_left, multiply_rig
 
 
 class ArmorTarget(NamedTuple):
-    """What is approximated, and what its errors count."""
+    """The weight to approximate, and the weights of its errors."""
 
     weight: Float[Tensor, "out in"]  # W_bar
     row_weights: Float[Tensor, " out"]  # u
@@ -41,7 +41,7 @@ class ArmorGradients(NamedTuple):
 def identity_factors(
     weight: Float[Tensor, "out in"], keep: Bool[Tensor, "out in"], out_block: int, in_block: int
 ) -> ArmorFactors:
-    """Return `A = I`, `S = W_bar` where it is kept, `B = I`.
+    """Return `A = I`, `S = W_bar` at the kept places, `B = I`.
 
     Args:
         weight: normalised weight W_bar.
@@ -71,7 +71,7 @@ def gradients_of(target: ArmorTarget, factors: ArmorFactors, residual: Float[Ten
     last within their blocks.
 
     Args:
-        target: what is approximated.
+        target: the weight to approximate, and the weights of its errors.
         factors: where the derivative is taken.
         residual: W_bar - A S B there.
     """

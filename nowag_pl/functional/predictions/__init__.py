@@ -1,1 +1,1 @@
-"""What models say of the next token, compared."""
+"""Comparison of models' predictions of the next token."""

@@ -39,8 +39,8 @@ def top_log_probabilities(
 
     Args:
         logits: predictions.
-        top_k: how many; at most the vocabulary.
-        temperature: what the logits are divided by.
+        top_k: number of tokens, at most the vocabulary.
+        temperature: divisor of the logits.
     """
     log_probabilities = F.log_softmax(logits.float() / temperature, dim=-1)
     values, tokens = log_probabilities.topk(top_k, dim=-1)

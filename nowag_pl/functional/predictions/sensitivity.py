@@ -19,7 +19,7 @@ def predicted_divergence(change: Float[Tensor, "... out"], gradient: Float[Tenso
     """Return `1/2 sum g^2 d^2`, summed in float64, in nats.
 
     Args:
-        change: d, what is added to the outputs of a linear.
+        change: d, the change of the outputs of a linear.
         gradient: g, of the negative log likelihood of drawn labels, summed over the positions that predict them.
 
     Example:
@@ -46,7 +46,7 @@ def drawn_labels(
         [0, 1, 3]
     """
     cumulated = F.softmax(logits.float(), dim=-1).cumsum(dim=-1)
-    # The last cumulated probability is 1 but for rounding.
+    # The last cumulated probability is 1 except for rounding.
     thresholds = uniform.to(cumulated) * cumulated[:, -1]
     return (cumulated <= thresholds[:, None]).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
 

@@ -1,1 +1,1 @@
-"""How compressed weights are stored, and what that costs."""
+"""Storage of compressed weights, and its size."""

@@ -112,7 +112,7 @@ def _unpack_part(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def pattern_bits(pattern: tuple[int, int]) -> int:
-    """Return the bits that tell which N of M weights are kept: `ceil(log2(C(M, N)))`, or M for groups over 16.
+    """Return the bits for the mask of N kept of M weights: `ceil(log2(C(M, N)))`, or M for groups over 16.
 
     Example:
         >>> pattern_bits((2, 4)), pattern_bits((4, 8)), pattern_bits((1, 4))
@@ -257,7 +257,7 @@ def _pattern_tables(pattern: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def _part_size(weights_per_value: int = 1) -> int:
-    """Return how many values are packed at a time; their bits fill whole bytes."""
+    """Return the number of values to pack at a time; their bits fill whole bytes."""
     return max(chunks.CHUNK_ELEMENTS // weights_per_value // _SLOTS, 1) * _SLOTS
 
 

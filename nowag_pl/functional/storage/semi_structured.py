@@ -22,7 +22,7 @@ def reason_against_semi_structured(
         shape: (out, in).
         pattern: (N, M) of the weight; None for an unstructured one.
         dtype: type of the weight.
-        device: where the weight lies.
+        device: device of the weight.
 
     Example:
         >>> import torch

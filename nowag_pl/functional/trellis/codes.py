@@ -1,9 +1,9 @@
-"""What number a state of the trellis stands for: fixed pseudo-random codes (QTIP, arXiv:2406.11235), and a table.
+"""Values of the states of a trellis: fixed pseudo-random codes (QTIP, arXiv:2406.11235), and a table.
 
 A code maps the L-bit states to values that look like draws from a unit Gaussian, by a few operations on 32-bit
 integers, so that nothing has to be stored. `mul1` and `mcg` are those of the EXL3 format, `1mad` and `3inst` the ones
-of the paper; where a format rounds to float16, so does the code here, bit for bit. `table` looks 2^Q numbers up in an
-order that is as random, and can be trained (the paper's hybrid code, one weight at a time).
+of the paper. Roundings to float16 are those of the format, bit for bit. `table` looks up 2^Q numbers in a pseudo-random
+order, and can be trained (the paper's hybrid code, one weight at a time).
 """
 
 from collections.abc import Callable

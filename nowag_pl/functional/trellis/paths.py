@@ -30,8 +30,8 @@ def open_path(
         values: number of every state, 2^L of them.
         bits: k.
         weights: w, not negative; None for ones.
-        starts: the L - k bits before the first step; None where they are free.
-        ends: the low L - k bits of the last state; None where they are free.
+        starts: the L - k bits before the first step; None if they are free.
+        ends: the low L - k bits of the last state; None if they are free.
         memory: bytes that the work may take on a GPU, or without Numba; one sequence is the least.
 
     Raises:
@@ -68,10 +68,10 @@ def tail_biting_path(
     weights: Float[Tensor, "n steps"] | None = None,
     memory: int = MEMORY,
 ) -> Int[Tensor, "n steps"]:
-    """Return the states of a cheap path whose stream is circular, int32: `k steps` bits tell all of them.
+    """Return the states of a cheap path whose stream is circular, int32; `k steps` bits determine all of them.
 
-    The path is not always the cheapest: the L - k bits at the seam are those that the best open path of the sequence,
-    turned by half, has in its middle.
+    The path is not always the cheapest: the L - k bits at the seam are those in the middle of the best open path of the
+    sequence rotated by half.
 
     Args:
         targets: x; their number of steps has to give at least L bits.
@@ -102,15 +102,15 @@ def find_path_by_tensors(
     starts: Int[Tensor, " n"] | None,
     ends: Int[Tensor, " n"] | None,
 ) -> Int[Tensor, "n steps"]:
-    """Do as the kernels do, a step of all sequences at a time, on any device.
+    """As the kernels, but one step of all sequences at a time, on any device.
 
     Args:
         targets: x, float32.
         roots: square roots of the weights; None for ones.
         values: number of every state.
         bits: k.
-        starts: bits before the first step; None where they are free.
-        ends: bits of the last state; None where they are free.
+        starts: bits before the first step; None if they are free.
+        ends: bits of the last state; None if they are free.
     """
     num_sequences, num_steps = targets.shape
     num_places = len(values) >> bits
@@ -140,7 +140,7 @@ def _split(each: Tensor | None, size: int, count: int) -> tuple[Tensor | None, .
 
 
 def _bytes_of_one(num_steps: int, state_bits: int, bits: int) -> int:
-    """Return about what a sequence takes: the winners of all steps, and a few numbers for each state."""
+    """Return the approximate memory for a sequence: the winners of all steps, and a few numbers for each state."""
     return num_steps * 2 ** (state_bits - bits) + 16 * 2**state_bits
 
 

@@ -2,12 +2,12 @@
 
 1. Columns and rows are divided by their norms (NoWag, arXiv:2504.14569), which leaves two vectors of scales.
 2. Random signs and Hadamard blocks on both sides make the entries nearly Gaussian, as the code's values are.
-3. Blocks of 16 columns go on the trellis (QTIP, arXiv:2406.11235), a tile of 16 x 16 a sequence, each with the errors
-   of those before it fed in. What an error counts is what it does to the output: with D the scales of the columns and
-   Had S the rotation, `E Had S D H D S Had E^T`. The scales of the rows cancel.
+3. Blocks of 16 columns are put on the trellis (QTIP, arXiv:2406.11235), each tile of 16 x 16 as a sequence; the errors
+   of each block are fed into those after it. Errors are weighted by their effect on the output: with D the scales of
+   the columns and Had S the rotation, `E Had S D H D S Had E^T`. The scales of the rows cancel.
 4. Both vectors of scales are fitted to the output by least squares.
 
-Signs, levels and scales end in two vectors, so that k bits a weight and 16 bits a row and column are all there is.
+Signs, levels and scales end in two vectors, so that only k bits a weight and 16 bits a row and column are stored.
 """
 
 from dataclasses import dataclass
@@ -34,18 +34,18 @@ SPREAD = (0.9, 1.03, 1.1, 1.15, 1.21, 1.26, 1.33, 1.43)
 
 @dataclass(frozen=True)
 class TrellisSettings:
-    """How a weight is put on a trellis.
+    """Settings by which a weight is put on a trellis.
 
     Attributes:
         bits: k, bits of a weight, 1 to 8.
         state_bits: L, bits of a state, at most 16.
-        code: what number a state stands for.
+        code: code that gives the value of a state.
         rotation: "both" sides, or "none" as in the paper of NoWag.
-        feedback: whether the errors of columns are made up for in those after them. Without it, and without rotation,
-            NoWag's importance weights the squared errors.
-        damping: what is added to the diagonal of the metric, as a share of its mean.
-        refit_rounds: how often both scales are fitted.
-        multiple: what sizes are padded to: 16, or 128 for the EXL3 format.
+        feedback: let columns compensate for the errors of those before them. Without it, and without rotation, NoWag's
+            importance weights the squared errors.
+        damping: addition to the diagonal of the metric, as a share of its mean.
+        refit_rounds: number of fits of both scales.
+        multiple: sizes are padded to a multiple of this: 16, or 128 for the EXL3 format.
         memory: bytes for the search on a GPU.
     """
 
@@ -81,8 +81,8 @@ def quantize_trellis(
     Args:
         weight: W, of any floating type.
         second_moment: H, mean of x x^T, or its diagonal.
-        settings: how.
-        generator: of the signs.
+        settings: settings of the method.
+        generator: generator of the signs.
         table: numbers of the code `table`.
 
     Raises:
@@ -93,7 +93,7 @@ def quantize_trellis(
     moment = torch.diag(second_moment) if second_moment.dim() == 1 else second_moment
     moment = torch.nn.functional.pad(moment.float(), (0, padding, 0, padding))
     target, in_scale, out_scale = _prepare(padded, settings, generator)
-    # The values as they are stored stand for numbers that are `step` times larger.
+    # Stored values stand for numbers that are `step` times larger.
     step = SPREAD[settings.bits - 1] / float(values.std())
     packed = _search(target / step, moment, in_scale, values, settings)
     found = TrellisWeight(packed, in_scale, out_scale * step, (weight.shape[0], weight.shape[1]))
@@ -138,7 +138,7 @@ def decode_tiles(
 
 
 def _prepare(padded: Tensor, settings: TrellisSettings, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what goes on the trellis, with a mean square of 1, and the scales of columns and rows that restore it."""
+    """Return the weight for the trellis, with a mean square of 1, and the column and row scales that restore it."""
     target, in_scale, out_scale = normalize(padded)
     if settings.rotation == "both":
         out_signs, in_signs = (random_signs(size, generator, padded.device) for size in padded.shape)
@@ -186,7 +186,7 @@ def _search(target: Tensor, moment: Tensor, in_scale: Tensor, values: Tensor, se
 def _refit(
     weight: Tensor, found: TrellisWeight, moment: Tensor, values: Tensor, settings: TrellisSettings
 ) -> TrellisWeight:
-    """Fit the scales; keep what they were where that is no better."""
+    """Fit the scales; keep the old ones if the fit is no better."""
     num_out, num_in = found.shape
     damped = damp(moment, settings.damping)
     ones = found._replace(in_scale=torch.ones_like(found.in_scale), out_scale=torch.ones_like(found.out_scale))

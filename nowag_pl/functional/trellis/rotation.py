@@ -50,7 +50,7 @@ def random_signs(size: int, generator: torch.Generator, device: torch.device) ->
     """Return ones and minus ones, drawn on the generator's device.
 
     Args:
-        size: how many.
+        size: number of signs.
         generator: source of randomness.
         device: where they go.
     """
@@ -85,11 +85,11 @@ def rotate_back(
 
 
 def rotate_metric(second_moment: Float[Tensor, "in in"], in_scale: Float[Tensor, " in"]) -> Float[Tensor, "in in"]:
-    """Return `Had D H D Had`, by which the error of a rotated weight counts as H counts that of the weight.
+    """Return `Had D H D Had`, the metric of a rotated weight's error that corresponds to H for the weight itself.
 
     Args:
         second_moment: H, mean of x x^T.
-        in_scale: diagonal of D, what multiplies the columns after the rotation: signs and column scales.
+        in_scale: diagonal of D, the factors of the columns after the rotation: signs and column scales.
     """
     scaled = second_moment * in_scale * in_scale[:, None]
     return hadamard(hadamard(scaled).T.contiguous())

@@ -2,7 +2,7 @@
 
 A tile is a sequence of 256 weights. For the lanes t = 0 to 31 of a warp, places 8 t to 8 t + 7 hold rows r0, r0 + 1,
 r0 + 8, r0 + 9 (r0 = 2 (t mod 4)) of column t div 4, then of the column 8 further on; rows are inputs, columns outputs.
-The stream of k-bit symbols, highest bit first, is cut into 32-bit words, which lie in memory with the low half first.
+The stream of k-bit symbols, highest bit first, is cut into 32-bit words, which are stored with the low half first.
 """
 
 from functools import lru_cache
@@ -81,7 +81,7 @@ def unpack_states(packed: Int16[Tensor, "*tiles words"], bits: int, state_bits: 
 
 
 def pad_to_tiles(weight: Float[Tensor, "out in"], multiple: int = TILE) -> Float[Tensor, "padded_out padded_in"]:
-    """Return a weight filled up with zeros to sizes that are multiples.
+    """Return a weight padded with zeros to sizes that are multiples.
 
     Args:
         weight: matrix.

@@ -6,7 +6,7 @@ row of the reconstruction `r2_i codebook[codes_i] r1` (NoWag-VQ, arXiv:2504.1456
 - with error feedback (:mod:`nowag_pl.functional.feedback`), a column of subvectors after the other;
 - together with the codebook by alternating directions (:mod:`nowag_pl.functional.alternating`), with a step of k-means
   for a projection;
-- in sweeps that start from codes, and choose each column anew given all others; they never make the error larger.
+- in sweeps that start from codes, and choose each column again given all others; they never increase the error.
 """
 
 import torch

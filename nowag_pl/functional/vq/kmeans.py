@@ -1,7 +1,7 @@
 """K-means with a weight per coordinate: k-means++ start and Lloyd's iterations.
 
 The objective is `sum_i sum_j w_ij (x_ij - c_{code(i), j})^2` (NoWag-VQ, arXiv:2504.14569, section on vector
-quantization). Assignments are products (:mod:`nowag_pl.functional.vq.nearest`) whose left side is made anew for some
+quantization). Assignments are products (:mod:`nowag_pl.functional.vq.nearest`) whose left side is computed for some
 points at a time, and their weighted sums are taken while it is there.
 """
 
@@ -32,7 +32,7 @@ class KMeansResult(NamedTuple):
 
 
 class _Points(NamedTuple):
-    """Points, and how many of them are worked on at a time."""
+    """Points, and the number of points processed at a time."""
 
     points: Tensor  # [n, d]
     weights: Tensor | SubvectorWeights  # [n, d]
@@ -53,7 +53,7 @@ class _Points(NamedTuple):
 
 
 class _Assignment(NamedTuple):
-    """Codes and what follows from them."""
+    """Codes, and the sums and loss that follow from them."""
 
     codes: Tensor  # [n], int32
     distances: Tensor  # [n]
@@ -63,12 +63,12 @@ class _Assignment(NamedTuple):
 
 @dataclass(frozen=True)
 class KMeansSettings:
-    """How large a codebook is, and how long it is fitted.
+    """The size of a codebook, and the limits of its fit.
 
     Attributes:
         num_codewords: k, at most the number of points.
-        max_iters: updates of the codebook at the most.
-        tolerance: least relative gain of the loss to go on; 0 to go on until the codes settle.
+        max_iters: largest number of updates of the codebook.
+        tolerance: least relative gain of the loss to continue; 0 to continue until the codes settle.
         chunk_size: points whose k distances are in memory at a time. None: :func:`nearest.chunk_points`.
     """
 
@@ -92,7 +92,8 @@ def weighted_kmeans(
 
     Args:
         points: points, float32.
-        weights: non-negative weight of each coordinate of each point, float32, or what gives those of some points.
+        weights: non-negative weight of each coordinate of each point, float32, or a function that gives those of some
+            points.
             Where a codeword's points have no weight in a coordinate, that coordinate does not move.
         settings: size of the codebook, and when to stop.
         generator: source of randomness of the k-means++ start, on the CPU.
@@ -132,7 +133,7 @@ def weighted_kmeans(
 
 
 def check_num_codewords(num_codewords: int, num_points: int) -> None:
-    """Raise ValueError where there are fewer points than codewords."""
+    """Raise ValueError if there are fewer points than codewords."""
     if num_codewords > num_points:
         raise ValueError(
             f"Expected at most as many codewords as subvectors, but got {num_codewords} codewords for "
@@ -173,7 +174,7 @@ def add_sorted(sums: Float[Tensor, "k m"], codes: Int[Tensor, " n"], features: F
     Args:
         sums: sums so far, which are written.
         codes: code of each row of the features, int64.
-        features: what is added.
+        features: the values to add up.
     """
     order = codes.argsort(stable=True)
     counts = torch.bincount(codes, minlength=len(sums))

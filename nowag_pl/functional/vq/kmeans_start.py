@@ -1,8 +1,8 @@
 """The k-means++ start: codewords chosen among the points, far from each other.
 
-Each is drawn with probability proportional to its distance from those before it. Distances only fall, so that several
-draws can be made at once from earlier ones, of which each is kept with the share of its distance that is left; what is
-kept has the probabilities of one draw after the other. All distances are then lowered in one search.
+Each is drawn with a probability proportional to its distance from those before it. Because distances only fall, several
+candidates can be drawn at once from earlier distances. Each is then kept with a probability equal to the share of its
+distance that remains, which gives the probabilities of one draw after the other. One search lowers all distances.
 """
 
 import torch
@@ -41,7 +41,7 @@ def kmeans_plus_plus(
         sample = torch.randperm(len(points), generator=generator)[:sample_size].sort().values.to(points.device)
     points, weights = points[sample], weights[sample]
     features = point_features(points, weights)  # [n, 2 d]
-    offset = (features[:, points.shape[1] :] * points).sum(dim=1)  # [n]: sum_j w x^2, what the features leave out
+    offset = (features[:, points.shape[1] :] * points).sum(dim=1)  # [n]: sum_j w x^2, the part the features omit
     # The first codeword is any point, with equal chances.
     distances = torch.ones_like(offset)
     chosen = _draw(points, features, offset, distances, 1, generator)

@@ -1,12 +1,12 @@
 """Multiply by a vector-quantized weight without holding it as a whole.
 
 With codewords c, `y_i = r2_i sum_g c[code_ig] . (r1 x)_g` over the groups g of `d` consecutive inputs. The input scale
-goes to the activations, the output scale to the result, so that what is left of the weight are codewords alone:
+goes to the activations, the output scale to the result, so that only codewords are left of the weight:
 
 - one token on a CPU: `c[k] . (r1 x)_g` is computed for every codeword and group, block by block, and looked up
   (:mod:`nowag_pl.kernels.cpu.vq`);
 - some tokens: rows are decoded a few hundred at a time, while they fit into the cache;
-- a few tokens on a CPU, from codes that lie column by column: as for one token (:func:`columns_matmul`);
+- a few tokens on a CPU, from codes stored by columns: as for one token (:func:`columns_matmul`);
 - CUDA: :mod:`nowag_pl.kernels.cuda.vq`.
 
 Many tokens take the reconstructed weight: :func:`is_for_few_tokens`.
@@ -45,7 +45,7 @@ def is_for_few_tokens(num_tokens: int, device: torch.device) -> bool:
 
     Args:
         num_tokens: rows of the activations.
-        device: where they are.
+        device: device of the tensors.
     """
     if device.type == "cuda":
         return num_tokens <= CUDA_MAX_TOKENS and is_for_triton(device)
@@ -107,11 +107,11 @@ def columns_matmul(
     in_scale: Float[Tensor, " in"],
     out_scale: Float[Tensor, " out"],
 ) -> Float[Tensor, "*batch out"]:
-    """Return what :func:`vq_matmul` does, on a CPU with Numba.
+    """Return the result of :func:`vq_matmul`, on a CPU with Numba.
 
     Args:
         activations: any number of tokens, float32, bfloat16 or float16.
-        columns: what :func:`code_columns` gave.
+        columns: result of :func:`code_columns`.
         codebook: codewords.
         in_scale: r1.
         out_scale: r2.

@@ -48,7 +48,7 @@ def codeword_features(codebook: Float[Tensor, "k d"]) -> Float[Tensor, "width k"
 
 
 def chunk_points(num_codewords: int, dim: int, device: torch.device) -> int:
-    """Return how many points make 2^18 distances on a CPU, 2^25 elsewhere.
+    """Return the number of points that gives 2^18 distances on a CPU, 2^25 elsewhere.
 
     Args:
         num_codewords: k.
@@ -59,19 +59,19 @@ def chunk_points(num_codewords: int, dim: int, device: torch.device) -> int:
 
 
 def chunk_elements(device: torch.device) -> int:
-    """Return how many distances are computed at a time on a device."""
+    """Return the number of distances to compute at a time on a device."""
     return CPU_CHUNK_ELEMENTS if device.type == "cpu" else CUDA_CHUNK_ELEMENTS
 
 
 def search(
     codebook: Float[Tensor, "k d"], num_points: int, chunk_size: int | None = None
 ) -> Callable[[Tensor, Tensor, Tensor], None]:
-    """Return what writes nearest codewords, int32, and their products, given :func:`point_features`.
+    """Return a function that writes nearest codewords, int32, and their products, given :func:`point_features`.
 
     Args:
         codebook: codewords.
-        num_points: how many points will be searched for in all.
-        chunk_size: points whose k distances are in memory at a time, where they are written; else :func:`chunk_points`.
+        num_points: number of all points that will be searched for.
+        chunk_size: points whose k distances are in memory at a time, if they are written; else :func:`chunk_points`.
     """
     if chunk_size is None:
         chunk_size = chunk_points(len(codebook), codebook.shape[1], codebook.device)

@@ -13,7 +13,7 @@ from nowag_pl.functional.normalization import denormalize, normalize_rows
 
 
 class Quantized(NamedTuple):
-    """What `r2_i codebook[codes_i] r1` is made of."""
+    """The parts of `r2_i codebook[codes_i] r1`."""
 
     codebook: Float[Tensor, "k d"]
     codes: Int[Tensor, "out groups"]
@@ -31,7 +31,7 @@ class Quantized(NamedTuple):
         return denormalize(self.normalized, self.in_scale, self.out_scale)
 
     def codewords(self, columns: slice) -> Tensor:
-        """Return the codewords as they stand in some columns, `[k, width]`, without the scales of the rows.
+        """Return the codewords with the scales of some columns, `[k, width]`, without those of the rows.
 
         Args:
             columns: one group of columns; the last one of a row may be narrower than the codewords.

@@ -20,8 +20,8 @@ class Refinement:
     """How a quantized weight is fitted to the output of the dense linear.
 
     Attributes:
-        update: how the first round chooses codes, as :mod:`nowag_pl.functional.vq.codes` says. None leaves codes and
-            codebook as they are.
+        update: way of choosing codes in the first round, see :mod:`nowag_pl.functional.vq.codes`. None: codes and
+            codebook do not change.
         num_rounds: rounds; without an update there is one, of scales alone.
         refit_scales: whether to fit both scales.
         damping: share of its mean that is added to the diagonal of the second moments.
@@ -38,14 +38,14 @@ def refine(
 ) -> Quantized:
     """Lower the output error of a quantized weight, at the same number of bits.
 
-    A round chooses the codes (the first one as the settings say, the others in sweeps) and fits the codebook, and
+    A round chooses the codes (the first by the given update, the others in sweeps) and fits the codebook, and
     perhaps the scales, to them by least squares.
 
     Args:
         weight: dense weight W.
         start: quantized weight.
         second_moment: H, mean of x x^T.
-        settings: what is done in how many rounds.
+        settings: the update and the number of rounds.
 
     Returns:
         The quantized weight of the smallest output error, measured with the damped H, the start among them.

@@ -58,7 +58,7 @@ def refit_codebook(
     def expand(codewords: Tensor) -> Tensor:  # [k, d] to [out, in]
         return joined(codewords[codes], len(in_scale)) * in_scale * out_scale[:, None]
 
-    # The transpose of `expand`, but for the scales.
+    # The transpose of `expand`, except for the scales.
     def collect(matrix: Tensor) -> Tensor:  # [out, in] to [k, d]
         return torch.zeros_like(codebook).index_add_(0, codes.flatten(), subvectors(matrix, codebook.shape[1]))
 

@@ -33,7 +33,7 @@ _FLOATS, _WORDS = ir.VectorType(ir.FloatType(), _LANES), ir.VectorType(_WORD, _L
 
 
 def codeword_registers(codeword_features: Float[Tensor, "width k"]) -> Float[Tensor, "registers width lanes"]:
-    """Return the right side of the product as :func:`find_nearest` reads it, filled up with what is never nearest.
+    """Return the right side of the product as :func:`find_nearest` reads it, padded with codewords never nearest.
 
     Args:
         codeword_features: c^2 and -2 c, as columns.
@@ -113,7 +113,7 @@ def _scan(width: int) -> Any:
 
 @no_type_check
 def _write_scan(builder, tile, registers, minima, indices, num_registers, width: int) -> None:
-    """Write the loop over all registers of codewords; what it carries along are each lane's minimum and its index."""
+    """Write the loop over all registers of codewords; it carries each lane's minimum and its index."""
     registers = builder.bitcast(registers, _FLOATS.as_pointer())
     before, loop = builder.block, builder.append_basic_block("registers")
     builder.branch(loop)

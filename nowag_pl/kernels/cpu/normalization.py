@@ -31,7 +31,7 @@ def add_squares(weight: Float[Tensor, "rows in"], squares: Float[Tensor, " in"])
 def write_row_norms(
     weight: Float[Tensor, "rows in"], in_scale: Float[Tensor, " in"], out: Float[Tensor, " rows"]
 ) -> None:
-    """Write the norms of rows divided by `in_scale`, 1 where they are zero.
+    """Write the norms of rows divided by `in_scale`, with 1 in the place of zeros.
 
     Args:
         weight: float32.

@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 def in_threads(work: Callable[[int, int], Result], start: int, stop: int) -> list[Result]:
-    """Cut a range into as many pieces as there are threads, and return what the work gives for each.
+    """Cut a range into as many pieces as there are threads, and return the result of the work on each.
 
     Args:
         work: is given where its piece starts and stops.

@@ -41,8 +41,8 @@ def find_path(
         roots: square roots of the weights of their squared errors; None for ones.
         values: number that each state stands for, float32.
         bits: k, which a step shifts in.
-        starts: L - k bits before the first step, int32; None where they are free.
-        ends: low L - k bits of the last state, int32; None where they are free.
+        starts: L - k bits before the first step, int32; None if they are free.
+        ends: low L - k bits of the last state, int32; None if they are free.
     """
     states = torch.empty(targets.shape, dtype=torch.int32)
     state_bits = len(values).bit_length() - 1
@@ -103,7 +103,7 @@ def _path_kernel(state_bits: int, bits: int) -> Callable[..., None]:
 
 @no_type_check
 def _advance(state_bits: int, bits: int, lanes: int) -> Any:
-    """Return a function for Numba's code that goes one step on and writes the next costs and the winners."""
+    """Return a function for Numba's code that takes one step and writes the next costs and the winners."""
 
     @intrinsic
     def advance(context, costs, following, values, winners, minus_root, scaled_target):

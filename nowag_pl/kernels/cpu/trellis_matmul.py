@@ -1,7 +1,7 @@
 """Products of a few tokens with packed tiles of the code `mul1` on a CPU, compiled by Numba when they are first used.
 
 Sixteen weights at a time are cut from the stream of a tile, turned into the byte sums of their states, and multiplied:
-no table is read and nothing is written but sums. The order of a tile puts all its rows beside two of its columns in 32
+no table is read and only sums are written. The order of a tile puts all its rows of two of its columns in 32
 steps, so that eight registers add up sixteen outputs. The factor and the offset of the code come in at the end; its
 values are not rounded to float16 on the way, which moves them by 2^-11 of their size at most.
 """
@@ -101,7 +101,7 @@ def _add_tiles(bits: int, state_bits: int) -> Any:
 
 @no_type_check
 def _write_tiles(builder, words, inputs, lanes, stride, count, bits: int, state_bits: int) -> None:
-    """Write the loop over the tiles of a column; eight registers of sums are what it carries along."""
+    """Write the loop over the tiles of a column; it carries eight registers of sums."""
     before, loop = builder.block, builder.append_basic_block("tiles")
     first = builder.ptrtoint(words, _INDEX)
     multiply_add = get_or_insert_function(builder.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), "llvm.fma.v16f32")
@@ -134,7 +134,7 @@ def _write_tiles(builder, words, inputs, lanes, stride, count, bits: int, state_
 
 @no_type_check
 def _prefetch(builder, address, num_bytes: int) -> None:
-    """Ask for a tile that is soon needed: a column's tiles lie too far apart for the processor to foresee it."""
+    """Prefetch a tile that is soon needed: a column's tiles are too far apart for the processor to predict it."""
     byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
     kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
     prefetch = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
@@ -165,7 +165,7 @@ def _byte_sums(builder, tile, group: int, bits: int, state_bits: int) -> Any:
 
 @no_type_check
 def _gather(builder, tile, low: list[int], high: list[int], num_words: int) -> list[Any]:
-    """Return two registers of words of a tile: from one short load, but where they are far from each other."""
+    """Return two registers of words of a tile: from one short load, unless they are far from each other."""
     smallest, largest = min(*low, *high), max(*low, *high)
     count = min(1 << (largest - smallest).bit_length(), num_words)
     start = min(smallest, num_words - count)

@@ -78,7 +78,7 @@ def sum_lookups(
 
 
 def max_block_groups(num_codewords: int) -> int:
-    """Return for how many groups products with all codewords are held at a time."""
+    """Return the number of groups whose products with all codewords are held at a time."""
     return min(max(_BLOCK_BYTES // (4 * num_codewords), 8), _MAX_BLOCK_GROUPS)
 
 
@@ -180,7 +180,7 @@ def _lookup_kernel(bits: int) -> Callable[..., None]:
     ) -> None:
         """Add to the sums of some rows the products of the groups from first on.
 
-        The windows `[rows, n]` of some rows are cut before any is used: rows lie far apart in memory, and so the
+        The windows `[rows, n]` of some rows are cut before any is used: rows are far apart in memory, and so the
         processor waits for many of them at once.
         """
         num_tile_rows, num_windows = windows.shape

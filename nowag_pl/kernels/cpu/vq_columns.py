@@ -23,7 +23,7 @@ from nowag_pl.kernels.cpu.vq import (
     product_kernel,
 )
 
-# Columns read at a time, and no more: values that lie a row apart shut each other out of the cache.
+# Columns read at a time, and no more: values that are a row apart displace each other from the cache.
 _COPIED_GROUPS = 16
 
 

@@ -50,7 +50,7 @@ def find_by_tensor_cores(
     codes: Int[Tensor, " n"],
     distances: Float[Tensor, " n"],
 ) -> Bool[Tensor, " n"]:
-    """Do as :func:`find_nearest`, but return which points have two codewords that are too close to tell apart.
+    """As :func:`find_nearest`, but return which points have two codewords that are too close to distinguish.
 
     Args:
         features: w and w x of each point, w not negative.

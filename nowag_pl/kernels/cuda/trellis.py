@@ -1,6 +1,6 @@
 """The best path of many sequences through a bitshift trellis on CUDA, a step of all sequences at a time.
 
-The costs of a step and the winners of all steps lie in the memory of the device; the costs of some hundred sequences
+The costs of a step and the winners of all steps are in the memory of the device; the costs of some hundred sequences
 stay in its second cache. A program goes through the 2^k predecessors of some places and keeps the cheapest in
 registers, so that no distance is written. Triton comes with the CUDA builds of PyTorch; with TRITON_INTERPRET=1 the
 kernels run on a CPU.
@@ -33,8 +33,8 @@ def find_path(
         roots: square roots of the weights of their squared errors; None for ones.
         values: number that each state stands for, float32.
         bits: k, which a step shifts in.
-        starts: L - k bits before the first step; None where they are free.
-        ends: low L - k bits of the last state; None where they are free.
+        starts: L - k bits before the first step; None if they are free.
+        ends: low L - k bits of the last state; None if they are free.
     """
     num_sequences, num_steps = targets.shape
     num_places = len(values) >> bits

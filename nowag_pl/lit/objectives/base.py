@@ -1,4 +1,4 @@
-"""The declared base of objectives: a loss for every predicted token, and its needs beside the model."""
+"""The declared base of objectives: a loss for every predicted token, and its needs in addition to the model."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -14,11 +14,11 @@ from nowag_pl.stages.teacher import TeacherSettings
 class Objective(ABC):
     """A loss that end-to-end training minimises.
 
-    Lifecycle: `check` before anything is computed; `prepare` when the training is set up, with every process up and
-    nothing wrapped; `train_dataloader` once; `losses` at every step.
+    Lifecycle: `check` before anything is computed; `prepare` when the training is set up, after every process has
+    started and before anything is wrapped; `train_dataloader` once; `losses` at every step.
 
     Attributes:
-        teacher: how the dense model's predictions on the training text are recorded; None where they are not used.
+        teacher: settings for recording the dense model's predictions on the training text; None if they are not used.
     """
 
     teacher: TeacherSettings | None = None
@@ -36,7 +36,7 @@ class Objective(ABC):
         """
 
     def prepare(self, module: TextModule) -> None:  # noqa: B027 - few need it
-        """Get ready for the training of a module; called on every rank, and again when a training goes on."""
+        """Prepare the training of a module; called on every rank, and again when a training continues."""
 
     def train_dataloader(self, module: TextModule) -> ResumableLoader | None:
         """Return batches of its own, with "tokens", "index" and "weight"; None for those of the data module."""

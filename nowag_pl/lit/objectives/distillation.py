@@ -13,13 +13,13 @@ from nowag_pl.stages.teacher import Teacher, TeacherSettings
 
 
 class Distillation(Objective):
-    """Train a compressed model towards the dense model's predictions.
+    """Train a compressed model on the dense model's predictions.
 
     Args:
-        temperature: divides the logits of both models; above 1, unlikely tokens count more.
-        top_k: keep only so many of the dense model's likeliest tokens at each position, 8 bytes each, and lump the
-            others together. null: keep its hidden states, from which all logits follow.
-        batch_size: windows that pass a block of the dense model together.
+        temperature: divisor of the logits of both models; above 1, unlikely tokens have more weight.
+        top_k: store only this many of the dense model's most likely tokens at each position, 8 bytes each, and treat
+            the others as one. null: store its hidden states, from which all logits follow.
+        batch_size: windows that pass through a block of the dense model together.
     """
 
     def __init__(self, temperature: float = 1.0, top_k: int | None = None, batch_size: int = 8) -> None:
@@ -41,5 +41,5 @@ class Distillation(Objective):
         return self._teacher.loss(batch["index"], module(batch["tokens"]))
 
     def settings(self) -> dict[str, Any]:
-        """Return all settings but the batch size, which makes no difference to the result."""
+        """Return all settings except the batch size, which does not affect the result."""
         return {name: value for name, value in asdict(self.teacher).items() if name != "batch_size"}

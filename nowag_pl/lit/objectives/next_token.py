@@ -8,7 +8,7 @@ from nowag_pl.lit.text_module import TextModule
 
 
 class NextToken(Objective):
-    """Train towards the next token of the text."""
+    """Train on the next token of the text."""
 
     def losses(self, module: TextModule, batch: dict[str, Tensor]) -> Tensor:
         """Return the negative log-likelihood of every token but the first, `[batch, seq_len - 1]`."""

@@ -22,9 +22,9 @@ class ArmorLinear(CompressedLinear):
     """A linear of two block-diagonal factors and the kept values of a core between them.
 
     All values are rounded to 16 bits, at the start and whenever they are stored: to the weight's type, or to float16
-    where that is wider. They are held in the weight's type, as FSDP2 wants one type for all parameters of a module. The
-    mask is in `ceil(log2(C(M, N)))` bits per group. Training can bring back neither what was removed from the core nor
-    what lies outside of the blocks.
+    if that is wider. They are held in the weight's type, as FSDP2 wants one type for all parameters of a module. The
+    mask is in `ceil(log2(C(M, N)))` bits per group. Training can restore neither removed weights of the core nor
+    entries outside the blocks.
 
     Args:
         factors: A with the row scales in it, S with its mask, B with the column scales in it.

@@ -1,4 +1,4 @@
-"""What every compressed linear offers."""
+"""The base of every compressed linear."""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -95,7 +95,7 @@ class CompressedLinear(nn.Module, ABC):
 
     @property
     def bias_dtype(self) -> str | None:
-        """Type of the bias by name, or None where there is none; what :meth:`empty_bias` needs."""
+        """Type of the bias by name, for :meth:`empty_bias`, or None if there is no bias."""
         return None if self._bias_dtype is None else dtype_name(self._bias_dtype)
 
     @staticmethod
@@ -116,7 +116,7 @@ class CompressedLinear(nn.Module, ABC):
         return {name: tensor.to(stored.get(name, tensor.dtype)) for name, tensor in self.state_dict().items()}
 
     def fixed(self) -> dict[str, Tensor]:
-        """Return what training must not change: masks, codes."""
+        """Return the tensors that training must not change: masks, codes."""
         return dict(self.named_buffers())
 
     @property
@@ -128,21 +128,21 @@ class CompressedLinear(nn.Module, ABC):
     def gradient_bytes(self) -> int:
         """Bytes that a forward pass keeps of the restored weight for the gradients of the parameters.
 
-        They are counted without the activations, for parameters in float32; 16 a weight where a subclass does not say.
+        They are counted without the activations, for parameters in float32; by default 16 a weight.
         """
         return 16 * self.in_features * self.out_features
 
     @property
     def restoring_bytes(self) -> int:
-        """Bytes that restoring the weight takes beside what is stored and the weight itself.
+        """Bytes for restoring the weight, in addition to the stored tensors and the weight itself.
 
-        8 a weight where a subclass does not say.
+        By default 8 a weight.
         """
         return 8 * self.in_features * self.out_features
 
     @property
     def codebook_use(self) -> float | None:
-        """Fraction of the codewords that are in use; None where there is no codebook."""
+        """Fraction of the codewords that are in use; None if there is no codebook."""
         return None
 
     def description(self) -> dict[str, Any]:
@@ -151,7 +151,7 @@ class CompressedLinear(nn.Module, ABC):
 
     @staticmethod
     def from_description(description: Mapping[str, Any]) -> "CompressedLinear":
-        """Make an empty module from what :meth:`description` gave.
+        """Make an empty module from the result of :meth:`description`.
 
         Raises:
             ValueError: the class is unknown or one that is never stored, or the settings are damaged.
@@ -215,10 +215,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def rounded_to(values: Tensor, stored: torch.dtype, held: torch.dtype, what: str) -> Tensor:
-    """Return values of the type in which they are held that the type in which they are stored holds exactly.
+    """Round values to the type in which they are stored, and return them in the type in which they are held.
 
     Raises:
-        ValueError: a value is too large; the message says what they are.
+        ValueError: a value is too large; the message names the values.
     """
     rounded = values.detach().to(stored)
     if not values.is_meta and not rounded.isfinite().all():

@@ -1,4 +1,4 @@
-"""Linears that are multiplied from their codes while tokens are few."""
+"""Linears that are multiplied from their codes for few tokens."""
 
 from abc import abstractmethod
 

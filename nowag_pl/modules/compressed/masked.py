@@ -14,12 +14,12 @@ from nowag_pl.modules.compressed.base import CompressedLinear, check_pattern, dt
 
 
 class MaskedLinear(CompressedLinear):
-    """A linear that has values only where weights were kept; training cannot bring the others back.
+    """A linear that has values only where weights were kept; training cannot restore the others.
 
     The mask is held in packed bytes: one bit per weight, or `ceil(log2(C(M, N)))` bits per group of an N:M pattern.
 
     Args:
-        weight: dense weight `[out, in]`; the values that stay are taken as they are.
+        weight: dense weight `[out, in]`; kept weights keep their values.
         keep: mask `[out, in]`, True where a weight is kept.
         bias: bias `[out]`, or None.
         pattern: (N, M) if exactly N of every M consecutive weights of a row are kept.

@@ -29,7 +29,7 @@ class TrellisLinear(CodedLinear):
         weight: packed states and scales, of sizes that are padded to tiles.
         bits: k, bits of a weight.
         state_bits: L, bits of a state.
-        code: what number a state stands for.
+        code: code that gives the value of a state.
         rotation: "both" sides or "none".
         bias: bias `[out]`, or None.
         dtype: type of the reconstructed weight.

@@ -22,7 +22,7 @@ _STORED_DTYPE = torch.float16
 
 
 class VQLinear(CodedLinear):
-    """A linear of which every `subvector_dim` consecutive weights of a row are a codeword, times both scales.
+    """A linear in which every `subvector_dim` consecutive weights of a row are a codeword, times both scales.
 
     Codes are held in packed bytes of `ceil(log2(k))` bits each. Codebook and scales are float32 parameters, so that
     they can be trained; they are rounded to 16 bits at the start and whenever they are stored.
@@ -31,7 +31,7 @@ class VQLinear(CodedLinear):
 
     Args:
         codebook: codewords `[k, d]` of the normalised weight.
-        codes: codeword of each subvector, `[out, ceil(in / d)]`; the last of a row may reach over its end.
+        codes: codeword of each subvector, `[out, ceil(in / d)]`; the last of a row may extend beyond its end.
         in_scale: `[in]`, r1 of the normalisation.
         out_scale: `[out]`, r2 of the normalisation.
         bias: bias `[out]`, or None.
@@ -90,7 +90,7 @@ class VQLinear(CodedLinear):
 
     @property
     def weight(self) -> Tensor:
-        """The reconstructed weight `[out, in]`; where it needs no gradients, some rows at a time."""
+        """The reconstructed weight `[out, in]`; if it needs no gradients, some rows at a time."""
         if self.gives_gradients() or torch.compiler.is_compiling():
             return denormalize(self.normalized_weight, self.in_scale, self.out_scale).to(self.dtype)
         codes = self.unpacked_codes

@@ -21,11 +21,11 @@ _log = logging.getLogger(__name__)
 
 
 def accelerate(model: nn.Module) -> int:
-    """Replace compressed linears, in place, by what runs faster on their device.
+    """Replace compressed linears, in place, by modules that run faster on their device.
 
     - in float16 or bfloat16, on a GPU with sparse tensor cores: 2:4 linears (:class:`SemiStructuredLinear`) and the 2:4
       cores of ARMOR's, with the factors before and after (:class:`SemiStructuredArmorLinear`);
-    - vector-quantized linears on a CPU, where Numba is installed (the extra `cpu`): :class:`LookupLinear`, in a little
+    - vector-quantized linears on a CPU, if Numba is installed (the extra `cpu`): :class:`LookupLinear`, in slightly
       more memory. On CUDA they run from packed codes and need no conversion.
 
     Call it on a model that is on its device and in evaluation mode. The model can be saved as before, but neither
@@ -35,7 +35,7 @@ def accelerate(model: nn.Module) -> int:
         model: any module with compressed linears inside.
 
     Returns:
-        How many linears were replaced. Why others were not is logged as a warning.
+        The number of replaced linears. The reasons why others were not replaced are logged as warnings.
 
     Raises:
         RuntimeError: the model is in training mode.
@@ -61,7 +61,7 @@ def accelerate(model: nn.Module) -> int:
 
 
 def _running_form(linear: CompressedLinear) -> RunningLinear | str:
-    """Return what a linear is replaced by, or why it is not, for a message."""
+    """Return the replacement of a linear, or the reason for a message why there is none."""
     match linear:
         case MaskedLinear():
             reason = _reason_against_sparse(linear)

@@ -11,13 +11,13 @@ from nowag_pl.modules.compressed.base import CompressedLinear
 
 
 class RunningLinear(CompressedLinear):
-    """A compressed linear for running only: it holds what the hardware multiplies best.
+    """A compressed linear for inference only, in the form that the hardware multiplies fastest.
 
-    Description, state dict and storage are those of the linear that it stands for, so that a model is saved as before.
+    Description, state dict and storage are those of the original linear, so that a model is saved in the same way.
     Loading into it is refused.
 
     Args:
-        linear: the linear that it stands for.
+        linear: the original linear.
     """
 
     is_stored: ClassVar[bool] = False
@@ -50,7 +50,7 @@ class RunningLinear(CompressedLinear):
         return dict(self._settings)
 
     def description(self) -> dict[str, Any]:
-        """Return that of the linear, which is what is stored."""
+        """Return the description of the linear, the form that is stored."""
         return dict(self._description)
 
     @abstractmethod

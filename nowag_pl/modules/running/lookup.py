@@ -17,9 +17,9 @@ from nowag_pl.modules.running.base import RunningLinear
 
 
 class LookupLinear(RunningLinear, CodedLinear):
-    """A :class:`VQLinear` for running on a CPU only: a code takes one byte or two, and codes lie column by column.
+    """A :class:`VQLinear` for inference on a CPU: a code takes one byte or two, and codes are stored by columns.
 
-    That is `8 / d` or `16 / d` bits a weight in memory; in storage codes are packed as before.
+    That is `8 / d` or `16 / d` bits a weight in memory; in files, codes are packed.
 
     Args:
         linear: the linear, for which :func:`~nowag_pl.functional.vq.matmul.reason_against_lookup` finds none.

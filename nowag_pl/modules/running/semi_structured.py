@@ -16,7 +16,7 @@ from nowag_pl.modules.running.base import RunningLinear
 
 
 class SemiStructuredBase(RunningLinear):
-    """A linear for running only that holds its 2:4 matrix in the form that sparse tensor cores multiply.
+    """A linear for inference only that holds its 2:4 matrix in the form that sparse tensor cores multiply.
 
     In memory a group of four takes four bits for its mask instead of three.
 
@@ -66,7 +66,7 @@ class SemiStructuredLinear(SemiStructuredBase):
         return cls(MaskedLinear.empty(settings))
 
     def forward(self, activations: Tensor) -> Tensor:
-        """Apply the linear on sparse tensor cores; by the dense weight where activations are of another type.
+        """Apply the linear on sparse tensor cores, or by the dense weight if activations have another type.
 
         Args:
             activations: `[..., in]`.
@@ -99,7 +99,7 @@ class SemiStructuredArmorLinear(SemiStructuredBase):
         return cls(ArmorLinear.empty(settings))
 
     def forward(self, activations: Tensor) -> Tensor:
-        """Apply B, then the core on sparse tensor cores, then A; a dense core where activations are of another type.
+        """Apply B, the core on sparse tensor cores, and A; the core is dense if activations have another type.
 
         Args:
             activations: `[..., in]`.

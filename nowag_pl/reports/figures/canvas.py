@@ -15,8 +15,8 @@ def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure.
 
     Args:
-        width: in inches.
-        height: in inches.
+        width: width in inches.
+        height: height in inches.
     """
     return Figure(figsize=(width, height), dpi=DPI)
 

@@ -14,7 +14,7 @@ _MAPS = {"loss": ".3f", "sparsity": ".2f", "bits_per_weight": ".2f"}
 
 
 def linear_drawing(view: LinearView) -> Figure:
-    """Draw the matrices of one linear: above as they are, below normalised, and to the right the compressed ones."""
+    """Draw the matrices of one linear: the original above, normalised below, and the compressed ones to the right."""
     images = view.images
     low, high = color_limits(images["error"])
     # Weights that are exact would take most of the colours.

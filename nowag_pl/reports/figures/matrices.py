@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nowag_pl.reports.figures.canvas import DPI, new_figure
 
-_MARGIN = 0.002  # share of the values on either side that the colours do not tell apart
+_MARGIN = 0.002  # share of the values on either side that the colours do not distinguish
 _SIDE = 160  # pixels of a panel
 _GAP = 66  # pixels between two panels, for the scale
 _HEAD = 34  # pixels above a row, for its titles
@@ -82,10 +82,10 @@ def color_limits(values: Tensor) -> tuple[float, float]:
 def heat_map_figure(
     maps: Sequence[tuple[str, Sequence[Sequence[float | None]], str]], columns: Sequence[str], row_label: str = "block"
 ) -> Figure:
-    """Show values by block and linear, one map beside the other, each with its own colours.
+    """Show values by block and linear, in maps side by side, each with its own colours.
 
     Args:
-        maps: title, values by row and column (None where there is none), and the format of a value, such as ".3f".
+        maps: title, values by row and column (None for no value), and the format of a value, such as ".3f".
         columns: their names.
         row_label: name of a row.
     """

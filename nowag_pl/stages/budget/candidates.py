@@ -1,4 +1,4 @@
-"""All linears of a block, each compressed with several settings: what a budget chooses from."""
+"""The choices of a budget: all linears of a block, each compressed with several settings."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from nowag_pl.stages.moments import LinearGroup, MomentSource
 
 @dataclass(frozen=True)
 class Choices:
-    """The methods among which each linear gets one.
+    """The methods from which each linear gets one.
 
     Attributes:
         settings: the compressor itself and its candidates.
@@ -49,7 +49,7 @@ def write_candidates(model: StreamedModel, store: ArtefactStore, source: MomentS
     Args:
         model: dense model.
         store: run directory.
-        source: where second moments come from.
+        source: source of second moments.
         choices: the settings.
 
     Raises:
@@ -78,7 +78,7 @@ def _with_setting(
 ) -> dict[str, nn.Linear]:
     """Return the linears that are compressed with a setting: those that may get it and that it fits.
 
-    The setting that a linear has without a budget has to fit, so that one that does not is told.
+    The setting that a linear has without a budget must fit; otherwise there is an error.
     """
     found = {}
     for name, linear in group.linears.items():
@@ -89,7 +89,7 @@ def _with_setting(
 
 
 def _fits(compressor: Compressor, linear: nn.Linear) -> bool:
-    """Tell whether a compressor's settings fit the shape of a linear, as far as it can say."""
+    """Return whether a compressor's settings fit the shape of a linear, as far as it knows."""
     try:
         compressor.empty((linear.out_features, linear.in_features), linear.weight.dtype, linear.bias is not None)
     except ValueError:

@@ -1,6 +1,6 @@
-"""How much each linear's compression with each setting moves the model's predictions.
+"""The change of the model's predictions by compressing each linear with each setting.
 
-All settings of all linears take one pass forwards and one back (and, in each linear, a product for each setting),
+All settings of all linears take one forward and one backward pass (and, in each linear, a product for each setting),
 instead of a pass for each of them.
 """
 
@@ -29,7 +29,7 @@ def write_sensitivities(model: StreamedModel, windows: Tensor, store: ArtefactSt
         model: dense model.
         windows: sequences `[num_sequences, seq_len]`, the same on every rank; each takes its share.
         store: run directory with the candidates of those blocks.
-        batch_size: sequences that pass a block together.
+        batch_size: sequences that pass through a block together.
     """
     missing = store.missing(SENSITIVITIES, len(model))
     if not missing:
@@ -59,7 +59,7 @@ def read_sensitivities(store: ArtefactStore, index: int) -> dict[str, dict[int, 
 
 
 class _Moved:
-    """How far the candidates of a block's linears move the predictions, added up over batches.
+    """The change of the predictions by the candidates of a block's linears, added up over batches.
 
     Args:
         candidates: by linear and number of the setting.

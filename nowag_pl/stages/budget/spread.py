@@ -36,7 +36,7 @@ class Budgeted(NamedTuple):
 
     Attributes:
         model: dense model.
-        choices: the methods among which each linear gets one.
+        choices: the methods from which each linear gets one.
         windows: calibration sequences, the same on every rank.
         calibration: how second moments are gathered.
         budget: how many of the sequences sensitivities and the comparison take, and what all linears may take.
@@ -80,7 +80,7 @@ def compress_within_budget(budgeted: Budgeted, store: ArtefactStore) -> None:
     dense model's predictions is taken; never one with more bits than asked for.
 
     Args:
-        budgeted: the model, and among what it chooses.
+        budgeted: the model, and its choices.
         store: run directory; with calibration.mode "dense", it has the mean squares of every block.
 
     Raises:
@@ -130,7 +130,7 @@ def _decide(budgeted: Budgeted, store: ArtefactStore) -> dict[str, Any]:
 
 
 def _dense_source(budgeted: Budgeted, store: ArtefactStore, full: bool, has_stored: bool) -> MomentSource:
-    """Return dense second moments for the candidates: those in the store, or gathered anew."""
+    """Return dense second moments for the candidates: those in the store, or newly gathered ones."""
     model = budgeted.model
     if has_stored or not store.missing(CANDIDATES, len(model)):
         return StoredMoments(model, store)
@@ -139,7 +139,7 @@ def _dense_source(budgeted: Budgeted, store: ArtefactStore, full: bool, has_stor
 
 
 def _trial(store: ArtefactStore, name: str, has_stored: bool) -> ArtefactStore:
-    """Return a folder for the whole model compressed in one way; it starts with what calibration has stored."""
+    """Return a folder for the whole model compressed in one way, with the results of calibration in it."""
     trial = ArtefactStore(store.folder / TRIALS / name, store.ranks)
     for stage in (MOMENTS, GUIDANCE) if store.ranks.is_zero else ():
         if (stage == GUIDANCE or has_stored) and (store.folder / stage).is_dir():
@@ -157,7 +157,7 @@ def _move(trial: ArtefactStore, store: ArtefactStore, num_blocks: int) -> None:
 
 
 def read_decision(store: ArtefactStore) -> dict[str, Any] | None:
-    """Return what the budget has decided, the same on every rank, or None where it has not yet."""
+    """Return the budget's decision, the same on every rank, or None before it."""
     path = store.folder / DECISION
     return store.ranks.broadcast(read_json(path) if store.ranks.is_zero and path.is_file() else None)
 
@@ -169,7 +169,7 @@ def divergences(model: StreamedModel, stores: Sequence[ArtefactStore], windows: 
         model: dense model.
         stores: each holds the compressed linears of every block.
         windows: sequences `[num_sequences, seq_len]`, the same on every rank.
-        batch_size: sequences that pass a block together.
+        batch_size: sequences that pass through a block together.
     """
     ranks = stores[0].ranks
     dense = HiddenStates(model, ranks.share(windows), batch_size)
@@ -189,7 +189,7 @@ def divergences(model: StreamedModel, stores: Sequence[ArtefactStore], windows: 
 
 
 def _divergence(model: StreamedModel, reference: Tensor, hidden: Tensor) -> float:
-    """Return the summed divergence of a batch from its hidden states behind the last block, but for last positions."""
+    """Return the summed divergence of a batch from its hidden states after the last block, without last positions."""
     total = 0.0
     for positions in head_positions(len(hidden), hidden.shape[1] - 1):
         expected, actual = (model.head(each[:, positions]).flatten(0, 1) for each in (reference, hidden))
@@ -263,7 +263,7 @@ def _spread(
 
 
 def _total(values: Sequence[Mapping[str, Mapping[int, Any]]], selection: Selection) -> Any:
-    """Add up what a selection has of values."""
+    """Add up the values of a selection."""
     return sum(
         block[name][number] for block, chosen in zip(values, selection, strict=True) for name, number in chosen.items()
     )
