@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
-from nowag_pl.stages.hidden import HiddenFiles
 from stage_runs import compress, plan_of
 from tiny_models import artefacts, load_whole, random_tokens
 from torch import nn
@@ -23,6 +22,7 @@ from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.stages import finetuned as finetuning
 from nowag_pl.stages.compression_run import CompressionRun
+from nowag_pl.stages.hidden import HiddenFiles
 from nowag_pl.stages.plan import FinetuningSettings
 
 pytest_plugins = ["tiny_fixtures"]
