@@ -47,7 +47,7 @@ def test_finished_training_is_refused_gone_on_with_and_remembered(fit, tmp_path)
 
     # With more epochs: on from where it was.
     outcome = fit(*TRAINING, "--trainer.max_epochs=2")
-    assert outcome.code == 0
+    assert outcome.code == 0, outcome.message
     further = json.loads((run_dir / "report.json").read_text())
     assert further["perplexity"]["held_out"]["finetuned"] != report["perplexity"]["held_out"]["finetuned"]
     assert further["seconds"]["finetuning"] > report["seconds"]["finetuning"]
