@@ -2,6 +2,7 @@ import errno
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +11,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from nowag_pl import files
-from nowag_pl.files import read_metadata, read_tensors, replacing, write_json, write_tensors
+from nowag_pl.files import (
+    new_array,
+    read_array,
+    read_metadata,
+    read_tensors,
+    replacing,
+    set_aside,
+    write_json,
+    write_tensors,
+)
 
 
 def disk_full(*args, **kwargs):
@@ -177,3 +187,64 @@ def test_damaged_array_is_refused_by_name(content, tmp_path):
         path.write_bytes(content)
     with pytest.raises(ValueError, match=r"array\.npy to be a whole array"):
         files.read_array(path, torch.float32)
+
+
+@pytest.mark.parametrize("place", [0.1, 0.4, 0.8, -3])
+def test_flipped_bit_in_an_array_is_found(place, tmp_path):
+    path = tmp_path / "array.npy"
+    with new_array(path, (40, 3), torch.float32) as array:
+        array[:] = torch.arange(120.0).view(40, 3)
+    assert np.array_equal(np.load(path), np.arange(120.0).reshape(40, 3))
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content)) if isinstance(place, float) else place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"array\.npy to be a whole array, but got: .*digest"):
+        read_array(path, torch.float32)
+
+
+@pytest.mark.parametrize("change", ["value", "metadata", "name"])
+def test_change_of_an_artefact_is_found_once_it_is_read(change, tmp_path):
+    """Values, names and metadata that a safetensors reader would take as they are."""
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"weight": torch.ones(7, dtype=torch.bfloat16), "scalar": torch.tensor(2.0)}, {"seconds": 12})
+    assert read_metadata(path) == {"seconds": 12}
+    content = path.read_bytes()
+    old, new = {"value": (b"\x80\x3f", b"\x81\x3f"), "metadata": (b"12", b"13"), "name": (b"weight", b"weighs")}[change]
+    path.write_bytes(content.replace(old, new, 1))
+    assert len(path.read_bytes()) == len(content)
+    for read in (read_tensors, read_metadata):
+        with pytest.raises(ValueError, match=r"a\.safetensors to be a whole.* digest"):
+            read(path)
+
+
+def test_full_disk_is_told_before_an_array_is_mapped(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with (
+        pytest.raises(OSError, match=r"array\.npy .*No space left"),
+        new_array(tmp_path / "array.npy", (4,), torch.float32),
+    ):
+        pytest.fail("The array must not be given out.")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("number", "word"), [(float("nan"), "nan"), (float("inf"), "inf")])
+def test_json_never_holds_what_is_no_number(number, word, tmp_path):
+    path = tmp_path / "report.json"
+    write_json(path, {"perplexity": {"wiki": [1.5, 2.5]}})
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=rf"finite numbers in .*report\.json, but got {word} for perplexity\.wiki\.1"):
+        write_json(path, {"perplexity": {"wiki": [1.5, number]}})
+    assert path.read_bytes() == before
+
+
+def test_damaged_file_or_folder_is_kept_by_name(tmp_path):
+    for round_number in range(2):
+        (tmp_path / "last.ckpt").mkdir()
+        (tmp_path / "last.ckpt" / str(round_number)).touch()
+        set_aside(tmp_path / "last.ckpt")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert len(names) == 2
+    assert all(name.startswith("last.ckpt.") and name.endswith(".damaged") for name in names)

@@ -8,6 +8,7 @@ import pickle
 import shutil
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -73,6 +74,8 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     """
     place = local_path(path)
     try:
+        if not is_zipfile(place):
+            raise ValueError("another file, one that is cut short, or none")
         check_seal(place, required=False)
         content = torch.load(place, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:

@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from functools import cached_property
 from math import isnan
+from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -14,7 +15,7 @@ from nowag_pl.lit.batches import ResumableLoader
 from nowag_pl.lit.building import begin_run, build_whole
 from nowag_pl.lit.datamodule import TokenDataModule, data_of
 from nowag_pl.lit.objectives import NextToken, Objective
-from nowag_pl.lit.optimizers import OptimizerSettings, num_steps
+from nowag_pl.lit.optimizers import OWN_SCHEDULE, OptimizerSettings, num_steps
 from nowag_pl.lit.precision import Types, check_precision, narrow, widen
 from nowag_pl.lit.sharding import gathered, ignore_buffers_in_ddp, local_part, shard
 from nowag_pl.lit.text_module import TextModule
@@ -135,6 +136,12 @@ class LitCausalLM(TextModule):
         optimizer = self.optimizer_settings.optimizer(self.parameters())
         scheduler = self.optimizer_settings.scheduler(optimizer, num_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep this training's schedule, which may be over more epochs than that of the checkpoint."""
+        for state in checkpoint.get("lr_schedulers", ()):
+            for name in OWN_SCHEDULE:
+                state.pop(name, None)
 
     def on_fit_start(self) -> None:
         """Switch dropout and the like to training."""

@@ -12,6 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from nowag_pl.lit.datamodule import data_of
 
+# What a schedule knows of its length, in its state.
+OWN_SCHEDULE = ("total_steps", "_schedule_phases")
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:

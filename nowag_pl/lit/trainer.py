@@ -195,7 +195,8 @@ class CompressionTrainer(PhasedTrainer):
             ValueError: a part of the windows would be measured.
         """
         limit = self.limit_val_batches
-        if limit is not None and (isinstance(limit, int) or limit < 1):
+        is_asked_for = self.options["limit_val_batches"] is not None
+        if is_asked_for or (limit is not None and (isinstance(limit, int) or limit < 1)):
             raise ValueError(
                 "Expected no trainer.limit_val_batches, trainer.overfit_batches or trainer.fast_dev_run: perplexities "
                 "are those of whole texts. data.max_eval_windows takes fewer windows, and says so."
