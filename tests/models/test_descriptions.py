@@ -9,14 +9,14 @@ from test_assembly import COMPRESSORS, compressed_linears
 from tiny_models import copy_model, edit_json
 from transformers import AutoModelForCausalLM
 
-from nowag_pl import NoWagQuantizer, load_compressed, save_compressed
+from nowag_pl import NoWagQuantizer, NoWagTrellis, load_compressed, save_compressed
 from nowag_pl.models.assembly import assemble
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
 
 pytest_plugins = ["tiny_fixtures"]
 
-UP, MASKED_UP = "model.layers.1.mlp.up_proj", "model.layers.0.mlp.up_proj"
+UP = "model.layers.1.mlp.up_proj"
 WEIGHTS = "model-00001-of-00001.safetensors"
 
 
@@ -32,7 +32,10 @@ LOADERS = [load_compressed, AutoModelForCausalLM.from_pretrained, load_streamed]
 def exports(model_folder, tmp_path_factory):
     """Return folders of exports without checksums: with codes of a codebook of 11, and with masks."""
     made, source = {}, model_folder()
-    methods = {"quantized": NoWagQuantizer(subvector_dim=4, codebook_size=11, max_iters=2)}
+    methods = {
+        "quantized": NoWagQuantizer(subvector_dim=4, codebook_size=11, max_iters=2),
+        "trellis": NoWagTrellis(feedback=False),
+    }
     for name in ("pruned", "2:4", "armor"):
         methods[name] = COMPRESSORS[name]
     for name, compressor in methods.items():
@@ -85,6 +88,11 @@ def refused(folder, match):
         ("2:4", {"pattern": [5, 4]}, r"pattern to be N and M"),
         ("2:4", {"pattern": "2:4"}, r"pattern to be N and M"),
         ("armor", {"pattern": None}, r"pattern to be N and M"),
+        ("trellis", {"code": "secret"}, r"a code among mul1.*'secret' and 'both'"),
+        ("trellis", {"state_bits": 30}, r"state_bits in \[4, 16\] and no more bits, but got 30"),
+        ("trellis", {"bits": 17}, r"no more bits, but got 12 and 17"),
+        ("trellis", {"padded": [32, 8]}, r"padded to be \[32, 48\] made up to multiples of 16, but got \[32, 8\]"),
+        ("trellis", {"padded": 16}, r"padded to be two sizes"),
         ("armor", {"in_block": 5}, r"in_block to divide 32, but got 5"),
     ],
 )
@@ -137,6 +145,8 @@ def with_nan(tensor):
         ("pruned", "values", with_nan, r"up_proj is damaged: Expected finite values, but values"),
         ("2:4", "mask", all_bits, r"up_proj is damaged: Expected codes in \[0, 6\), but got 7"),
         ("armor", "mask", all_bits, r"up_proj is damaged: Expected codes in \[0, 6\), but got 7"),
+        ("trellis", "codes", lambda codes: codes[:, :-1], r"up_proj\.codes' of shape"),
+        ("trellis", "out_scale", with_nan, r"up_proj is damaged: Expected finite values, but out_scale"),
         ("armor", "out_factor", with_nan, r"up_proj is damaged: Expected finite values, but out_factor"),
     ],
 )

@@ -54,19 +54,20 @@ def test_tied_weights_under_the_name_of_the_head(model_folder, tmp_path):
 
 
 @pytest.mark.parametrize("style", ["language_model.model.", "model.language_model."])
-def test_text_part_of_a_larger_model(style, model_folder, tmp_path):
-    folder = copy_model(model_folder("gemma3"), tmp_path / "larger")
+@pytest.mark.parametrize(("family", "larger"), [("gemma3", "gemma3"), ("llama", "llava"), ("mistral", "mistral3")])
+def test_text_part_of_a_larger_model(family, larger, style, model_folder, tmp_path):
+    folder = copy_model(model_folder(family), tmp_path / "larger")
     text = json.loads((folder / "config.json").read_text())
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     (folder / "config.json").write_text(
-        json.dumps({"model_type": "gemma3", "text_config": text, "vision_config": vision, "dtype": "float32"})
+        json.dumps({"model_type": larger, "text_config": text, "vision_config": vision, "dtype": "float32"})
     )
     head = "language_model.lm_head." if style.startswith("language") else "lm_head."
     rename(folder, lambda name: name.replace("model.", style, 1) if "lm_head" not in name else head + "weight")
     tensors = load_file(folder / "model.safetensors")
     tensors["vision_tower.patch.weight"] = torch.ones(3)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    opens(folder, logits(load_whole(model_folder("gemma3"))))
+    opens(folder, logits(load_whole(model_folder(family))))
 
 
 def test_family_that_transformers_renames(tmp_path, model_folder):

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from nowag_pl.functional.storage.packing import (
     MAX_BITS,
+    check_keep,
+    check_packed,
     code_bits,
     pack,
     pack_keep,
@@ -134,3 +136,34 @@ def test_right_count_in_the_wrong_groups_is_refused():
 def test_mask_that_the_pattern_does_not_divide_is_refused():
     with pytest.raises(ValueError, match=r"of every 4 weights|divisible by 4"):
         pack_keep(torch.ones(3, 6, dtype=torch.bool), (2, 4))
+
+
+@given(num_codes=st.integers(1, 40), count=st.integers(0, 30), data=st.data())
+def test_codes_pass_up_to_the_last_one(num_codes, count, data):
+    bits = code_bits(num_codes)
+    values = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=count, max_size=count))
+    packed = pack(torch.tensor(values, dtype=torch.int64), bits)
+    if max(values, default=0) < num_codes:
+        check_packed(packed, num_codes, count)
+    else:
+        with pytest.raises(ValueError, match=rf"codes in \[0, {num_codes}\), but got {max(values)}"):
+            check_packed(packed, num_codes, count)
+
+
+@pytest.mark.parametrize("pattern", [None, *PATTERNS])
+def test_masks_pass_that_keep_what_they_say(pattern):
+    keep = random_keep(6, 3, pattern or (5, 20), seed=0)
+    packed, shape = pack_keep(keep, pattern), tuple(keep.shape)
+    check_keep(packed, shape, int(keep.sum()), pattern)
+    if len(packed) and (pattern is None or comb(pattern[1], pattern[0]) not in (1, 4)):
+        with pytest.raises(ValueError, match="Expected"):
+            check_keep(torch.full_like(packed, 255), shape, int(keep.sum()), pattern)
+        with pytest.raises(ValueError, match="bytes"):
+            check_keep(packed[:-1], shape, int(keep.sum()), pattern)
+
+
+def test_mask_of_wide_groups_is_counted_in_each():
+    keep = torch.zeros(1, 40, dtype=torch.bool)
+    keep[0, :10] = True
+    with pytest.raises(ValueError, match="5 kept of every 20"):
+        check_keep(pack_keep(keep), (1, 40), 10, (5, 20))
