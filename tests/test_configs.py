@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 import main as command_line
-from nowag_pl import ArmorCompressor, MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner, needs
+from nowag_pl import ArmorCompressor, MagnitudePruner, NoWagPruner, NoWagQuantizer, NoWagTrellis, WandaPruner, needs
 from nowag_pl.compressors.budget import Budget
 from nowag_pl.data.sources import HubDataset
 from nowag_pl.lit.stage import Stage
@@ -35,6 +35,7 @@ METHODS = {
     "nowag_vq_2bit": NoWagQuantizer(subvector_dim=6, codebook_size=4096),
     "nowag_vq_2bit_d7": NoWagQuantizer(subvector_dim=7, codebook_size=2**14),
     "nowag_vq_2bit_small": NoWagQuantizer(subvector_dim=4, codebook_size=256),
+    **{f"nowag_trellis_{bits}bit": NoWagTrellis(bits=bits) for bits in (2, 3, 4)},
     "wanda_50": WandaPruner(sparsity=0.5),
     "magnitude_50": MagnitudePruner(sparsity=0.5),
 }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nowag_pl.files import read_json
 from nowag_pl.models import gguf
+from nowag_pl.models.format import exl3_reading
 from nowag_pl.models.format.checksums import INDEX_FILE, Checksums
 
 if TYPE_CHECKING:
@@ -158,9 +159,15 @@ class Checkpoint:
         return described_linears(self._quantization)
 
     @property
+    def _is_exl3(self) -> bool:
+        """Whether linears are stored in the EXL3 format; they are read as dense ones."""
+        quantization = getattr(self.config, "quantization_config", None)
+        return quantization is not None and quantization.get("quant_method") == exl3_reading.METHOD
+
+    @property
     def _quantization(self) -> dict[str, Any]:
         """What the configuration says of compressed linears; format 1 said it in a file of its own."""
-        quantization = getattr(self.config, "quantization_config", None)
+        quantization = None if self._is_exl3 else getattr(self.config, "quantization_config", None)
         if quantization is None and (self.folder / DESCRIPTION_FILE).is_file():
             return {"quant_method": METHOD, **read_json(self.folder / DESCRIPTION_FILE)}
         return quantization or {}
@@ -168,6 +175,14 @@ class Checkpoint:
     @cached_property
     def weight_map(self) -> dict[str, Path]:
         """Name of every tensor to the file that holds it."""
+        return exl3_reading.dense_names(self._stored_files) if self._is_exl3 else self._stored_files
+
+    @cached_property
+    def _shapes(self) -> dict[str, torch.Size]:
+        return {name: tensor.shape for name, tensor in self.build(empty=True).state_dict().items()}
+
+    @cached_property
+    def _stored_files(self) -> dict[str, Path]:
         single, index = self.folder / "model.safetensors", self.folder / INDEX_FILE
         if single.is_file():
             files = [single]
@@ -200,11 +215,20 @@ class Checkpoint:
             ValueError: the checkpoint lacks one of them, or a file is damaged.
         """
         self.require(names)
+        if not self._is_exl3:
+            return self._read_stored(names, device)
         tensors: dict[str, Tensor] = {}
-        for file in sorted({self.weight_map[name] for name in names}):
+        for name in names:
+            stored = self._read_stored(exl3_reading.stored_names(name, self._stored_files), device)
+            tensors[name] = exl3_reading.restored(name, stored, self._shapes[name], self.dtype)
+        return tensors
+
+    def _read_stored(self, names: list[str], device: torch.device | str) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for file in sorted({self._stored_files[name] for name in names}):
             self._checksums.check(file)
             with safe_open(file, framework="pt", device=str(device)) as opened:
-                tensors |= {name: opened.get_tensor(name) for name in names if self.weight_map[name] == file}
+                tensors |= {name: opened.get_tensor(name) for name in names if self._stored_files[name] == file}
         return tensors
 
     def build(self, empty: bool = False) -> "PreTrainedModel":
@@ -231,6 +255,10 @@ class Checkpoint:
         Raises:
             ValueError: a file is damaged, or the weights do not fit the configuration.
         """
+        if self._is_exl3:
+            from nowag_pl.models.assembly import assemble
+
+            return assemble(self, {})
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging as transformers_logging
 
