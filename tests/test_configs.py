@@ -36,6 +36,7 @@ METHODS = {
     "nowag_vq_2bit": NoWagQuantizer(subvector_dim=6, codebook_size=4096),
     "nowag_vq_2bit_d7": NoWagQuantizer(subvector_dim=7, codebook_size=2**14),
     "nowag_vq_2bit_small": NoWagQuantizer(subvector_dim=4, codebook_size=256),
+    **{f"nowag_trellis_{bits}bit": NoWagTrellis(bits=bits) for bits in (2, 3, 4)},
     "wanda_50": WandaPruner(sparsity=0.5),
     "magnitude_50": MagnitudePruner(sparsity=0.5),
 }

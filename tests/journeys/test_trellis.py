@@ -95,6 +95,10 @@ def test_exl3_folder_is_written(command_line, model_folder, workplace, tmp_path)
     tensors = {name: tensor for file in export.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert tensors.keys() >= {f"{name}.trellis" for name in names}
     assert tensors["model.layers.0.self_attn.q_proj.trellis"].shape == (8, 8, 32)
+    # It is a model like any other, read with its weights restored.
+    expected = read_report(tmp_path / "run")["perplexity"]["held_out"]["one_shot"]
+    outcome = command_line(validate_arguments(workplace, export, tmp_path / "validation"))
+    assert perplexity_shown(outcome.output) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from nowag_pl.run.layout import FINETUNED
 from nowag_pl.stages import finetuned as finetuning
 from nowag_pl.stages.block_inputs import BlockInputs
 from nowag_pl.stages.compression_run import CompressionRun
-from nowag_pl.stages.hidden import HiddenFiles
 from nowag_pl.stages.plan import FinetuningSettings
 
 pytest_plugins = ["tiny_fixtures"]

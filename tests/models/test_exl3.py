@@ -114,6 +114,22 @@ def test_what_does_not_fit_is_refused(settings, message):
         check_exl3({"layers.0": pruned})
 
 
+def test_folder_is_read_as_the_dense_model(exported):
+    model, _, folder = exported
+    checkpoint = Checkpoint(str(folder))
+    assert not checkpoint.compressed_linears
+    whole = checkpoint.load()
+    for name, made in compressed_linears(model).items():
+        assert whole.get_submodule(name).weight.equal(made.weight)
+    assert whole(torch.arange(5, 25)[None]).logits.isfinite().all()
+    streamed = StreamedModel(checkpoint)
+    for index in range(len(streamed)):
+        for name, linear in streamed.linears(index, streamed.load_block(index)).items():
+            made = model.get_submodule(f"{streamed.block_name(index)}.{name}")
+            assert linear.weight.equal(made.weight)
+            assert linear.bias is None or linear.bias.equal(made.bias)
+
+
 def reader_class():
     """Load the pure-torch reader of the package gptqmodel by itself, whose other parts ask for a GPU's software.
 

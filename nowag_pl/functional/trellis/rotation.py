@@ -4,6 +4,7 @@ The incoherence processing of QuIP# (arXiv:2402.04396) and QTIP (arXiv:2406.1123
 them: the block's size is the largest power of two up to 128 that divides the size of the weight.
 """
 
+from functools import lru_cache
 from math import gcd, sqrt
 
 import torch
@@ -37,13 +38,20 @@ def hadamard(matrix: Float[Tensor, "*rows size"]) -> Float[Tensor, "*rows size"]
         >>> hadamard(torch.tensor([[1.0, 1.0]])).tolist()
         [[1.4142135381698608, 0.0]]
     """
-    shape, block = matrix.shape, hadamard_block(matrix.shape[-1])
-    half = 1
-    while half < block:
-        first, second = matrix.reshape(*shape[:-1], -1, 2, half).unbind(dim=-2)
-        matrix = torch.stack([first + second, first - second], dim=-2)
-        half *= 2
-    return matrix.reshape(shape) / sqrt(block)
+    block = hadamard_block(matrix.shape[-1])
+    # As a product it takes a tenth of the time of sums and differences, which pass through memory seven times.
+    return ((matrix.unflatten(-1, (-1, block)) @ _sylvester(block).to(matrix)) / sqrt(block)).flatten(-2)
+
+
+@lru_cache
+def _sylvester(size: int) -> Tensor:
+    """Return the matrix of ones and minus ones; their signs are the parity of the common bits of row and column."""
+    # It is kept, and so must not be of the mode or on the device that happen to be set when it is first needed.
+    with torch.inference_mode(False):
+        numbers = torch.arange(size, device="cpu")
+        common = numbers & numbers[:, None]
+        parity = sum(((common >> bit) & 1 for bit in range(1, size.bit_length())), common & 1) & 1
+        return 1.0 - 2.0 * parity
 
 
 def random_signs(size: int, generator: torch.Generator, device: torch.device) -> Float[Tensor, " size"]:

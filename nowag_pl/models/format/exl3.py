@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+<<<<<<< HEAD
 from nowag_pl.models.format.folder import QUANTIZATION_FILE, FolderConfig, sharded, write_folder
+=======
+from nowag_pl.models.format.exl3_reading import METHOD
+from nowag_pl.models.format.folder import QUANTIZATION_FILE, sharded, write_folder
+>>>>>>> exl3
 from nowag_pl.models.state import compressed_linears, plain_tensors
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear, TrellisLinear
@@ -21,7 +26,6 @@ from nowag_pl.modules import CompressedLinear, TrellisLinear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-METHOD = "exl3"  # quant_method of the quantization_config
 MULTIPLE = 128  # of the sizes
 _MULTIPLIERS = {"mul1": 0x83DCD12D, "mcg": 0xCBAC1FED, "3inst": None}
 _MAX_SHARD_BYTES = 5 * 10**9

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nowag_pl.functional.trellis import rotation
 from nowag_pl.functional.trellis.rotation import (
     hadamard,
     hadamard_block,
@@ -56,3 +57,12 @@ def test_signs_follow_the_generator():
     draws = [random_signs(64, torch.Generator().manual_seed(seed), torch.device("cpu")) for seed in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
+
+
+def test_what_is_kept_serves_gradients_and_other_devices():
+    rotation._sylvester.cache_clear()
+    with torch.inference_mode(), torch.device("meta"):
+        rotation.hadamard(torch.ones(2, 32))
+    rows = torch.ones(2, 32, requires_grad=True)
+    rotation.hadamard(rows).sum().backward()
+    assert rows.grad.shape == rows.shape
