@@ -14,16 +14,11 @@ from torch import Tensor
 
 from nowag_pl.files import read_json
 from nowag_pl.models import gguf
-<<<<<<< HEAD
 from nowag_pl.models.bounds import check_num_blocks, check_plain_files, check_sizes
 from nowag_pl.models.format.checksums import INDEX_FILE, SINGLE_FILE, Checksums
 from nowag_pl.models.format.descriptions import METHOD, check_stored, described_linears, empty_linears
 from nowag_pl.models.names import stored_names
 from nowag_pl.models.weights import Header, floating_type, indexed_files, read_headers, weight_files
-=======
-from nowag_pl.models.format import exl3_reading
-from nowag_pl.models.format.checksums import INDEX_FILE, Checksums
->>>>>>> exl3
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -211,17 +206,13 @@ class Checkpoint:
     @property
     def _is_exl3(self) -> bool:
         """Whether linears are stored in the EXL3 format; they are read as dense ones."""
-        quantization = getattr(self.config, "quantization_config", None)
+        quantization = getattr(self._whole_config, "quantization_config", None)
         return quantization is not None and quantization.get("quant_method") == exl3_reading.METHOD
 
     @property
     def _quantization(self) -> dict[str, Any]:
         """What the configuration says of compressed linears; format 1 said it in a file of its own."""
-<<<<<<< HEAD
-        quantization = getattr(self._whole_config, "quantization_config", None)
-=======
-        quantization = None if self._is_exl3 else getattr(self.config, "quantization_config", None)
->>>>>>> exl3
+        quantization = None if self._is_exl3 else getattr(self._whole_config, "quantization_config", None)
         if quantization is None and (self.folder / DESCRIPTION_FILE).is_file():
             return {"quant_method": METHOD, **read_json(self.folder / DESCRIPTION_FILE)}
         return quantization or {}
@@ -239,42 +230,25 @@ class Checkpoint:
     def _stored_names(self) -> dict[str, str]:
         """The name of every tensor in its file, by its name in the model."""
         # Compressed models are written under the names in the model.
-        if described_linears(self._quantization):
+        if self._is_exl3 or described_linears(self._quantization):
             return {name: name for name in self.headers}
         return stored_names(self.build(empty=True), self.headers)
 
     @cached_property
     def weight_map(self) -> dict[str, Path]:
-<<<<<<< HEAD
         """Name of every tensor in the model to the file that holds it."""
-        headers = self.headers
-        return {name: headers[stored].file for name, stored in self._stored_names.items()}
-=======
-        """Name of every tensor to the file that holds it."""
-        return exl3_reading.dense_names(self._stored_files) if self._is_exl3 else self._stored_files
-
-    @cached_property
-    def _shapes(self) -> dict[str, torch.Size]:
-        return {name: tensor.shape for name, tensor in self.build(empty=True).state_dict().items()}
+        stored = self._stored_files
+        return exl3_reading.dense_names(stored) if self._is_exl3 else stored
 
     @cached_property
     def _stored_files(self) -> dict[str, Path]:
-        single, index = self.folder / "model.safetensors", self.folder / INDEX_FILE
-        if single.is_file():
-            files = [single]
-        elif index.is_file():
-            files = _indexed_files(index)
-        else:
-            files = sorted(self.folder.glob("*.safetensors"))
-        if not files:
-            pickles = sorted(path.name for path in self.folder.glob("*.bin"))
-            found = f"only pickle files ({', '.join(pickles[:3])})" if pickles else "none"
-            raise ValueError(
-                f"Expected safetensors weights in {self.folder}, but got {found}. Convert them once with "
-                "transformers' save_pretrained; pickles are never opened here."
-            )
-        return {name: file for file in files for name in _tensor_names(file)}
->>>>>>> exl3
+        """Name of every stored tensor, by its name in the model, to the file that holds it."""
+        return {name: self.headers[stored].file for name, stored in self._stored_names.items()}
+
+    @cached_property
+    def _shapes(self) -> dict[str, torch.Size]:
+        """Shape of every tensor of the model, by its name."""
+        return {name: tensor.shape for name, tensor in self.build(empty=True).state_dict().items()}
 
     def require(self, names: Iterable[str]) -> None:
         """Raise ValueError if the checkpoint lacks one of these tensors."""
@@ -305,13 +279,11 @@ class Checkpoint:
         for file in sorted({self._stored_files[name] for name in names}):
             self._checksums.check(file)
             with safe_open(file, framework="pt", device=str(device)) as opened:
-<<<<<<< HEAD
                 tensors |= {
-                    name: opened.get_tensor(self._stored_names[name]) for name in names if self.weight_map[name] == file
+                    name: opened.get_tensor(self._stored_names[name])
+                    for name in names
+                    if self._stored_files[name] == file
                 }
-=======
-                tensors |= {name: opened.get_tensor(name) for name in names if self._stored_files[name] == file}
->>>>>>> exl3
         return tensors
 
     def build(self, empty: bool = False) -> "PreTrainedModel":

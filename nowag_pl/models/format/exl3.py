@@ -13,12 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-<<<<<<< HEAD
-from nowag_pl.models.format.folder import QUANTIZATION_FILE, FolderConfig, sharded, write_folder
-=======
 from nowag_pl.models.format.exl3_reading import METHOD
-from nowag_pl.models.format.folder import QUANTIZATION_FILE, sharded, write_folder
->>>>>>> exl3
+from nowag_pl.models.format.folder import QUANTIZATION_FILE, FolderConfig, sharded, write_folder
 from nowag_pl.models.state import compressed_linears, plain_tensors
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear, TrellisLinear
