@@ -14,8 +14,8 @@ from torch import Tensor
 
 from nowag_pl.files import read_json
 from nowag_pl.models import gguf
-from nowag_pl.models.format import exl3_reading
 from nowag_pl.models.bounds import check_num_blocks, check_plain_files, check_sizes
+from nowag_pl.models.format import exl3_reading
 from nowag_pl.models.format.checksums import INDEX_FILE, SINGLE_FILE, Checksums
 from nowag_pl.models.format.descriptions import METHOD, check_stored, described_linears, empty_linears
 from nowag_pl.models.names import stored_names
