@@ -4,6 +4,7 @@ Inputs of a block are the hidden states that the compressed and already finetune
 has a small Trainer of its own; a killed run continues at its block and epoch.
 """
 
+import dataclasses
 import gc
 import logging
 import shutil
@@ -46,6 +47,7 @@ def finetune_blocks(
         settings: settings of the finetuning.
         trainer_settings: devices, precision and the like of the Trainers.
     """
+    settings = dataclasses.replace(settings, precision=trainer_settings.get("precision", settings.precision))
     run.claim_finetuning(train, held_out, settings)
     missing = run.store.missing(FINETUNED, len(run.model))
     _remove_left_overs(run, missing)

@@ -300,7 +300,7 @@ def test_changed_settings_are_refused_by_name(fit, tmp_path):
     for change, name in {
         "--model.learning_rate=0.001": "training.learning_rate = 0.003, not 0.001",
         "--model.warmup_fraction=0.5": "training.warmup_fraction = 0.05, not 0.5",
-        "--trainer.max_epochs=3": "training.max_epochs = 2, not 3",
+        "--trainer.max_epochs=1": "training.max_epochs = 2, not 1",
         "--finetuning.learning_rate=0.001": "finetuning.learning_rate = 0.003, not 0.001",
         "--model.objective.temperature=2": "training.objective.temperature = 1.5, not 2",
         "--data.max_train_windows=9": "training.tokens_sha256",

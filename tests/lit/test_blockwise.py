@@ -471,3 +471,38 @@ def test_errors_of_every_block_lie_in_tensorboard(finetuned, tmp_path):
         assert len(events.Scalars("train/error")) == 9
     rows = run.finetuning_statistics()
     assert json.loads(json.dumps(rows)) == rows
+
+
+def test_left_overs_of_a_process_killed_after_the_last_block_are_removed(finetuned, tmp_path):
+    folder = finetuned(max_epochs=1).store.folder / "finetuned"
+    for name in ("hidden/prefix_002.0_of_1.npy", "checkpoints/block_002/last.ckpt"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).touch()
+    before = artefacts(tmp_path / "run")
+    finetuned(max_epochs=1)
+    assert sorted(path.name for path in folder.iterdir()) == [f"block_{index:03d}.safetensors" for index in range(3)]
+    assert artefacts(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_block_with_a_damaged_checkpoint_begins_anew(name, finetuned, monkeypatch, tmp_path):
+    def cut(self, index, path):
+        raise CutError
+
+    monkeypatch.setattr(blockwise.Blockwise, "_trained", cut)
+    with pytest.raises(CutError):
+        finetuned()
+    monkeypatch.undo()
+    file = tmp_path / "run" / "finetuned" / "checkpoints" / "block_000" / f"{name}.ckpt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    finetuned()
+    finetuned("whole")
+    assert artefacts(tmp_path / "run") == artefacts(tmp_path / "whole")
+
+
+def test_another_precision_of_the_blocks_is_refused(finetuned):
+    finetuned(max_epochs=1, trainer={"precision": "32-true"})
+    with pytest.raises(ValueError, match=r"finetuning\.precision = '32-true', not 'bf16-mixed'"):
+        finetuned(max_epochs=1, trainer={"precision": "bf16-mixed"})
