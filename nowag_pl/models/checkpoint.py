@@ -296,7 +296,8 @@ class Checkpoint:
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
-        if empty:
+        # A folder may hold a configuration alone, to estimate what its model needs.
+        if empty and any(self.folder.glob("*.safetensors")):
             check_num_blocks(getattr(self.config, "num_hidden_layers", None), len(self.headers), self.folder)
         try:
             with init_empty_weights(include_buffers=False) if empty else nullcontext():
@@ -316,17 +317,13 @@ class Checkpoint:
         Raises:
             ValueError: a file is damaged, or the weights do not fit the configuration.
         """
-        if self._is_exl3:
-            from nowag_pl.models.assembly import assemble
-
-            return assemble(self, {})
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
         self._checksums.check(*{header.file for header in self.headers.values()})
         check_num_blocks(getattr(self.config, "num_hidden_layers", None), len(self.headers), self.folder)
-        if self.is_part:
+        if self.is_part or self._is_exl3:
             return self._load_part()
         model: PreTrainedModel
         info: dict[str, Any]
@@ -348,7 +345,7 @@ class Checkpoint:
         return model.eval()
 
     def _load_part(self) -> "PreTrainedModel":
-        """Load the text part of a larger model, of which transformers would load the whole."""
+        """Load what transformers would load in another way: a part of a larger model, or an EXL3 folder."""
         model = self.build(empty=True)
         names = [name for name in model.state_dict() if name in self.weight_map]
         tensors = {name: tensor.to(self.dtype) for name, tensor in self.read(names).items()}

@@ -151,11 +151,10 @@ def test_dead_channels_are_told(model_folder, tmp_path, caplog):
         assert 0 <= row["loss"] < 1
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_bad_activation_names_block_and_linear(bad, model_folder, tmp_path):
+def test_bad_activation_names_block_and_linear(model_folder, tmp_path):
     folder = copy_model(model_folder(), tmp_path / "model")
     norm = load_file(folder / "model.safetensors")["model.layers.1.post_attention_layernorm.weight"]
-    norm[2] = bad
+    norm[2] = 3e38
     edit_tensors(folder, {"model.layers.1.post_attention_layernorm.weight": norm})
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.gate_proj: .*NaN or infinity in 1 of 32"):
         calibrated(folder, tmp_path / "run")
