@@ -64,7 +64,10 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize(
+    "point",
+    [pytest.param(each, marks=[] if each in ("compression", "corrected") else pytest.mark.slow) for each in POINTS],
+)
 def test_killed_run_goes_on_to_the_same_bytes(point, command_line, uninterrupted, model, workplace, tmp_path):
     name, mode = POINTS[point]
     run_dir, log = tmp_path / "run", tmp_path / "log"

@@ -201,7 +201,7 @@ def test_running_for_hooks_alone_does_not_advance(model_folder):
     assert not torch.allclose(torch.cat(list(stream.batches())), before)
 
 
-@pytest.mark.parametrize("mode", ["dense", "propagated"])
+@pytest.mark.parametrize("mode", ["dense", pytest.param("propagated", marks=pytest.mark.slow)])
 def test_at_most_one_block_is_alive(mode, model_folder, tmp_path, monkeypatch):
     """Count the blocks with weights at the moment when another one is read."""
     run = run_of(model_folder(num_blocks=4), tmp_path / "run", mode=mode)

@@ -62,7 +62,13 @@ def cut_behind(num_writes, endings, monkeypatch):
 
 @pytest.mark.parametrize(  # writes of 3 moments, 3 compressed blocks, 2 references, in any mode
     ("mode", "num_writes"),
-    [*product(["dense", "propagated"], range(9)), *product(["corrected"], [0, 3, 4])],
+    [
+        *product(["dense"], range(9)),
+        *product(["propagated"], [1, 4]),
+        *product(["corrected"], [3]),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in product(["propagated"], [0, 2, 3, 5, 6, 7, 8])),
+        *(pytest.param("corrected", number, marks=pytest.mark.slow) for number in (0, 4)),
+    ],
 )
 def test_cut_run_goes_on_to_the_same_artefacts(mode, num_writes, model_folder, tmp_path, monkeypatch):
     everything(model_folder(), tmp_path / "whole", mode=mode)
