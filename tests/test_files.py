@@ -77,6 +77,12 @@ def test_json_comes_back_and_is_replaced(tmp_path):
     assert folder_content(path.parent) == ["a.json"]
 
 
+def test_equal_tensors_have_equal_bytes(tmp_path):
+    for name in "abcdef":
+        write_tensors(tmp_path / name, {"ä": torch.arange(7), "z": torch.ones(2, 3)}, {"block": "é", "count": 3})
+    assert len({(tmp_path / name).read_bytes() for name in "abcdef"}) == 1
+
+
 @pytest.mark.parametrize("failing", [save_half_then_disk_full, safetensors_fails])
 def test_tensors_that_do_not_fit_leave_the_old_file(tmp_path, monkeypatch, failing):
     path = tmp_path / "a.safetensors"
