@@ -35,6 +35,9 @@ PLUS = {"weighting": "output", "update": "alternating", "refit_scales": True, "d
 METHODS = {
     **{f"nowag_trellis_{bits}bit": NoWagTrellis(bits=bits) for bits in (2, 3, 4)},
     "armor_2_4": ArmorCompressor(pattern=(2, 4), block_size=32),
+    "armor_2_4_full": ArmorCompressor(
+        pattern=(2, 4), block_size=32, max_iters=20000, learning_rate=1e-3, schedule="constant", tolerance=0.0
+    ),
     "nowag_p_50": NoWagPruner(sparsity=0.5),
     "nowag_p_50_plus": NoWagPruner(sparsity=0.5, update="alternating"),
     "nowag_p_2_4_plus": NoWagPruner(pattern=(2, 4), update="alternating"),
