@@ -1,17 +1,17 @@
 """A linear's weight on a trellis: NoWag's normalisation, rotation, error feedback, and scales fitted at the end.
 
 1. Columns and rows are divided by their norms (NoWag, arXiv:2504.14569), which leaves two vectors of scales.
-2. Random signs and Hadamard blocks on both sides make the entries nearly Gaussian, as the code's values are.
+2. Random signs and a rotation R on both sides make the entries nearly Gaussian, as the code's values are.
 3. Blocks of 16 columns are put on the trellis (QTIP, arXiv:2406.11235), each tile of 16 x 16 as a sequence; the errors
    of each block are fed into those after it. Errors are weighted by their effect on the output: with D the scales of
-   the columns and Had S the rotation, `E Had S D H D S Had E^T`. The scales of the rows cancel.
+   the columns and S the signs, `E R S D H D S R E^T`. The scales of the rows cancel.
 4. Both vectors of scales are fitted to the output by least squares.
 
 Signs, levels and scales end in two vectors, so that only k bits a weight and 16 bits a row and column are stored.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int16
@@ -23,7 +23,14 @@ from nowag_pl.functional.normalization import denormalize, normalize
 from nowag_pl.functional.scale_fits import fit_in_scale, fit_out_scale
 from nowag_pl.functional.trellis.codes import Code, code_values
 from nowag_pl.functional.trellis.paths import MEMORY, tail_biting_path
-from nowag_pl.functional.trellis.rotation import hadamard_block, random_signs, rotate, rotate_back, rotate_metric
+from nowag_pl.functional.trellis.rotation import (
+    Rotation,
+    hadamard_block,
+    random_signs,
+    rotate,
+    rotate_back,
+    rotate_metric,
+)
 from nowag_pl.functional.trellis.tiles import TILE, from_tiles, pack_states, pad_to_tiles, to_tiles, unpack_states
 from nowag_pl.kernels.dispatch import has_module
 
@@ -40,7 +47,7 @@ class TrellisSettings:
         bits: k, bits of a weight, 1 to 8.
         state_bits: L, bits of a state, at most 16.
         code: code that gives the value of a state.
-        rotation: "both" sides, or "none" as in the paper of NoWag.
+        rotation: "full" for all rows and columns, "both" for blocks of them, or "none" as in the paper of NoWag.
         feedback: let columns compensate for the errors of those before them. Without it, and without rotation, NoWag's
             importance weights the squared errors.
         damping: addition to the diagonal of the metric, as a share of its mean.
@@ -52,7 +59,7 @@ class TrellisSettings:
     bits: int = 2
     state_bits: int = 12
     code: Code = "mul1"
-    rotation: Literal["both", "none"] = "both"
+    rotation: Rotation = "full"
     feedback: bool = True
     damping: float = 0.025
     refit_rounds: int = 1
@@ -101,9 +108,9 @@ def quantize_trellis(
 
 
 def reconstruct(
-    weight: TrellisWeight, values: Float[Tensor, " states"], bits: int, rotation: Literal["both", "none"]
+    weight: TrellisWeight, values: Float[Tensor, " states"], bits: int, rotation: Rotation
 ) -> Float[Tensor, "out in"]:
-    """Return the weight that a packed one stands for, float32: `diag(r2) Had Q Had diag(r1)`.
+    """Return the weight that a packed one stands for, float32: `diag(r2) R Q R diag(r1)`.
 
     Args:
         weight: packed states and scales.
@@ -112,10 +119,7 @@ def reconstruct(
         rotation: as it was quantized.
     """
     numbers = decode_tiles(weight.packed, values, bits)
-    if rotation == "both":
-        restored = rotate_back(numbers, weight.out_scale.float(), weight.in_scale.float())
-    else:
-        restored = denormalize(numbers, weight.in_scale.float(), weight.out_scale.float())
+    restored = rotate_back(numbers, weight.out_scale.float(), weight.in_scale.float(), rotation)
     return restored[: weight.shape[0], : weight.shape[1]]
 
 
@@ -140,10 +144,11 @@ def decode_tiles(
 def _prepare(padded: Tensor, settings: TrellisSettings, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Return the weight for the trellis, with a mean square of 1, and the column and row scales that restore it."""
     target, in_scale, out_scale = normalize(padded)
-    if settings.rotation == "both":
+    if settings.rotation != "none":
         out_signs, in_signs = (random_signs(size, generator, padded.device) for size in padded.shape)
-        target = rotate(target, out_signs, in_signs)
+        target = rotate(target, out_signs, in_signs, settings.rotation)
         in_scale, out_scale = in_scale * in_signs, out_scale * out_signs
+    if settings.rotation == "both":
         # A factor of a whole Hadamard block commutes with the rotation; padding makes them differ.
         in_level = _levels(target, hadamard_block(padded.shape[1]))
         target = target / in_level
@@ -173,11 +178,11 @@ def _search(target: Tensor, moment: Tensor, in_scale: Tensor, values: Tensor, se
         states.append(path)
         return from_tiles(values[path.long()][None])
 
-    rotated = settings.rotation == "both"
     if settings.feedback:
-        metric = rotate_metric(moment, in_scale) if rotated else moment * in_scale * in_scale[:, None]
+        metric = rotate_metric(moment, in_scale, settings.rotation)
         factor = damped_inverse_factor(metric, settings.damping)[1]
     else:
+        rotated = settings.rotation != "none"
         factor = torch.diag(torch.ones_like(in_scale) if rotated else _nonzero(mean_squares(moment)).rsqrt())
     quantize_with_feedback(target, factor, TILE, quantize)
     return pack_states(torch.stack(states), settings.bits)
