@@ -33,7 +33,7 @@ from nowag_pl.stages.sizes import Holding, ModelSizes
 CONFIGS = ROOT / "configs"
 PLUS = {"weighting": "output", "update": "alternating", "refit_scales": True, "damping": 0.03}
 METHODS = {
-    **{f"nowag_trellis_{bits}bit": NoWagTrellis(bits=bits) for bits in (2, 3, 4)},
+    **{f"nowag_trellis_{bits}bit{end}": NoWagTrellis(bits=bits) for bits in (2, 3, 4) for end in ("", "_plus")},
     "armor_2_4": ArmorCompressor(pattern=(2, 4), block_size=32),
     "armor_2_4_full": ArmorCompressor(
         pattern=(2, 4), block_size=32, max_iters=20000, learning_rate=1e-3, schedule="constant", tolerance=0.0
@@ -126,6 +126,8 @@ def test_method_means_what_it_says_beside_any_data(method, parse):
     assert parsed.cli.model.checkpoint.path == "embedded"
     assert parsed.cli.trainer.max_epochs == 0
     assert parsed.plan.calibration.mode == MODES.get(method, "dense")
+    guided = method.startswith("nowag_trellis") and method.endswith("_plus")
+    assert (parsed.plan.calibration.guidance is not None) == guided
     assert (parsed.plan.compression.budget is not None) == (method == "nowag_vq_2bit_small_plus")
 
 
