@@ -33,9 +33,11 @@ class StageCLI(LightningCLI):
     """LightningCLI with the subcommands of this project and a run directory."""
 
     def __init__(self, *settings: Any, args: ArgsType = None, **more: Any) -> None:
-        """Keep the arguments, which say whose parser is to be filled."""
+        """Note the subcommand, whose parser alone is filled."""
         words = sys.argv[1:] if args is None else args
-        self._asked_for = {command for command in (*self.subcommands(), "compare") if command in words}
+        # Elsewhere than in the first place, a command follows a file that may hold settings of several.
+        first = words[0] if isinstance(words, list) and words else None
+        self._only = first if first in (*self.subcommands(), "compare") else None
         super().__init__(*settings, args=args, **more)
 
     @staticmethod
@@ -58,8 +60,8 @@ class StageCLI(LightningCLI):
         commands.add_subcommand("compare", compare_parser, help=_COMPARE)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Leave the parsers of other subcommands than the one that is asked for empty: each takes 0.1 s to fill."""
-        if not self._asked_for or subcommand in self._asked_for:
+        """Fill the parser of the subcommand, and those of others if none is named: each takes a tenth of a second."""
+        if self._only in (None, subcommand):
             return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         return self.init_parser(**kwargs)
 

@@ -438,16 +438,13 @@ def test_one_block_and_two_sets_of_hidden_states_are_alive(targets, compressor, 
     def watched(self, missing):
         gc.collect()
         gc.freeze()  # only what is made from here on is looked at
-        try:
-            with monkeypatch.context() as patch:
-                watch(patch, StreamedModel, "forward_block")
-                watch(patch, BlockTrainer, "train", "training")
-                watch(patch, blockwise.Blockwise, "_mean_square", "measuring")
-                watch(patch, BlockInputs, "advance", "advancing")
-                watch(patch, finetuning, "write_block", "writing")
-                finetune(self, missing)
-        finally:
-            gc.unfreeze()
+        with monkeypatch.context() as patch:
+            watch(patch, StreamedModel, "forward_block")
+            watch(patch, BlockTrainer, "train", "training")
+            watch(patch, blockwise.Blockwise, "_mean_square", "measuring")
+            watch(patch, BlockInputs, "advance", "advancing")
+            watch(patch, finetuning, "write_block", "writing")
+            finetune(self, missing)
 
     monkeypatch.setattr(blockwise.Blockwise, "finetune", watched)
     run = finetuned(compressor=compressor, targets=targets, max_epochs=2, batch_size=1)

@@ -1,6 +1,7 @@
 """A model built around compressed linears is the dense model with those linears replaced."""
 
 import copy
+from hashlib import sha256
 
 import pytest
 import torch
@@ -30,13 +31,21 @@ FAMILY_METHODS = [(family, "pruned") for family in FAMILIES] + [
 ]
 
 
+_MADE: dict[tuple[bytes, str], dict[str, CompressedLinear]] = {}
+
+
 def compressed_linears(folder, compressor) -> dict[str, CompressedLinear]:
-    model = StreamedModel(Checkpoint(str(folder)))
-    return {
-        f"{model.block_name(index)}.{name}": compressor.compress(linear, torch.rand(linear.in_features) + 0.1)
-        for index in range(len(model))
-        for name, linear in find_linears(model.load_block(index)).items()
-    }
+    """Return copies of the compressed linears of a model, which are made once for the same weights."""
+    files = sorted(folder.glob("*.safetensors"))
+    key = b"".join(sha256(file.read_bytes()).digest() for file in files), repr(compressor)
+    if key not in _MADE:
+        model = StreamedModel(Checkpoint(str(folder)))
+        _MADE[key] = {
+            f"{model.block_name(index)}.{name}": compressor.compress(linear, torch.rand(linear.in_features) + 0.1)
+            for index in range(len(model))
+            for name, linear in find_linears(model.load_block(index)).items()
+        }
+    return copy.deepcopy(_MADE[key])
 
 
 @torch.no_grad()
