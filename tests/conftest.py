@@ -19,6 +19,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    """Let libraries end as they do elsewhere; compiled ones name what is left of them."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def no_test_keeps_signals() -> Iterator[None]:
     """Check that SIGTERM and Ctrl-C end pytest, not the test that happens to run."""
