@@ -185,10 +185,10 @@ def without_times(run_dir) -> tuple:
 # 3 moments, 3 + 3 to choose, 3 + 3 to compare, the decision, then 3 + 3 are moved
 @pytest.mark.parametrize("num_writes", [10, 19, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 7, 13, 15, 16))])
 def test_cut_run_goes_on_to_the_same_artefacts(num_writes, model_folder, tmp_path, monkeypatch):
-    budgeted(model_folder(), tmp_path / "whole", QUANTIZER, SMALL)
+    budgeted(model_folder(), tmp_path / "whole", budget=TWO)
     with cut_behind(num_writes, (".safetensors", "decision.json"), monkeypatch), pytest.raises(CutError):
-        budgeted(model_folder(), tmp_path / "cut", QUANTIZER, SMALL)
-    budgeted(model_folder(), tmp_path / "cut", QUANTIZER, SMALL)
+        budgeted(model_folder(), tmp_path / "cut", budget=TWO)
+    budgeted(model_folder(), tmp_path / "cut", budget=TWO)
     assert without_times(tmp_path / "cut") == without_times(tmp_path / "whole")
 
 
