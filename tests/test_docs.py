@@ -66,7 +66,7 @@ def make_parser():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command_line.CompressionCLI, "parse_arguments", leave)
         with pytest.raises(_Parser) as made:
-            command_line.main(["fit"])
+            command_line.main([])
     return made.value.args[0]
 
 

@@ -1,13 +1,15 @@
 """Fixtures over tiny models, for the test files that name this module in `pytest_plugins`."""
 
 import logging
+import shutil
 import signal
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tiny_models import Outcome, call, save_tiny_model, write_text
+from tiny_models import Outcome, call, fit_arguments, save_tiny_model, write_text
 
 
 @pytest.fixture(scope="session")
@@ -69,3 +71,42 @@ def command_line(
         logging.getLogger(name).handlers[:] = handlers
         logging.getLogger(name).setLevel(level)
     rank_zero_only.rank = rank
+
+
+class FinishedFit:
+    """A `fit` that several tests look at, and none changes."""
+
+    def __init__(self, outcome: Outcome, run_dir: Path) -> None:
+        self.outcome, self.run_dir = outcome, run_dir
+
+    def copy(self, folder: Path) -> Path:
+        """Put a copy that a test may change into a folder."""
+        return Path(shutil.copytree(self.run_dir, folder))
+
+
+@pytest.fixture(scope="session")
+def finished_fits() -> dict[tuple, FinishedFit]:
+    """Return what `finished_fit` has run so far."""
+    return {}
+
+
+@pytest.fixture
+def finished_fit(
+    command_line: Callable[..., Outcome],
+    model_folder: Callable[..., Path],
+    workplace: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    finished_fits: dict[tuple, FinishedFit],
+) -> Callable[..., FinishedFit]:
+    """Return a function that runs a `fit` of a tiny model once for all tests."""
+
+    def get(*more: str, family: str = "llama", **settings: Any) -> FinishedFit:
+        key = (more, family, *sorted(settings.items(), key=str))
+        if key not in finished_fits:
+            run_dir = tmp_path_factory.mktemp("fit") / "run"
+            outcome = command_line(fit_arguments(workplace, model_folder(family, **settings), run_dir, *more))
+            assert outcome.code == 0, outcome.message
+            finished_fits[key] = FinishedFit(outcome, run_dir)
+        return finished_fits[key]
+
+    return get

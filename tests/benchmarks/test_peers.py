@@ -35,6 +35,7 @@ write(args, linears, ["torch"], bits_per_weight=9.0, sparsity=zeros(linears))
 """
 
 
+@pytest.mark.slow
 def test_script_of_a_peer_is_run_measured_and_kept(model_folder, workplace, tmp_path, monkeypatch):
     (tmp_path / "scripts").mkdir()
     shutil.copy(dense_folder.__file__, tmp_path / "scripts")

@@ -35,6 +35,14 @@ def small(model_folder, workplace, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_dense_model_is_measured(small):
+    (dense,) = small("dense")
+    assert dense["perplexity"] > 1
+    assert dense["windows"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 def test_rows_have_what_the_table_shows_and_finished_runs_are_read(small, monkeypatch):
     dense, pruned = small("dense", "nowag_p_50")
     assert pruned["dense_perplexity"] == pytest.approx(dense["perplexity"], rel=1e-3)

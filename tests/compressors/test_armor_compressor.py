@@ -24,8 +24,7 @@ def test_start_is_what_nowag_p_gives(pattern):
     assert torch.equal(start.bias, linear.bias)
 
 
-@pytest.mark.parametrize("selection", ["gradient", "random"])
-@pytest.mark.parametrize("pattern", [(1, 4), (2, 4), (4, 8)])
+@pytest.mark.parametrize(("pattern", "selection"), [((1, 4), "gradient"), ((4, 8), "gradient"), ((2, 4), "random")])
 def test_loss_falls_by_a_third_from_nowag_p(pattern, selection):
     linear, second_moment = make_linear(24, 32)
     before = linear.weight.detach().clone()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nowag_pl.functional import chunks
@@ -37,6 +37,7 @@ def test_row_chunks_cover_every_row_once_within_the_size(rows, columns, size):
 
 
 @pytest.mark.parametrize("size", SIZES)
+@settings(max_examples=12)
 @given(rows=st.integers(1, 7), groups=st.integers(1, 5), seed=st.integers(0, 99))
 def test_chunks_change_nothing(size, rows, groups, seed):
     generator = torch.Generator().manual_seed(seed)

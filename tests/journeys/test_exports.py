@@ -6,7 +6,7 @@ from math import prod
 
 import pytest
 import torch
-from test_fit_and_validate import perplexity, perplexity_shown, read_report, text_windows
+from test_fit_and_validate import QUANTIZER, perplexity, perplexity_shown, read_report, text_windows
 from tiny_models import ROOT, fit_arguments, load_whole, validate_arguments
 from transformers import AutoModelForCausalLM
 
@@ -81,11 +81,11 @@ def test_dense_export(method, finetuning, command_line, model_folder, workplace,
     assert perplexity_shown(outcome.output) == pytest.approx(expected, rel=1e-4, abs=1e-3)
 
 
-def test_packed_export_opens_in_transformers(command_line, model_folder, workplace, tmp_path):
-    assert command_line(fit_arguments(workplace, model_folder(), tmp_path / "run", *METHODS["vq"])).code == 0
-    export = tmp_path / "run" / "export"
+def test_packed_export_opens_in_transformers(finished_fit, workplace):
+    run_dir = finished_fit(*QUANTIZER).run_dir
+    export = run_dir / "export"
     model = AutoModelForCausalLM.from_pretrained(export)
-    expected = read_report(tmp_path / "run")["perplexity"]["held_out"]["one_shot"]
+    expected = read_report(run_dir)["perplexity"]["held_out"]["one_shot"]
     assert perplexity(model, text_windows(workplace, export)) == pytest.approx(expected, rel=1e-5)
 
 
@@ -95,9 +95,8 @@ def test_unknown_format_is_refused(command_line, model_folder, workplace, tmp_pa
     assert "format" in outcome.message
 
 
-def test_files_are_trusted_on_demand(command_line, model_folder, workplace, tmp_path):
-    assert command_line(fit_arguments(workplace, model_folder(), tmp_path / "run")).code == 0
-    export = tmp_path / "run" / "export"
+def test_files_are_trusted_on_demand(command_line, finished_fit, workplace, tmp_path):
+    export = finished_fit().copy(tmp_path / "run") / "export"
     (export / "generation_config.json").write_text("{}")
     arguments = validate_arguments(workplace, export, tmp_path / "validation")
     assert "generation_config.json" in command_line(arguments).message

@@ -66,14 +66,19 @@ def fit(command_line, model_folder, workplace, tmp_path):
     return run
 
 
+QUANTIZER = (
+    "--compression.compressor=nowag_pl.NoWagQuantizer",
+    "--compression.compressor.subvector_dim=4",
+    "--compression.compressor.codebook_size=16",
+)
+
+
 def read_report(run_dir) -> dict:
     return json.loads((run_dir / "report.json").read_text())
 
 
-def test_report_has_the_promised_keys_and_sensible_values(fit, model_folder, workplace, tmp_path):
-    outcome = fit()
-    assert outcome.code == 0
-    report, folder = read_report(tmp_path / "run"), model_folder()
+def test_report_has_the_promised_keys_and_sensible_values(finished_fit, model_folder):
+    report, folder = read_report(finished_fit().run_dir), model_folder()
     assert set(report) == REPORT_KEYS
     assert report["model"] == str(folder)
     assert re.fullmatch(r"NoWagPruner\(.*sparsity=0\.5.*\)", report["method"])
@@ -97,10 +102,10 @@ def test_report_has_the_promised_keys_and_sensible_values(fit, model_folder, wor
         assert 0 < row["loss"] < 0.5
 
 
-def test_quality_figures_are_the_oracles(fit, model_folder, workplace, tmp_path):
-    assert fit("--compression.compressor.sparsity=0.7").code == 0
-    report, windows = read_report(tmp_path / "run"), text_windows(workplace, model_folder())
-    dense, compressed = load_whole(model_folder()), load_compressed(tmp_path / "run" / "export")
+def test_quality_figures_are_the_oracles(finished_fit, model_folder, workplace):
+    run_dir = finished_fit().run_dir
+    report, windows = read_report(run_dir), text_windows(workplace, model_folder())
+    dense, compressed = load_whole(model_folder()), load_compressed(run_dir / "export")
     figures = report["perplexity"]["held_out"]
     assert figures["dense"] == pytest.approx(perplexity(dense, windows), rel=1e-5)
     assert figures["one_shot"] == pytest.approx(perplexity(compressed, windows), rel=1e-5)
@@ -112,35 +117,39 @@ def test_quality_figures_are_the_oracles(fit, model_folder, workplace, tmp_path)
     assert figures["one_shot"] != pytest.approx(figures["dense"], rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["nowag_p_2_4", "nowag_vq"])
-def test_validate_on_the_export_gives_the_perplexity_of_the_report(method, fit, command_line, workplace, tmp_path):
-    vq = ["--compression.compressor=nowag_pl.NoWagQuantizer", "--compression.compressor.subvector_dim=4"]
-    more = {
-        "nowag_p_2_4": [f"--config={ROOT / 'configs/method/nowag_p_2_4.yaml'}"],
-        "nowag_vq": [*vq, "--compression.compressor.codebook_size=32"],
-    }[method]
-    assert fit(*more).code == 0
-    outcome = command_line(validate_arguments(workplace, tmp_path / "run" / "export", tmp_path / "validation"))
+@pytest.mark.parametrize(
+    "method",
+    [
+        QUANTIZER,
+        pytest.param((f"--config={ROOT / 'configs/method/nowag_p_2_4.yaml'}",), marks=pytest.mark.slow),
+    ],
+    ids=["vq", "2:4"],
+)
+def test_validate_on_the_export_gives_the_perplexity_of_the_report(
+    method, finished_fit, command_line, workplace, tmp_path
+):
+    run_dir = finished_fit(*method).run_dir
+    outcome = command_line(validate_arguments(workplace, run_dir / "export", tmp_path / "validation"))
     assert outcome.code == 0
-    expected = read_report(tmp_path / "run")["perplexity"]["held_out"]["one_shot"]
+    expected = read_report(run_dir)["perplexity"]["held_out"]["one_shot"]
     assert perplexity_shown(outcome.output) == pytest.approx(expected, rel=1e-4, abs=1e-3)
-    modules = load_compressed(tmp_path / "run" / "export").modules()
+    modules = load_compressed(run_dir / "export").modules()
     assert sum(isinstance(module, CompressedLinear) for module in modules) == 21
 
 
-def test_validate_on_a_dense_model_gives_its_perplexity(command_line, model_folder, workplace, tmp_path):
+def test_validate_on_a_dense_model_gives_its_perplexity_and_claims_no_run_dir(
+    command_line, fit, model_folder, workplace, tmp_path
+):
     outcome = command_line(validate_arguments(workplace, model_folder("qwen2"), tmp_path / "run"))
     expected = perplexity(load_whole(model_folder("qwen2")), text_windows(workplace, model_folder("qwen2")))
     assert perplexity_shown(outcome.output) == pytest.approx(expected, rel=1e-4, abs=1e-3)
-
-
-def test_validate_claims_no_run_dir(command_line, fit, model_folder, workplace, tmp_path):
-    assert command_line(validate_arguments(workplace, model_folder("qwen2"), tmp_path / "run")).code == 0
     assert not (tmp_path / "run" / "manifest.json").exists()
     assert fit().code == 0  # of another model, in the same folder
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["mistral", *(pytest.param(each, marks=pytest.mark.slow) for each in ("qwen2", "qwen3"))]
+)
 def test_every_family_goes_through(family, fit, model_folder, workplace, tmp_path):
     folder = model_folder(family, sharded=True, tied=True)
     assert fit("--calibration.mode=propagated", model=folder).code == 0
@@ -148,10 +157,10 @@ def test_every_family_goes_through(family, fit, model_folder, workplace, tmp_pat
     assert figures["dense"] == pytest.approx(perplexity(load_whole(folder), text_windows(workplace, folder)), rel=1e-5)
 
 
-def test_same_command_again_gives_the_same_report(fit, tmp_path):
-    fit()
+def test_same_command_again_gives_the_same_report(fit, finished_fit, tmp_path):
+    finished_fit().copy(tmp_path / "run")
     first, files = read_report(tmp_path / "run"), artefacts(tmp_path / "run")
-    fit()
+    assert fit().code == 0
     second = read_report(tmp_path / "run")
     for report in (first, second):
         for key in ("seconds", "peak_memory_bytes", "peak_memory", "command"):
@@ -160,14 +169,14 @@ def test_same_command_again_gives_the_same_report(fit, tmp_path):
     assert artefacts(tmp_path / "run") == files
 
 
-def test_scalars_of_every_linear_lie_over_the_blocks(fit, tmp_path):
+def test_scalars_of_every_linear_lie_over_the_blocks(finished_fit):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert fit().code == 0
-    folders = {file.parent for file in (tmp_path / "run").rglob("events.out.tfevents.*")}
+    run_dir = finished_fit().run_dir
+    folders = {file.parent for file in run_dir.rglob("events.out.tfevents.*")}
     assert len(folders) == 1
     events = EventAccumulator(str(folders.pop())).Reload()
-    report = read_report(tmp_path / "run")
+    report = read_report(run_dir)
     for key in ("loss", "sparsity", "bits_per_weight"):
         for linear in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):
             scalars = events.Scalars(f"{key}/{linear}")
@@ -179,13 +188,10 @@ def test_scalars_of_every_linear_lie_over_the_blocks(fit, tmp_path):
     )
 
 
-def test_used_codewords_are_logged_for_the_quantizer(fit, tmp_path):
+def test_used_codewords_are_logged_for_the_quantizer(finished_fit):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert (
-        fit("--compression.compressor=nowag_pl.NoWagQuantizer", "--compression.compressor.codebook_size=16").code == 0
-    )
-    file = next((tmp_path / "run").rglob("events.out.tfevents.*"))
+    file = next(finished_fit(*QUANTIZER).run_dir.rglob("events.out.tfevents.*"))
     values = [
         scalar.value for scalar in EventAccumulator(str(file.parent)).Reload().Scalars("codebook_use/mlp.up_proj")
     ]
@@ -218,8 +224,7 @@ def test_training_afterwards_keeps_masks_and_reports_both(fit, model_folder, wor
 
 
 def test_trained_codebooks_are_measured_as_they_are_stored(fit, model_folder, workplace, tmp_path):
-    quantizer = ("--compression.compressor=nowag_pl.NoWagQuantizer", "--compression.compressor.codebook_size=16")
-    assert fit(*quantizer, *SHORT_TRAINING).code == 0
+    assert fit(*QUANTIZER, *SHORT_TRAINING).code == 0
     figures = read_report(tmp_path / "run")
     measured = figures["perplexity"]["held_out"]["finetuned"]
     model = load_compressed(tmp_path / "run" / "export_finetuned")
@@ -227,9 +232,10 @@ def test_trained_codebooks_are_measured_as_they_are_stored(fit, model_folder, wo
     assert figures["seconds"]["finetuning"] > 0
 
 
-def test_setting_that_failed_can_be_corrected_in_the_same_run_dir(fit, tmp_path):
+def test_setting_that_failed_can_be_corrected_in_the_same_run_dir_and_export_switched_off(fit, tmp_path):
     assert fit("--compression.compressor.pattern=[2,5]").code != 0
-    assert fit("--compression.compressor.pattern=[2,4]").code == 0
+    assert fit("--compression.compressor.pattern=[2,4]", "--export.enabled=false").code == 0
+    assert not (tmp_path / "run" / "export").exists()
 
 
 def test_bfloat16_costs_half_and_comes_back(fit, command_line, model_folder, workplace, tmp_path):
@@ -251,42 +257,38 @@ def test_nothing_compressed_is_the_dense_model(fit, model_folder, workplace, tmp
     assert not (tmp_path / "run" / "compressed").exists()
 
 
-def test_export_can_be_switched_off(fit, tmp_path):
-    assert fit("--export.enabled=false").code == 0
-    assert not (tmp_path / "run" / "export").exists()
-
-
-def test_settings_lie_beside_the_report(fit, tmp_path):
+def test_settings_lie_beside_the_report_and_run_again(fit, command_line, tmp_path):
     fit("--compression.compressor.sparsity=0.25")
     (file,) = (tmp_path / "run").rglob("config.yaml")
     settings = yaml.safe_load(file.read_text())
     assert settings["compression"]["compressor"]["init_args"]["sparsity"] == 0.25
     assert settings["run_dir"] == str(tmp_path / "run")
-
-
-def test_saved_settings_run_again(fit, command_line, tmp_path):
-    fit("--compression.compressor.sparsity=0.25")
-    (file,) = (tmp_path / "run").rglob("config.yaml")
     shutil.copy(file, tmp_path / "again.yaml")
     before = artefacts(tmp_path / "run")
     assert command_line(["fit", f"--config={tmp_path / 'again.yaml'}", f"--run_dir={tmp_path / 'second'}"]).code == 0
     assert artefacts(tmp_path / "second") == before
 
 
-def test_table_says_the_protocol(fit):
-    output = " ".join(fit().output.split())
+def test_table_says_the_protocol(finished_fit):
+    output = " ".join(finished_fit().outcome.output.split())
     assert f"windows of {SEQ_LEN} tokens, {SEQ_LEN - 1} predictions each" in output
     assert "one-shot" in output
     assert "dense" in output
 
 
-def test_as_its_own_process_it_says_little_and_fails_in_one_line(model_folder, workplace, tmp_path):
-    """The one thing that a run inside this process cannot show: what stands on the screen, and the exit code."""
+def test_as_its_own_process_it_says_little(model_folder, workplace, tmp_path):
+    """The one thing that a run inside this process cannot show: what stands on the screen."""
     log = tmp_path / "log"
     said = finish(start(fit_arguments(workplace, model_folder(), tmp_path / "run"), log), log)
     assert "Warning" not in said
     assert "Traceback" not in said
     assert (tmp_path / "run" / "report.json").is_file()
+
+
+@pytest.mark.slow
+def test_as_its_own_process_it_fails_in_one_line(finished_fit, model_folder, workplace, tmp_path):
+    log = tmp_path / "log"
+    finished_fit().copy(tmp_path / "run")
     process = start(
         fit_arguments(workplace, model_folder(), tmp_path / "run", "--compression.compressor.sparsity=0.6"), log
     )

@@ -66,7 +66,7 @@ POINTS = {
 
 @pytest.mark.parametrize(
     "point",
-    [pytest.param(each, marks=[] if each in ("compression", "corrected") else pytest.mark.slow) for each in POINTS],
+    [pytest.param(each, marks=[] if each == "compression" else pytest.mark.slow) for each in POINTS],
 )
 def test_killed_run_goes_on_to_the_same_bytes(point, command_line, uninterrupted, model, workplace, tmp_path):
     name, mode = POINTS[point]

@@ -40,6 +40,8 @@ def figures(report: dict) -> dict[str, float]:
     }
 
 
+# With training behind it: test_two_ranks_are_one_rank in test_finetuning.py.
+@pytest.mark.slow
 def test_fit_on_two_ranks_is_the_fit_on_one(report, model_folder, tmp_path):
     one = report("one", model_folder("qwen2"))
     two = report("two", model_folder("qwen2"), *TWO)

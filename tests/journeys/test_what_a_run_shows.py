@@ -79,10 +79,10 @@ def test_quantized_and_finetuned_run_shows_codewords_and_curves(fit, tmp_path):
     assert value == pytest.approx(measured, rel=1e-5)
 
 
-def test_inspection_and_page_can_be_switched_off(fit, tmp_path):
-    assert fit().code == 0
-    assert not events(tmp_path / "run" / "lightning_logs" / "version_0").Tags()["images"]
-    assert not (tmp_path / "run" / "report.html").exists()
+def test_inspection_and_page_can_be_switched_off(finished_fit):
+    run_dir = finished_fit().run_dir
+    assert not events(run_dir / "lightning_logs" / "version_0").Tags()["images"]
+    assert not (run_dir / "report.html").exists()
 
 
 @pytest.mark.parametrize(
@@ -124,6 +124,7 @@ def test_comparison_of_a_folder_without_a_report_says_so(command_line, tmp_path)
     assert "there is no report.json" in outcome.message
 
 
+@pytest.mark.slow
 def test_two_ranks_say_everything_once(model_folder, workplace, tmp_path):
     log = tmp_path / "log"
     two = ("--trainer.devices=2", "--trainer.strategy=ddp")

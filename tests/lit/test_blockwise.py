@@ -2,7 +2,9 @@
 
 import gc
 import json
+import shutil
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -34,7 +36,7 @@ COMPRESSORS = {
     "quantizer": NoWagQuantizer(subvector_dim=4, codebook_size=32, max_iters=3),
 }
 ALL_COMPRESSORS = COMPRESSORS | {"armor": ArmorCompressor(block_size=8, max_iters=3)}
-SETTINGS = {"max_epochs": 3, "learning_rate": 3e-3, "batch_size": 3}
+SETTINGS = {"max_epochs": 3, "stop_patience": 9, "learning_rate": 3e-3, "batch_size": 3}
 
 
 class CutError(Exception):
@@ -63,6 +65,31 @@ def finetuned(model_folder, own_signals, tmp_path):
     return make
 
 
+@pytest.fixture(scope="module")
+def finished_runs() -> dict:
+    """Return what `finished` has computed so far."""
+    return {}
+
+
+@pytest.fixture
+def finished(finetuned, finished_runs, tmp_path_factory):
+    """Return a function that gives a finetuned run, which is computed once and which tests only read."""
+
+    def get(**settings) -> CompressionRun:
+        key = tuple(sorted(settings.items()))
+        if key not in finished_runs:
+            finished_runs[key] = finetuned(tmp_path_factory.mktemp("finished") / "run", **settings)
+        return finished_runs[key]
+
+    return get
+
+
+@pytest.fixture
+def finished_copy(finished, tmp_path):
+    """Return the folder of a copy of a finished run, which a test may change."""
+    return Path(shutil.copytree(finished().store.folder, tmp_path / "run"))
+
+
 @torch.no_grad()
 def hidden_states(model: nn.Module, windows: torch.Tensor) -> list[torch.Tensor]:
     """Return the inputs of every block, and the outputs of the last one."""
@@ -75,9 +102,9 @@ def hidden_states(model: nn.Module, windows: torch.Tensor) -> list[torch.Tensor]
     return seen
 
 
-@pytest.mark.parametrize(("family", "compressor"), [("qwen2", "pruner"), ("llama", "quantizer"), ("qwen2", "armor")])
-def test_every_block_comes_nearer_to_its_targets(family, compressor, finetuned):
-    run = finetuned(family=family, compressor=compressor)
+@pytest.mark.parametrize("settings", [{}, {"compressor": "quantizer"}, {"family": "llama", "compressor": "armor"}])
+def test_every_block_comes_nearer_to_its_targets(settings, finished):
+    run = finished(**settings)
     rows = run.finetuning_statistics()
     assert all(0 < row["after"] <= row["before"] and row["epochs"] == 3 for row in rows)
     assert sum(row["after"] for row in rows) < 0.95 * sum(row["before"] for row in rows)
@@ -111,8 +138,8 @@ def test_inputs_and_targets_are_those_of_the_oracle(targets, finetuned, model_fo
     assert not torch.allclose(pairs[1][0], own_stream[1], atol=1e-3)
 
 
-def test_reported_error_is_the_oracles(finetuned, model_folder):
-    run = finetuned()
+def test_reported_error_is_the_oracles(finished):
+    run = finished()
     hidden = hidden_states(run.compressed(finetuned=True).assemble(), HELD_OUT)[2]
     dense = run.model.load_block(2)
 
@@ -241,8 +268,8 @@ def test_block_that_only_gets_worse_is_left_as_it_was(finetuned):
         assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_all_that_is_continuous_is_trained(finetuned):
-    run = finetuned(compressor="quantizer")
+def test_all_that_is_continuous_is_trained(finished):
+    run = finished(compressor="quantizer")
     before = finetuning.load_compressed_block(run.model, run.store, 0)
     after = finetuning.load_finetuned_block(run.model, run.store, 0)
     for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
@@ -262,16 +289,14 @@ def test_bfloat16_block_is_trained_in_float32_and_stored_as_it_was(finetuned, mo
     assert sum(row["after"] < row["before"] for row in run.finetuning_statistics()) >= 2
 
 
-def test_mapped_hidden_states_give_the_same_blocks_and_may_come_later(finetuned, tmp_path):
-    finetuned(activations="memory")
+def test_mapped_hidden_states_give_the_same_blocks_and_may_come_later(finetuned, finished_copy, tmp_path):
     before = artefacts(tmp_path / "run")
     (tmp_path / "run" / "finetuned" / "block_002.safetensors").unlink()
     finetuned(activations="disk")
     assert artefacts(tmp_path / "run") == before
 
 
-def test_lost_block_is_made_again_as_it_was_and_nothing_temporary_is_left(finetuned, tmp_path):
-    finetuned()
+def test_lost_block_is_made_again_as_it_was_and_nothing_temporary_is_left(finetuned, finished_copy, tmp_path):
     before = artefacts(tmp_path / "run")
     (tmp_path / "run" / "finetuned" / "block_001.safetensors").unlink()
     finetuned()
@@ -309,9 +334,9 @@ SLOW_CUTS = [("block", 1), ("block", 10), ("block", 27), ("model", 9)]
     ("targets", "step"),
     [("block", 5), ("model", 14), *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW_CUTS)],
 )
-def test_cut_run_goes_on_to_the_same_bytes(targets, step, finetuned, tmp_path, monkeypatch):
-    settings = {"targets": targets, "stop_patience": 9}
-    finetuned("whole", **settings)
+def test_cut_run_goes_on_to_the_same_bytes(targets, step, finetuned, finished, tmp_path, monkeypatch):
+    settings = {"targets": targets} if targets != "block" else {}
+    whole = finished(**settings).store.folder
     with monkeypatch.context() as patch:
         cut_at(patch, step)
         with pytest.raises(CutError):
@@ -323,7 +348,7 @@ def test_cut_run_goes_on_to_the_same_bytes(targets, step, finetuned, tmp_path, m
     assert blocks_done == (step - 1) // 9
     finetuned("cut", **settings)
     assert len(steps) == 27 - (step - 1) // 3 * 3  # whole epochs are not trained again
-    assert artefacts(tmp_path / "cut") == artefacts(tmp_path / "whole")
+    assert artefacts(tmp_path / "cut") == artefacts(whole)
 
 
 @pytest.mark.parametrize("compressor", ["quantizer", pytest.param("pruner", marks=pytest.mark.slow)])
@@ -349,24 +374,22 @@ def test_resume_reads_no_finished_block(finetuned, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         cut_at(patch, 20)
         with pytest.raises(CutError):
-            finetuned(stop_patience=9)
+            finetuned()
     read = []
     load_block = StreamedModel.load_block
     monkeypatch.setattr(
         StreamedModel, "load_block", lambda self, index, *args: (read.append(index), load_block(self, index, *args))[1]
     )
-    finetuned(stop_patience=9)
+    finetuned()
     assert set(read) == {2}
 
 
-def test_finished_run_does_nothing_again(finetuned, monkeypatch):
-    finetuned()
+def test_finished_run_does_nothing_again(finetuned, finished_copy, monkeypatch):
     monkeypatch.setattr(StreamedModel, "load_block", lambda *args: pytest.fail("a block was read"))
     finetuned()
 
 
-def test_other_settings_are_refused_and_named(finetuned, tmp_path):
-    finetuned()
+def test_other_settings_are_refused_and_named(finetuned, finished_copy, tmp_path):
     for change, name in [
         ({"learning_rate": 1e-4}, r"finetuning\.learning_rate = 0\.003, not 0\.0001"),
         ({"targets": "model"}, r"finetuning\.targets = 'block', not 'model'"),
@@ -415,16 +438,13 @@ def test_one_block_and_two_sets_of_hidden_states_are_alive(targets, compressor, 
     def watched(self, missing):
         gc.collect()
         gc.freeze()  # only what is made from here on is looked at
-        try:
-            with monkeypatch.context() as patch:
-                watch(patch, StreamedModel, "forward_block")
-                watch(patch, BlockTrainer, "train", "training")
-                watch(patch, blockwise.Blockwise, "_mean_square", "measuring")
-                watch(patch, BlockInputs, "advance", "advancing")
-                watch(patch, finetuning, "write_block", "writing")
-                finetune(self, missing)
-        finally:
-            gc.unfreeze()
+        with monkeypatch.context() as patch:
+            watch(patch, StreamedModel, "forward_block")
+            watch(patch, BlockTrainer, "train", "training")
+            watch(patch, blockwise.Blockwise, "_mean_square", "measuring")
+            watch(patch, BlockInputs, "advance", "advancing")
+            watch(patch, finetuning, "write_block", "writing")
+            finetune(self, missing)
 
     monkeypatch.setattr(blockwise.Blockwise, "finetune", watched)
     run = finetuned(compressor=compressor, targets=targets, max_epochs=2, batch_size=1)
@@ -459,12 +479,12 @@ def test_bad_settings_are_refused_by_name(settings, name):
         FinetuningSettings(**settings)
 
 
-def test_errors_of_every_block_lie_in_tensorboard(finetuned, tmp_path):
+def test_errors_of_every_block_lie_in_tensorboard(finished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = finetuned(stop_patience=9)
+    run = finished()
     for index, row in enumerate(run.finetuning_statistics()):
-        events = EventAccumulator(str(tmp_path / "run" / "finetuning" / f"block_{index:03d}")).Reload()
+        events = EventAccumulator(str(run.store.folder / "finetuning" / f"block_{index:03d}")).Reload()
         errors = [scalar.value for scalar in events.Scalars("held_out_error")]
         assert len(errors) == row["epochs"] == 3
         assert min(errors) == pytest.approx(row["after"], rel=0.05)
@@ -473,19 +493,21 @@ def test_errors_of_every_block_lie_in_tensorboard(finetuned, tmp_path):
     assert json.loads(json.dumps(rows)) == rows
 
 
-def test_left_overs_of_a_process_killed_after_the_last_block_are_removed(finetuned, tmp_path):
-    folder = finetuned(max_epochs=1).store.folder / "finetuned"
+def test_left_overs_of_a_process_killed_after_the_last_block_are_removed(finetuned, finished_copy, tmp_path):
+    folder = finished_copy / "finetuned"
     for name in ("hidden/prefix_002.0_of_1.npy", "checkpoints/block_002/last.ckpt"):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).touch()
     before = artefacts(tmp_path / "run")
-    finetuned(max_epochs=1)
+    finetuned()
     assert sorted(path.name for path in folder.iterdir()) == [f"block_{index:03d}.safetensors" for index in range(3)]
     assert artefacts(tmp_path / "run") == before
 
 
 @pytest.mark.parametrize("name", ["last", "best"])
-def test_block_with_a_damaged_checkpoint_begins_anew(name, finetuned, monkeypatch, tmp_path):
+def test_block_with_a_damaged_checkpoint_begins_anew(name, finetuned, finished, monkeypatch, tmp_path):
+    whole = finished().store.folder
+
     def cut(self, index, path):
         raise CutError
 
@@ -498,8 +520,7 @@ def test_block_with_a_damaged_checkpoint_begins_anew(name, finetuned, monkeypatc
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     finetuned()
-    finetuned("whole")
-    assert artefacts(tmp_path / "run") == artefacts(tmp_path / "whole")
+    assert artefacts(tmp_path / "run") == artefacts(whole)
 
 
 def test_another_precision_of_the_blocks_is_refused(finetuned):

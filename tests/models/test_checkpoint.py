@@ -42,11 +42,12 @@ def saved(model_folder, tmp_path):
     return save
 
 
-@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("method", COMPRESSORS)
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_round_trip_gives_identical_logits(family, method, tied, saved):
+@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False)])
+def test_round_trip_gives_identical_logits_from_a_smaller_file(family, method, tied, saved):
     model, folder, dense = saved(COMPRESSORS[method], family, tied=tied)
+    saving = (dense / "model.safetensors").stat().st_size - (folder / WEIGHTS).stat().st_size
+    assert saving > 30_000  # of 86 kB in the blocks' linears
     loaded = load_compressed(folder)
     assert torch.equal(logits(loaded), logits(model))
     assert not loaded.training
@@ -54,29 +55,14 @@ def test_round_trip_gives_identical_logits(family, method, tied, saved):
 
 
 @pytest.mark.parametrize("method", ["pruned", "quantized", "armor"])
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_round_trip_in_bfloat16(family, method, saved):
-    model, folder, _ = saved(COMPRESSORS[method], family, dtype="bfloat16")
+def test_stored_in_bfloat16_it_comes_back_and_runs_in_float32(method, saved):
+    model, folder, _ = saved(COMPRESSORS[method], "qwen2", dtype="bfloat16")
     loaded = load_compressed(folder)
     assert torch.equal(logits(loaded), logits(model))
     assert loaded.lm_head.weight.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("method", ["pruned", "quantized", "armor"])
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_stored_in_bfloat16_it_runs_in_float32(family, method, saved):
-    model, folder, _ = saved(COMPRESSORS[method], family, dtype="bfloat16")
     actual = logits(load_compressed(folder, torch.float32))
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, logits(model).float(), atol=0.2, rtol=0.1)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("method", COMPRESSORS)
-def test_file_is_smaller_than_the_dense_one(method, tied, saved):
-    _, folder, dense = saved(COMPRESSORS[method], tied=tied)
-    saving = (dense / "model.safetensors").stat().st_size - (folder / WEIGHTS).stat().st_size
-    assert saving > 30_000  # of 86 kB in the blocks' linears
 
 
 def test_stored_bytes_are_those_that_the_linears_claim(saved):
@@ -180,7 +166,7 @@ def as_format_1(folder):
     (folder / "model.safetensors.index.json").unlink()
 
 
-@pytest.mark.parametrize("method", COMPRESSORS)
+@pytest.mark.parametrize("method", ["pruned", "quantized"])
 def test_format_1_is_read_and_becomes_format_2(method, saved, tmp_path):
     model, folder, _ = saved(COMPRESSORS[method], tied=True)
     as_format_1(folder)
@@ -219,9 +205,7 @@ def test_truncated_weights_are_refused(cut, saved, tmp_path):
         load_compressed(folder)
 
 
-@pytest.mark.parametrize(
-    "name", ["model.norm.weight", "model.layers.1.mlp.up_proj.values", "model.layers.1.mlp.up_proj.mask"]
-)
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.mask"])
 def test_missing_tensor_is_named(name, saved):
     from tiny_models import edit_tensors
 

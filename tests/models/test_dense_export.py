@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_assembly import COMPRESSORS, compressed_linears, logits
-from tiny_models import FAMILIES, load_whole, subprocess_environment
+from test_assembly import COMPRESSORS, FAMILY_METHODS, compressed_linears, logits
+from tiny_models import load_whole, subprocess_environment
 
 from nowag_pl import save_compressed, save_dense
 from nowag_pl.models.assembly import assemble
@@ -36,8 +36,7 @@ def models(model_folder):
     return make
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("method", COMPRESSORS)
+@pytest.mark.parametrize(("method", "tied"), [(name, index % 2 == 0) for index, name in enumerate(COMPRESSORS)])
 def test_it_has_the_tensors_of_the_dense_model_and_the_weights_of_the_compressed_one(method, tied, models, tmp_path):
     model, source = models(method, "qwen2", tied=tied, dtype=torch.bfloat16)
     before = logits(model)
@@ -59,14 +58,14 @@ def test_it_has_the_tensors_of_the_dense_model_and_the_weights_of_the_compressed
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
 
 
-@pytest.mark.parametrize("method", COMPRESSORS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "method"), FAMILY_METHODS)
 def test_transformers_opens_it(family, method, models, tmp_path):
     model, source = models(method, family)
     save_dense(model, tmp_path / "dense", source=str(source))
     torch.testing.assert_close(logits(load_whole(tmp_path / "dense")), logits(model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_is_opened_where_the_package_is_not_installed(models, tmp_path):
     model, source = models("quantized", tied=True)
     save_dense(model, tmp_path / "dense", source=str(source), max_shard_bytes=50_000)
@@ -95,9 +94,16 @@ def test_it_is_opened_where_the_package_is_not_installed(models, tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False)])
-@pytest.mark.parametrize("method", COMPRESSORS)
+@pytest.mark.parametrize(
+    ("method", "family", "tied", "dense"),
+    [
+        ("armor", "llama", True, False),
+        ("pruned", "qwen2", False, True),
+        ("2:4", "qwen2", False, False),
+        ("quantized", "llama", True, True),
+        ("quantized", "qwen2", False, False),
+    ],
+)
 def test_streamed_export_holds_the_same_tensors(method, family, tied, dense, models, tmp_path):
     model, source = models(method, family, tied=tied, sharded=True)
     streamed = StreamedModel(Checkpoint(str(source)))

@@ -59,8 +59,8 @@ def change(folder, key, function, name=UP):
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
-def refused(folder, match):
-    for load in LOADERS:
+def refused(folder, match, loaders=LOADERS[:1]):
+    for load in loaders:
         with pytest.raises(ValueError, match=match) as caught:
             load(folder)
         assert "\n" not in str(caught.value)
@@ -107,7 +107,7 @@ def test_missing_setting_is_named(exports, tmp_path):
     quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
     del quantization["linears"][UP]["codebook_size"]
     edit_json(folder / "config.json", quantization_config=quantization)
-    refused(folder, r"up_proj: Expected the settings of a VQLinear.*'codebook_size' is missing")
+    refused(folder, r"up_proj: Expected the settings of a VQLinear.*'codebook_size' is missing", LOADERS)
 
 
 @pytest.mark.parametrize("name", ["model.layers.9.mlp.up_proj", "model.norm", "model.layers.0.self_attn.k_proj"])
@@ -119,7 +119,7 @@ def test_linear_that_is_not_in_the_model_is_refused(name, exports, tmp_path):
     tensors = load_file(folder / WEIGHTS)
     tensors |= {key.replace(UP, name): tensor.clone() for key, tensor in tensors.items() if key.startswith(UP)}
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    refused(folder, rf"{name}.*do not belong to this config\.json")
+    refused(folder, rf"{name}.*do not belong to this config\.json", LOADERS)
 
 
 def all_bits(tensor):
@@ -156,12 +156,25 @@ def test_tensors_that_do_not_fit_are_refused(method, key, function, match, expor
     refused(folder, match)
 
 
+@pytest.mark.parametrize(
+    ("method", "key", "function", "match"),
+    [
+        ("quantized", "codes", all_bits, "Expected codes in"),
+        ("armor", "out_factor", with_nan, "Expected finite values"),
+    ],
+)
+def test_every_loader_refuses_tensors_that_do_not_fit(method, key, function, match, exports, tmp_path):
+    folder = copy_model(exports[method], tmp_path / "damaged")
+    change(folder, key, function)
+    refused(folder, match, LOADERS)
+
+
 def test_missing_tensor_is_named(exports, tmp_path):
     folder = copy_model(exports["quantized"], tmp_path / "damaged")
     tensors = load_file(folder / WEIGHTS)
     del tensors[f"{UP}.codes"]
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    refused(folder, r"up_proj\.codes', but it is missing")
+    refused(folder, r"up_proj\.codes', but it is missing", LOADERS)
 
 
 @pytest.mark.parametrize("number", [0, -1, True, 2.0, None])
@@ -169,7 +182,7 @@ def test_format_that_is_none_is_refused(number, exports, tmp_path):
     folder = copy_model(exports["quantized"], tmp_path / "damaged")
     quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
     edit_json(folder / "config.json", quantization_config=quantization | {"format": number})
-    refused(folder, r"format and linears in quantization_config, but it is damaged")
+    refused(folder, r"format and linears in quantization_config, but it is damaged", LOADERS)
 
 
 def test_whole_models_pass(exports):

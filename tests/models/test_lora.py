@@ -21,7 +21,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
-@pytest.fixture(scope="module", params=COMPRESSORS)
+@pytest.fixture(
+    scope="module",
+    params=["armor", "quantized", *(pytest.param(each, marks=pytest.mark.slow) for each in ("pruned", "2:4"))],
+)
 def folder(request, model_folder, tmp_path_factory):
     source, folder = model_folder("qwen2"), tmp_path_factory.mktemp("export")
     linears = compressed_linears(source, COMPRESSORS[request.param])

@@ -28,9 +28,10 @@ def whole_logits(folder, tokens: torch.Tensor, **settings) -> torch.Tensor:
     return load_whole(folder, **settings)(tokens, use_cache=False).logits
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "sharded", "tied"),
+    [("llama", False, False), *((family, True, index % 2 == 0) for index, family in enumerate(FAMILIES))],
+)
 def test_streamed_logits_are_the_whole_models(family, sharded, tied, model_folder):
     folder = model_folder(family, sharded=sharded, tied=tied)
     assert len(list(folder.glob("*.safetensors"))) > 1 if sharded else True
@@ -40,7 +41,7 @@ def test_streamed_logits_are_the_whole_models(family, sharded, tied, model_folde
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3"])
 def test_streamed_logits_under_eager_attention(family, model_folder):
     folder = model_folder(family)
     checkpoint = Checkpoint(str(folder))
@@ -87,7 +88,7 @@ def test_variant_of_a_family(family, settings, model_folder):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_shape_in_any_order(family, model_folder):
     model, whole = StreamedModel(Checkpoint(str(model_folder(family)))), load_whole(model_folder(family))
-    for size, seq_len in ((3, 24), (2, 6), (1, 8), (2, 9), (1, 24), (3, 17), (3, 24)):
+    for size, seq_len in ((3, 24), (2, 6), (1, 9), (3, 17), (3, 24)):
         tokens = random_tokens(size, seq_len, seed=seq_len)
         hidden = model.embed(tokens).hidden
         with torch.no_grad():
@@ -97,7 +98,7 @@ def test_any_shape_in_any_order(family, model_folder):
         torch.testing.assert_close(model.head(hidden), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
 def test_streamed_logits_in_bfloat16(family, model_folder):
     checkpoint = Checkpoint(str(model_folder(family, dtype=torch.bfloat16)))
     with torch.no_grad():

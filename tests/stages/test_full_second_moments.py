@@ -4,8 +4,8 @@ import pytest
 import torch
 from rank_threads import on_ranks
 from stage_runs import WINDOWS, run_of
-from test_pipeline_moments import oracle
-from test_pipeline_run import everything
+from test_calibrated_moments import oracle
+from test_compression_run import everything
 from tiny_models import artefacts, load_whole
 from torch import Tensor, nn
 
@@ -69,24 +69,26 @@ def test_sharing_that_changes_between_calls_is_refused(model_folder):
         observed.observe("self_attn.k_proj", alone)
 
 
-@pytest.mark.parametrize("compressor", [PRUNER, QUANTIZER], ids=["pruner", "quantizer"])
-@pytest.mark.parametrize("mode", ["dense", "propagated"])
-def test_lost_block_is_made_again_bit_for_bit(compressor, mode, model_folder, tmp_path):
-    everything(model_folder(), tmp_path / "run", compressor, mode)
+@pytest.mark.parametrize(
+    ("compressor", "mode"),
+    [
+        (PRUNER, "dense"),
+        (QUANTIZER, "propagated"),
+        pytest.param(QUANTIZER, "dense", marks=pytest.mark.slow),
+        pytest.param(PRUNER, "propagated", marks=pytest.mark.slow),
+    ],
+)
+def test_lost_block_is_made_again_bit_for_bit_and_written_moments_are_mean_squares(
+    compressor, mode, model_folder, tmp_path
+):
+    run = everything(model_folder(), tmp_path / "run", compressor, mode)
     before = artefacts(tmp_path / "run")
     assert len(before) == 8
+    assert all(tensor.dim() == 1 for index in range(3) for tensor in run.store.read(MOMENTS, index)[0].values())
     for index in (1, 2):
         (tmp_path / "run" / "compressed" / f"block_{index:03d}.safetensors").unlink()
     everything(model_folder(), tmp_path / "run", compressor, mode)
     assert artefacts(tmp_path / "run") == before
-
-
-@pytest.mark.parametrize("mode", ["dense", "propagated"])
-def test_written_moments_are_mean_squares(mode, model_folder, tmp_path):
-    full = everything(model_folder(), tmp_path / "full", PRUNER, mode)
-    for index in range(3):
-        for tensor in full.store.read(MOMENTS, index)[0].values():
-            assert tensor.dim() == 1
 
 
 @pytest.mark.parametrize(("compressor", "full"), [(NoWagPruner(), [False] * 3), (PRUNER, [True] * 3)])

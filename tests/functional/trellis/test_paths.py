@@ -11,11 +11,8 @@ from nowag_pl.kernels.cpu.trellis import find_path
 SEARCHES = {"numba": find_path, "tensors": find_path_by_tensors}
 BRUTE = [  # L, k, steps
     (4, 1, 6),
-    (4, 2, 4),
-    (5, 1, 5),
     (5, 3, 3),
     (6, 2, 4),
-    (6, 4, 2),
     (4, 4, 2),
 ]
 
@@ -55,8 +52,8 @@ def test_no_path_is_cheaper(name, state_bits, bits, steps):
             assert cost.item() == pytest.approx(least, rel=1e-5)
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.sampled_from([(4, 4), (7, 5), (8, 3), (11, 2)]), st.integers(1, 40), st.booleans(), st.integers(0, 99))
+@settings(max_examples=12, deadline=None)
+@given(st.sampled_from([(4, 4), (7, 5), (11, 2)]), st.integers(1, 40), st.booleans(), st.integers(0, 99))
 def test_both_searches_agree(sizes, steps, weighted, seed):
     state_bits, bits = sizes
     targets, weights, values, starts, _ = problem(state_bits, bits, steps, seed=seed)
@@ -127,7 +124,13 @@ def test_weights_move_the_error_to_where_it_counts_less():
 
 # The error at 4 bits is published with two digits.
 @pytest.mark.parametrize(
-    ("bits", "error", "tolerance"), [(1, 0.2803, 0.005), (2, 0.0733, 0.005), (3, 0.0198, 0.005), (4, 0.0055, 0.03)]
+    ("bits", "error", "tolerance"),
+    [
+        (2, 0.0733, 0.005),
+        (4, 0.0055, 0.03),
+        pytest.param(1, 0.2803, 0.005, marks=pytest.mark.slow),
+        pytest.param(3, 0.0198, 0.005, marks=pytest.mark.slow),
+    ],
 )
 def test_gaussian_table_of_the_paper(bits, error, tolerance):
     """QTIP's trellis of 2^12 random numbers, as they are drawn: the published errors."""

@@ -1,14 +1,17 @@
 """A budget over linears: sensitivities against autograd on the whole model, bits, resume, ranks, and the way back."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from rank_threads import on_ranks
 from stage_runs import WINDOWS, calibrated, compress
-from test_pipeline_run import EVALUATION, CutError, cut_behind
+from test_compression_run import EVALUATION, CutError, cut_behind
 from tiny_models import artefacts, load_whole
 
 from nowag_pl import NoWagPruner, NoWagQuantizer, needs
@@ -33,6 +36,7 @@ PRUNER = NoWagPruner(sparsity=0.5)
 QUANTIZER = NoWagQuantizer(subvector_dim=4, codebook_size=16, max_iters=4)
 NUM_SEQUENCES = 5
 BUDGET = Budget(num_sequences=NUM_SEQUENCES)
+TWO = Budget([{"sparsity": 0.3}, {"sparsity": 0.7}], NUM_SEQUENCES)
 SMALL = Budget([{"codebook_size": 8}, {"codebook_size": 32}], num_sequences=2)
 
 
@@ -40,6 +44,21 @@ def budgeted(folder, run_dir, compressor=PRUNER, budget=BUDGET, **settings):
     run = calibrated(folder, run_dir, **settings)
     compress(run, compressor, budget)
     return run
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder, tmp_path_factory):
+    """Return runs that are computed once: a budget spread over linears, and the compressor everywhere."""
+    folder = tmp_path_factory.mktemp("budget")
+    uniform = calibrated(model_folder(), folder / "uniform")
+    compress(uniform, PRUNER)
+    return SimpleNamespace(spread=budgeted(model_folder(), folder / "run"), uniform=uniform)
+
+
+@pytest.fixture
+def spread_copy(finished, tmp_path):
+    """Return the folder of a copy of the finished run, which a test may change."""
+    return Path(shutil.copytree(finished.spread.store.folder, tmp_path / "run"))
 
 
 def with_candidates(folder, run_dir, compressor=PRUNER):
@@ -100,15 +119,17 @@ def test_sensitivity_is_near_the_divergence_of_that_linear_alone(model_folder, t
     assert 0.5 < sum(predicted) / sum(measured) < 2
 
 
-CASES = {"plain": (PRUNER, BUDGET), "refit": (replace(PRUNER, update="refit"), BUDGET), "quantizer": (QUANTIZER, SMALL)}
+CASES = {"plain": (PRUNER, BUDGET), "refit": (replace(PRUNER, update="refit"), TWO), "quantizer": (QUANTIZER, SMALL)}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bits_stay_within_those_of_the_compressor_and_divergence_under_it(case, model_folder, tmp_path):
+def test_bits_stay_within_those_of_the_compressor_and_divergence_under_it(case, finished, model_folder, tmp_path):
     compressor, budget = CASES[case]
-    run = budgeted(model_folder(), tmp_path / "run", compressor, budget)
-    uniform = calibrated(model_folder(), tmp_path / "uniform")
-    compress(uniform, compressor)
+    run, uniform = finished.spread, finished.uniform
+    if case != "plain":
+        run = budgeted(model_folder(), tmp_path / "run", compressor, budget)
+        uniform = calibrated(model_folder(), tmp_path / "uniform")
+        compress(uniform, compressor)
     assert run.budget["taken"] == "spread"
 
     def bits(each) -> float:
@@ -128,11 +149,11 @@ def test_bits_stay_within_those_of_the_compressor_and_divergence_under_it(case, 
         expected = float(kl_divergence(dense, logits)[0]) / len(dense)
         assert run.budget[name]["divergence"] == pytest.approx(expected, rel=1e-4)
     assert run.budget["spread"]["divergence"] < run.budget["uniform"]["divergence"]
-    assert not (tmp_path / "run" / "budget" / "candidates").exists()
+    assert not (run.store.folder / "budget" / "candidates").exists()
 
 
-def test_each_linear_is_what_its_setting_makes_of_it(model_folder, tmp_path):
-    run = budgeted(model_folder(), tmp_path / "run")
+def test_each_linear_is_what_its_setting_makes_of_it(finished, model_folder, tmp_path):
+    run = finished.spread
     by_sparsity, titles = {}, {row["name"]: row["setting"] for row in run.statistics()}
     for index in range(len(run.model)):
         for name, linear in compression.read_block(run.store, index).items():
@@ -146,16 +167,14 @@ def test_each_linear_is_what_its_setting_makes_of_it(model_folder, tmp_path):
             assert linear.weight.equal(compression.read_block(by_sparsity[sparsity].store, index)[name].weight)
 
 
-def test_uniform_is_taken_where_it_diverges_less(model_folder, tmp_path, monkeypatch):
+def test_uniform_is_taken_where_it_diverges_less(finished, model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(spreading, "divergences", lambda *_: [0.1, 0.1])
     run = budgeted(model_folder(), tmp_path / "run")
-    uniform = calibrated(model_folder(), tmp_path / "uniform")
-    compress(uniform, PRUNER)
     assert run.budget["taken"] == "uniform"
     assert {row["setting"] for row in run.statistics()} == {"sparsity=0.5"}
     for index in range(len(run.model)):
         for name, linear in compression.read_block(run.store, index).items():
-            assert linear.weight.equal(compression.read_block(uniform.store, index)[name].weight)
+            assert linear.weight.equal(compression.read_block(finished.uniform.store, index)[name].weight)
 
 
 def without_times(run_dir) -> tuple:
@@ -166,26 +185,26 @@ def without_times(run_dir) -> tuple:
 # 3 moments, 3 + 3 to choose, 3 + 3 to compare, the decision, then 3 + 3 are moved
 @pytest.mark.parametrize("num_writes", [10, 19, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 7, 13, 15, 16))])
 def test_cut_run_goes_on_to_the_same_artefacts(num_writes, model_folder, tmp_path, monkeypatch):
-    budgeted(model_folder(), tmp_path / "whole", QUANTIZER, SMALL)
+    budgeted(model_folder(), tmp_path / "whole", budget=TWO)
     with cut_behind(num_writes, (".safetensors", "decision.json"), monkeypatch), pytest.raises(CutError):
-        budgeted(model_folder(), tmp_path / "cut", QUANTIZER, SMALL)
-    budgeted(model_folder(), tmp_path / "cut", QUANTIZER, SMALL)
+        budgeted(model_folder(), tmp_path / "cut", budget=TWO)
+    budgeted(model_folder(), tmp_path / "cut", budget=TWO)
     assert without_times(tmp_path / "cut") == without_times(tmp_path / "whole")
 
 
 def test_lost_block_is_made_again_as_it_was_decided(model_folder, tmp_path, monkeypatch):
-    compressor = replace(PRUNER, update="refit")
-    budgeted(model_folder(), tmp_path / "run", compressor)
+    compressor, budget = replace(PRUNER, update="refit"), TWO
+    budgeted(model_folder(), tmp_path / "run", compressor, budget)
     before = without_times(tmp_path / "run")
     (tmp_path / "run" / "compressed" / "block_001.safetensors").unlink()
     monkeypatch.setattr(spreading, "spread_bits", None)
-    budgeted(model_folder(), tmp_path / "run", compressor)
+    budgeted(model_folder(), tmp_path / "run", compressor, budget)
     assert without_times(tmp_path / "run") == before
 
 
 @pytest.mark.parametrize("num_sequences", [NUM_SEQUENCES, 1])
 def test_two_ranks_decide_as_one(num_sequences, model_folder, tmp_path):
-    budget = replace(BUDGET, num_sequences=num_sequences)
+    budget = replace(TWO, num_sequences=num_sequences)
     alone = budgeted(model_folder(), tmp_path / "one", budget=budget)
     calibrated(model_folder(), tmp_path / "two")  # ranks in threads cannot add up second moments
     runs = on_ranks(2, lambda ranks: budgeted(model_folder(), tmp_path / "two", budget=budget, ranks=ranks))
@@ -203,8 +222,7 @@ def test_settings_that_do_not_fit_a_linear_are_left_out_for_it(model_folder, tmp
     assert len(sizes) > 1
 
 
-def test_other_budgets_are_refused_in_a_run_directory(model_folder, tmp_path):
-    budgeted(model_folder(), tmp_path / "run")
+def test_other_budgets_are_refused_in_a_run_directory(spread_copy, model_folder, tmp_path):
     with pytest.raises(ValueError, match=r"compression\.budget = .*num_sequences': 5.* not .*num_sequences': 4"):
         budgeted(model_folder(), tmp_path / "run", budget=replace(BUDGET, num_sequences=4))
     with pytest.raises(ValueError, match=r"compression\.budget = .* not None"):
@@ -223,8 +241,8 @@ def test_settings_are_not_mixed_while_it_is_being_decided(model_folder, tmp_path
 
 
 @pytest.mark.parametrize("mode", ["propagated", "corrected"])
-def test_other_calibrations_spread_the_bits_of_the_dense_one(mode, model_folder, tmp_path):
-    run, dense = (budgeted(model_folder(), tmp_path / name, mode=name) for name in (mode, "dense"))
+def test_other_calibrations_spread_the_bits_of_the_dense_one(mode, finished, model_folder, tmp_path):
+    run, dense = budgeted(model_folder(), tmp_path / mode, mode=mode), finished.spread
     uniform = calibrated(model_folder(), tmp_path / "uniform", mode)
     compress(uniform, PRUNER)
     for figure in ("bits", "predicted"):
@@ -243,8 +261,8 @@ def test_other_calibrations_spread_the_bits_of_the_dense_one(mode, model_folder,
     assert without_times(tmp_path / mode) == before
 
 
-def test_report_and_page_say_what_was_taken(model_folder, tmp_path):
-    run = budgeted(model_folder(), tmp_path / "run")
+def test_report_and_page_say_what_was_taken(finished):
+    run = finished.spread
     metrics = {"dense": {"perplexity": {"one": 5.0}}, "one_shot": {"perplexity": {"one": 6.0}}}
     report = build_report(run, {"one": EVALUATION["one"]}, metrics, {"evaluation": 1.0})
     assert json.loads(json.dumps(report)) == report
@@ -256,9 +274,7 @@ def test_report_and_page_say_what_was_taken(model_folder, tmp_path):
     page = report_page(report)
     assert "sparsity=0.5 everywhere" in page
     assert "spread by sensitivity (taken)" in page
-    uniform = calibrated(model_folder(), tmp_path / "uniform")
-    compress(uniform, PRUNER)
-    report = build_report(uniform, {"one": EVALUATION["one"]}, metrics, {"evaluation": 1.0})
+    report = build_report(finished.uniform, {"one": EVALUATION["one"]}, metrics, {"evaluation": 1.0})
     assert report["budget"] is None
     assert "Budget" not in report_page(report)
 
