@@ -19,6 +19,7 @@ from nowag_pl.data.documents import (
     require_column,
     rows_to_documents,
 )
+from nowag_pl.data.expansion import is_folder_of_texts
 from nowag_pl.data.python_docs import STANDARD_LIBRARY, python_docs
 
 if TYPE_CHECKING:
@@ -194,11 +195,13 @@ class HubDataset:
                 **({"path": builder} if builder else whole),
                 "data_files": {split: [glob.escape(file) for file in files]},
             }
+        # As everywhere else, a file of text is one document, not one a line.
+        documents = {"sample_by": "document"} if is_folder_of_texts(path) else {}
         if self.data_files is None:
-            return {"path": self.path, "name": self.name}
+            return {"path": self.path, "name": self.name, **documents}
         # Some files have fewer documents than the dataset's metadata: its checks would refuse them.
         part = {"data_files": {split: self.data_files}, "verification_mode": "no_checks"}
-        return {"path": self.path, "name": self.name, **part}
+        return {"path": self.path, "name": self.name, **part, **documents}
 
     def _unreadable(self, error: Exception) -> ValueError:
         files = ", ".join(self._files)

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -130,6 +130,11 @@ def _method_name(class_path: str, settings: Mapping[str, Any]) -> str:
         defaults, chosen = make().describe(), make(**settings).describe()
     changed = {key: value for key, value in chosen.items() if value is not None and value != defaults.get(key)}
     return "-".join([name, *(f"{key}_{value}" for key, value in changed.items())])
+
+
+def as_plain(chosen: Namespace | None) -> dict[str, Any] | None:
+    """Return a class that was chosen on the command line as a dictionary with "class_path" and "init_args"."""
+    return None if chosen is None else chosen.as_dict()
 
 
 def quiet_libraries() -> None:
