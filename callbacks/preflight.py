@@ -41,7 +41,7 @@ class ModelPreflight(Stage):
     here, before anything is compressed.
 
     Args:
-        enabled: Run the preflight check.
+        enabled: make these estimates and checks.
     """
 
     def __init__(self, enabled: bool = True) -> None:
