@@ -76,7 +76,7 @@ def main() -> None:
     table = Table(title=f"Peak memory, vocabulary {args.vocabulary:,}, hidden {args.hidden}, {args.dtype}")
     for column in ("command", "resident", "seconds"):
         table.add_column(column, justify="left" if column == "command" else "right")
-    for title, arguments in {"validate": ["validate", *shared], "fit": fit}.items():
+    for title, arguments in {"fit": fit, "validate": ["validate", *shared]}.items():
         peak, seconds = peak_of([*arguments, f"--run_dir={args.folder / title}"])
         table.add_row(title, readable(peak), f"{seconds:.0f}")
     Console().print(table)

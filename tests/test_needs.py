@@ -379,6 +379,9 @@ def test_fit_shows_its_stages_and_warns(compressing, shown, command_line, model_
     before = ["calibration", "compression", "dense reference"] if compressing else []
     between = ["finetuning", "export", "teacher"] if compressing else ["export"]
     assert [stage.stage for stage in shown] == [*before, "validation", *between, "training"]
+    # Nothing fits here, and as few sequences at a time as possible come nearest.
+    for option in ("calibration.batch_size=1", "report.batch_size=1"):
+        assert (f"{option}, as more at a time may not fit" in caplog.text) == compressing
     assert "training may need" in caplog.text
     assert "data.train_batch_size" in caplog.text
     for option in ("model.objective.top_k", "calibration.num_sequences", "finetuning.activations=disk"):

@@ -20,7 +20,7 @@ from nowag_pl.data.documents import (
     rows_to_documents,
 )
 from nowag_pl.data.expansion import is_folder_of_texts
-from nowag_pl.data.python_docs import STANDARD_LIBRARY, python_docs
+from nowag_pl.data.python_docs import STANDARD_LIBRARY, docs_state, python_docs
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -67,7 +67,11 @@ class PythonDocs:
     split: Literal["train", "eval"]
     packages: tuple[str, ...] = (STANDARD_LIBRARY,)
     protocol: EvalProtocol = "stream"
-    cache_key: None = None
+
+    @property
+    def cache_key(self) -> str:
+        """The state of the source files, as reading them takes seconds."""
+        return f"python docs {self.split} {docs_state(self.packages)}"
 
     def documents(self) -> list[str]:
         """Read the docstrings."""

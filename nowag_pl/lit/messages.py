@@ -46,8 +46,16 @@ def calm() -> None:
     """Show each warning once, whichever library gives it, and one line where a hub cannot be reached."""
     # At the end, so that filters which leave warnings out come first.
     warnings.simplefilter("once", append=True)
-    once, retries = OnlyOnce(), OneLineOfRetries()
     for handler in logging.getLogger().handlers:
-        handler.addFilter(once)
+        _replace(handler, OnlyOnce())
+    retries = OneLineOfRetries()
     for name in _HUB:
-        logging.getLogger(name).addFilter(retries)
+        _replace(logging.getLogger(name), retries)
+
+
+def _replace(place: logging.Filterer, new: logging.Filter) -> None:
+    """Add a filter in place of one of its kind, which knows the messages of an earlier command of this process."""
+    for each in list(place.filters):
+        if isinstance(each, type(new)):
+            place.removeFilter(each)
+    place.addFilter(new)

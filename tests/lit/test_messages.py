@@ -1,8 +1,9 @@
 """Warnings once, retries in one line."""
 
 import logging
+import warnings
 
-from nowag_pl.lit.messages import OneLineOfRetries, OnlyOnce
+from nowag_pl.lit.messages import OneLineOfRetries, OnlyOnce, calm
 
 
 def record(message, *arguments, level=logging.WARNING):
@@ -14,6 +15,18 @@ def test_a_warning_is_shown_once_and_all_else_as_often_as_it_comes():
     shown = [once.filter(record("block %d is large", number)) for number in (1, 2, 1, 2, 3)]
     assert shown == [True, True, False, False, True]
     assert all(once.filter(record("block 1 of 3", level=logging.INFO)) for _ in range(2))
+
+
+def test_every_command_begins_anew():
+    handler = logging.NullHandler()
+    logging.getLogger().addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            for _ in range(2):
+                calm()
+                assert [bool(handler.filter(record("twice"))) for _ in range(2)] == [True, False]
+    finally:
+        logging.getLogger().removeHandler(handler)
 
 
 def test_retries_are_one_line():
