@@ -12,7 +12,8 @@ python main.py evaluate --model.path <folder or hub id>   zero-shot tasks of lm-
 from pathlib import Path
 
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LRSchedulerTypeTuple
+from torch.optim import Optimizer
 
 from callbacks.calibration import ModelCalibration
 from callbacks.compression import ModelCompression
@@ -21,7 +22,7 @@ from callbacks.finetuning import ModelFinetuning
 from callbacks.inspection import ModelInspection
 from callbacks.preflight import ModelPreflight
 from callbacks.report import ModelReport
-from nowag_pl.lit.command_line import StageCLI, quiet_libraries, run_program
+from nowag_pl.lit.command_line import StageCLI, as_plain, quiet_libraries, run_program
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.suggestions import HelpFormatter, SuggestingParser
@@ -33,9 +34,9 @@ CALLBACKS = {
     "calibration": ModelCalibration,
     "compression": ModelCompression,
     "finetuning": ModelFinetuning,
+    "export": ModelExport,
     "report": ModelReport,
     "inspection": ModelInspection,
-    "export": ModelExport,
 }
 TRAINER_DEFAULTS = {
     "max_epochs": 0,
@@ -62,6 +63,10 @@ class CompressionCLI(StageCLI):
         parser.set_defaults(CHECKPOINT_DEFAULTS)
         parser.set_defaults({"compression.compressor": {"class_path": "nowag_pl.NoWagPruner"}})
         parser.set_defaults({"model.objective": {"class_path": "nowag_pl.lit.objectives.NextToken"}})
+        parser.add_optimizer_args((Optimizer,), "optimizer")
+        parser.add_lr_scheduler_args(LRSchedulerTypeTuple, "lr_scheduler")
+        for name in ("optimizer", "lr_scheduler"):
+            parser.link_arguments(name, f"model.{name}", compute_fn=as_plain)
         parser.add_argument(
             "--run_dir",
             type=str | None,

@@ -4,7 +4,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from nowag_pl.lit.phases import is_compressing
 from nowag_pl.lit.stage import Stage, data_of, module_of
-from nowag_pl.stages.plan import CalibrationMode, CalibrationSettings, GuidanceSettings, Plan
+from nowag_pl.stages.plan import DEFAULT_BATCH, CalibrationMode, CalibrationSettings, GuidanceSettings, Plan
 
 
 class ModelCalibration(Stage):
@@ -18,6 +18,7 @@ class ModelCalibration(Stage):
             they have after the blocks compressed so far; "corrected" those that they have after all linears compressed
             so far, and fits every linear to compensate for the error of those before it.
         batch_size: sequences that pass through a block together on each device; a smaller number takes less memory.
+            null: 8, or as many as fit by the preflight's estimate.
         guidance: weight every token by the squared gradient of the final loss at each linear's output, which takes a
             forward and a backward pass. null: all tokens have equal weight.
         enabled: Calibrate. On the command line, compression.enabled decides this.
@@ -28,22 +29,28 @@ class ModelCalibration(Stage):
         num_sequences: int = 128,
         seed: int = 0,
         mode: CalibrationMode = "dense",
-        batch_size: int = 8,
+        batch_size: int | None = None,
         guidance: GuidanceSettings | None = None,
         enabled: bool = True,
     ) -> None:
-        self.settings = CalibrationSettings(num_sequences, seed, mode, batch_size, guidance)
+        self.settings = CalibrationSettings(
+            num_sequences, seed, mode, DEFAULT_BATCH if batch_size is None else batch_size, guidance
+        )
+        self._is_free = batch_size is None
         self.enabled = enabled
         self._done = False
 
     def announce(self, plan: Plan) -> None:
         """Enter how second moments are gathered."""
         plan.calibration = self.settings if self.enabled else None
+        if self._is_free:
+            plan.free_batches.add("calibration")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called when a fit or a validation is set up: calibrate, once, if this run compresses."""
         if not self.enabled or self._done or not is_compressing(trainer, stage):
             return
-        windows = data_of(trainer).calibration_windows(self.settings.num_sequences, self.settings.seed)
-        module_of(pl_module).run.calibrate(windows)
+        data = data_of(trainer)
+        windows = data.calibration_windows(self.settings.num_sequences, self.settings.seed)
+        module_of(pl_module).run.calibrate(windows, data.bos)
         self._done = True

@@ -29,7 +29,7 @@ class ModelCompression(Stage):
         ignore: patterns of the linears that stay dense, such as ["blocks:0", "blocks:-1"]. null: none.
         overrides: for each pattern, other settings of the compressor, such as {down_proj: {sparsity: 0.3}}, or another
             compressor by class_path and init_args; if two patterns match, the later one applies. null: none.
-        enabled: Compress. false: train or measure the model without compressing it.
+        enabled: compress the model. false: train or measure it as it is.
     """
 
     def __init__(

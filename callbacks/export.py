@@ -1,4 +1,4 @@
-"""When the result is written as a model folder: after each validation of a fit."""
+"""When the result is written as a model folder: before each validation of a fit."""
 
 import logging
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from nowag_pl.lit.module import LitCausalLM
-from nowag_pl.lit.phases import trains_end_to_end, validated_phase
+from nowag_pl.lit.phases import Phase, is_compressing, phase_of, trains_end_to_end, validated_phase
 from nowag_pl.lit.stage import Stage, module_of
 from nowag_pl.models.format.card import add_figures
 from nowag_pl.models.format.exl3 import save_exl3
@@ -39,30 +39,43 @@ class ModelExport(Stage):
         if self.enabled:
             plan.export = self.settings
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the folder on rank zero, if this run changed the model."""
-        module, phase = module_of(pl_module), validated_phase(trainer)
-        is_finetuned = phase in ("blockwise", "finetuned")
-        is_changed = is_finetuned or (phase == "one_shot" and module.is_compressed_here)
-        if not self.enabled or not module.run_dir or not is_changed:
-            return
-        folder = Path(module.run_dir) / (EXPORT_FINETUNED if is_finetuned else EXPORT)
-        self._write(module, folder, trainer.is_global_zero)
-        if trainer.is_global_zero:
-            add_figures(folder, module.eval_metrics)
-            _log.info("Model written to %s", folder)
-            earlier = folder.with_name(EXPORT_FINETUNED)
-            finetunes = module.plan.finetuning is not None or trains_end_to_end(trainer)
-            if not finetunes and earlier.exists():
-                _log.warning("%s is of an earlier command; its figures stay in the report", earlier)
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called when a validation of a fit is set up, after the stages before: write a model that lies in artefacts.
 
-    def _write(self, module: LitCausalLM, folder: Path, is_zero: bool) -> None:
-        """Write the model in memory, or, where it is streamed, block after block; all ranks must call."""
-        if module.model is None:
-            if is_zero and module.compressed is not None:
+        It is measured afterwards, so that a crash there leaves the folder.
+        """
+        module, phase = module_of(pl_module), phase_of(trainer)
+        if is_compressing(trainer, stage) and phase != "finetuned" and (folder := self._folder(module, phase)):
+            assert module.compressed is not None
+            if trainer.is_global_zero:
                 module.compressed.save(folder, self.settings.format)
+                _log.info("Model written to %s", folder)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called before a validation: write the model in memory, if it was trained end to end; all ranks take part."""
+        module = module_of(pl_module)
+        if validated_phase(trainer) == "finetuned" and (folder := self._folder(module, "finetuned")):
+            # A transformers model, whose type only the models may name.
+            model: Any = module.whole_model()
+            if trainer.is_global_zero:
+                _SAVE[self.settings.format](model, folder, source=module.checkpoint.path)
+                _log.info("Model written to %s", folder)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the figures to the folder's card."""
+        module, phase = module_of(pl_module), validated_phase(trainer)
+        folder = None if phase is None else self._folder(module, phase)
+        if folder is None or not trainer.is_global_zero:
             return
-        # A transformers model, whose type only the models may name.
-        model: Any = module.whole_model()
-        if is_zero:
-            _SAVE[self.settings.format](model, folder, source=module.checkpoint.path)
+        add_figures(folder, module.eval_metrics)
+        earlier = folder.with_name(EXPORT_FINETUNED)
+        finetunes = module.plan.finetuning is not None or trains_end_to_end(trainer)
+        if not finetunes and earlier.exists():
+            _log.warning("%s is of an earlier command; its figures stay in the report", earlier)
+
+    def _folder(self, module: LitCausalLM, phase: Phase) -> Path | None:
+        """Return the folder to write, if this run changed the model."""
+        is_changed = phase != "one_shot" or module.is_compressed_here
+        if not self.enabled or not module.run_dir or not is_changed:
+            return None
+        return Path(module.run_dir) / (EXPORT if phase == "one_shot" else EXPORT_FINETUNED)

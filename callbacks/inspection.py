@@ -20,7 +20,7 @@ class ModelInspection(Stage):
     """Draw weights, importance, masks, codewords, block errors and heat maps for TensorBoard.
 
     Args:
-        enabled: Draw them.
+        enabled: draw all this, if TensorBoard is the logger.
         max_blocks: number of blocks whose linears are drawn, including the first and the last. TensorBoard shows at
             most ten images for each linear unless it is called with --samples_per_plugin=images=100.
         linears: draw only linears whose names end in one of these, such as [mlp.down_proj]. null: all.

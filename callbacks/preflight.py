@@ -1,5 +1,9 @@
 """When a run's needs are shown and its methods are checked: while a fit or a validation is set up, before the rest."""
 
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
@@ -9,20 +13,35 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.phases import is_compressing, trains_end_to_end
 from nowag_pl.lit.stage import Stage, data_of, module_of
-from nowag_pl.needs import DataShape, Training, stages_of_fit, validation
-from nowag_pl.reports.needs_table import show
+from nowag_pl.models.streaming import StreamedModel
+from nowag_pl.needs import (
+    DataShape,
+    StageNeeds,
+    Training,
+    calibration_stages,
+    reference,
+    stages_of_fit,
+    validation,
+)
+from nowag_pl.reports.needs_table import Available, fits, show
+from nowag_pl.stages.beginnings import compare_beginnings
 from nowag_pl.stages.export import check_export_of_model, check_export_of_run
+from nowag_pl.stages.plan import DEFAULT_BATCH
 from nowag_pl.stages.sizes import Holding, ModelSizes, methods_of
+
+BATCHES = (8, 4, 2, 1)
+_log = logging.getLogger("nowag_pl")
 
 
 class ModelPreflight(Stage):
     """Estimate device memory, host memory and disk for every stage, and name the option to change where one won't fit.
 
-    A method that does not fit the shape of a linear, or the format of the export, is refused here, before anything is
-    computed.
+    It measures a small sample with and without the beginning-of-sequence token, and warns where another data.bos would
+    halve the perplexity. A method that does not fit the shape of a linear, or the format of the export, is refused
+    here, before anything is compressed.
 
     Args:
-        enabled: Run the preflight check.
+        enabled: make these estimates and checks.
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -40,14 +59,19 @@ class ModelPreflight(Stage):
         self._done = True
         module = module_of(pl_module)
         data, holding = _data_shape(trainer), _holding(trainer, module)
-        if is_compressing(trainer, stage):
+        compressing = is_compressing(trainer, stage)
+        if compressing:
             _check_export(module)
             methods = None if module.plan.compression is None else methods_of(module.run)
             sizes = ModelSizes.of(module.checkpoint, methods)
+            data = _choose_batches(trainer, module, sizes, data, holding)
             stages = stages_of_fit(sizes, module.plan, data, holding, _training(trainer, module))
         else:
-            stages = [validation(ModelSizes.of(module.checkpoint), data, holding)]
+            sizes = ModelSizes.of(module.checkpoint)
+            data = _choose_batches(trainer, module, sizes, data, holding)
+            stages = [validation(sizes, data, holding)]
         if trainer.is_global_zero:
+            _check_beginnings(trainer, module, compressing)
             folder = Path(module.run_dir or trainer.default_root_dir)
             show(stages, folder, trainer.strategy.root_device, max(trainer.num_devices, 1))
 
@@ -61,13 +85,60 @@ def _check_export(module: LitCausalLM) -> None:
         check_export_of_run(module.run)
 
 
+def _check_beginnings(trainer: Trainer, module: LitCausalLM, compressing: bool) -> None:
+    """Warn where the other place of the beginning-of-sequence token would halve the perplexity."""
+    data, token = data_of(trainer), module.checkpoint.tokenizer.bos_token_id
+    windows = next(iter(data.eval_windows.values()))
+    if token is None or module.random_init or windows.shape[1] < 3:
+        return
+    # All ranks begin a run together, where there is one.
+    is_begun = compressing and module.plan.compression is not None
+    model = module.run.model if is_begun else StreamedModel(module.checkpoint, trainer.strategy.root_device)
+    advice = compare_beginnings(model, model.load_block, windows, token).advice(data.bos)
+    if advice is not None:
+        _log.warning("Warning: %s", advice)
+
+
 def _data_shape(trainer: Trainer) -> DataShape:
     data = data_of(trainer)
     return DataShape(
         seq_len=data.seq_len,
         eval_windows={name: len(tokens) for name, tokens in data.eval_windows.items()},
         eval_batch_size=data.eval_batch_size,
+        eval_chunk_bytes=data.eval_chunk_mib * 2**20,
     )
+
+
+def _choose_batches(
+    trainer: Trainer, module: LitCausalLM, sizes: ModelSizes, data: DataShape, holding: Holding
+) -> DataShape:
+    """Lower the batch sizes that were not given until the stages fit, the same on all ranks."""
+    plan, datamodule = module.plan, data_of(trainer)
+    folder = Path(module.run_dir or trainer.default_root_dir)
+    available, num_processes = Available.here(folder, trainer.strategy.root_device), max(trainer.num_devices, 1)
+
+    def chosen(option: str, needs: Callable[[int], Sequence[StageNeeds]]) -> int:
+        sizes_that_fit = (
+            size for size in BATCHES if all(fits(stage, available, num_processes) for stage in needs(size))
+        )
+        size: int = trainer.strategy.broadcast(next(sizes_that_fit, 1))
+        if size != DEFAULT_BATCH and trainer.is_global_zero:
+            _log.info("%s=%d, as more at a time may not fit", option, size)
+        return size
+
+    if plan.calibration is not None and plan.compression is not None and "calibration" in plan.free_batches:
+        size = chosen("calibration.batch_size", partial(calibration_stages, sizes, plan, data.seq_len))
+        plan.calibration = dataclasses.replace(plan.calibration, batch_size=size)
+    if plan.report is not None and sizes.is_compressed_here and "report" in plan.free_batches:
+        size = chosen("report.batch_size", lambda size: [reference(sizes, data, size)])
+        plan.report = dataclasses.replace(plan.report, batch_size=size)
+    if datamodule.has_free_batch:
+        size = chosen(
+            "data.eval_batch_size",
+            lambda size: [validation(sizes, dataclasses.replace(data, eval_batch_size=size), holding)],
+        )
+        datamodule.eval_batch_size = size
+    return dataclasses.replace(data, eval_batch_size=datamodule.eval_batch_size)
 
 
 def _holding(trainer: Trainer, module: LitCausalLM) -> Holding:

@@ -18,8 +18,8 @@ from nowag_pl.lit.phases import is_compressing, validated_phase
 from nowag_pl.lit.stage import Stage, data_of, module_of
 from nowag_pl.reports.averages import mean_over_weights
 from nowag_pl.reports.build import PAGE_FILE, REPORT_FILE, build_report, with_earlier
-from nowag_pl.run.wording import PHASES, readable
-from nowag_pl.stages.plan import PROMPTS, Plan, PromptSettings, ReportSettings
+from nowag_pl.run.wording import BEGINNINGS, PHASES, readable
+from nowag_pl.stages.plan import DEFAULT_BATCH, PROMPTS, Plan, PromptSettings, ReportSettings
 from nowag_pl.stages.samples import fits_whole, written_by
 
 
@@ -27,7 +27,8 @@ class ModelReport(Stage):
     """Compare with the dense model, show a table, write <run_dir>/report.json and report.html.
 
     Args:
-        batch_size: windows of the evaluation texts that pass through a block of the dense model together.
+        batch_size: windows of the evaluation texts that pass through a block of the dense model together. null: 8, or
+            as many as fit by the preflight's estimate.
         html: also write report.html, one file with tables and figures.
         prompts: texts that the dense and the compressed model continue, side by side; a user's turn where the model has
             a chat template. They are left out where the model does not fit in memory. []: none.
@@ -35,9 +36,15 @@ class ModelReport(Stage):
     """
 
     def __init__(
-        self, batch_size: int = 8, html: bool = True, prompts: Sequence[str] = PROMPTS, max_new_tokens: int = 48
+        self,
+        batch_size: int | None = None,
+        html: bool = True,
+        prompts: Sequence[str] = PROMPTS,
+        max_new_tokens: int = 48,
     ) -> None:
-        self.settings = ReportSettings(batch_size, PromptSettings(tuple(prompts), max_new_tokens))
+        samples = PromptSettings(tuple(prompts), max_new_tokens)
+        self.settings = ReportSettings(DEFAULT_BATCH if batch_size is None else batch_size, samples)
+        self._is_free = batch_size is None
         self.html = html
         self._metrics: dict[str, dict[str, dict[str, float]]] = {}
         self._evaluation_seconds = 0.0
@@ -52,6 +59,8 @@ class ModelReport(Stage):
     def announce(self, plan: Plan) -> None:
         """Enter the comparison with the dense model."""
         plan.report = self.settings
+        if self._is_free:
+            plan.free_batches.add("report")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Record the dense model's predictions, once, if this run compresses."""
@@ -60,7 +69,8 @@ class ModelReport(Stage):
             started = time.perf_counter()
             data = data_of(trainer)
             with module.run.measuring("evaluation"):
-                module.reference = module.run.reference(data.eval_windows, self.settings.batch_size)
+                settings = module.plan.report or self.settings
+                module.reference = module.run.reference(data.eval_windows, settings.batch_size)
             self._evaluation_seconds += time.perf_counter() - started
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -171,7 +181,8 @@ def _perplexity_table(metrics: dict[str, Any], data: TokenDataModule, compressed
     """Lay out the figures of all phases so far, with the protocol in the title."""
     table = Table(
         title=f"Perplexity in whole windows of {data.seq_len} tokens, {data.seq_len - 1} predictions each",
-        caption="documents joined by a blank line, tokenised once, tail dropped; KL and top-1 against the dense model",
+        caption=f"documents joined by a blank line, tokenised once, {BEGINNINGS[data.bos]}, tail dropped; KL and top-1 "
+        "against the dense model",
     )
     for column in ("text", "windows", "model", "perplexity", "KL (nats)", "top-1"):
         table.add_column(column, justify="left" if column in ("text", "model") else "right", no_wrap=column != "text")

@@ -55,6 +55,11 @@ __all__ = [
 _install()  # so that AutoModelForCausalLM knows compressed models
 
 
+def __dir__() -> list[str]:
+    """Return the public names, also those that are not imported yet."""
+    return sorted([*__all__, "__version__"])
+
+
 def __getattr__(name: str) -> Any:
     """Import public names when they are first used, so that `import nowag_pl` costs nothing."""
     if name not in _HOMES:

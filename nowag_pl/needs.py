@@ -49,12 +49,14 @@ class DataShape:
     Attributes:
         seq_len: tokens in a window.
         eval_windows: number of evaluation windows of each text.
-        eval_batch_size: windows that are measured together.
+        eval_batch_size: windows that pass through a block together.
+        eval_chunk_bytes: memory for logits that are measured together.
     """
 
     seq_len: int
     eval_windows: Mapping[str, int]
     eval_batch_size: int
+    eval_chunk_bytes: int = 2**28
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,7 @@ def stages_of_fit(
     """Return the needs of every stage of a fit, in their order; with a training end to end, if there is one."""
     stages = []
     if plan.calibration is not None and plan.compression is not None:
-        stages += [guidance(sizes, plan.calibration, data.seq_len)] * (plan.calibration.guidance is not None)
-        stages += compression(sizes, plan.calibration, data.seq_len)
-        if plan.compression.budget is not None:
-            stages.append(budget(sizes, plan.calibration, plan.compression.budget.num_sequences, data.seq_len))
+        stages += calibration_stages(sizes, plan, data.seq_len, plan.calibration.batch_size)
     if plan.report is not None:
         stages += [reference(sizes, data, plan.report.batch_size)] * sizes.is_compressed_here
         stages.append(validation(sizes, data, holding))
@@ -96,6 +95,25 @@ def stages_of_fit(
         if training.teacher is not None:
             stages.append(teacher(sizes, training.teacher, training.num_windows, data.seq_len))
         stages.append(end_to_end(sizes, data, training, holding))
+    return stages
+
+
+def calibration_stages(sizes: ModelSizes, plan: Plan, seq_len: int, batch_size: int) -> list[StageNeeds]:
+    """Return the needs of all stages that read calibration sequences, so many at a time.
+
+    Args:
+        sizes: sizes of the model.
+        plan: a plan with a calibration and a compression.
+        seq_len: tokens in a sequence.
+        batch_size: sequences that pass through a block together.
+    """
+    assert plan.calibration is not None
+    assert plan.compression is not None
+    settings = replace(plan.calibration, batch_size=batch_size)
+    stages = [guidance(sizes, settings, seq_len)] * (settings.guidance is not None)
+    stages += compression(sizes, settings, seq_len)
+    if plan.compression.budget is not None:
+        stages.append(budget(sizes, settings, plan.compression.budget.num_sequences, seq_len))
     return stages
 
 
@@ -199,7 +217,7 @@ def validation(sizes: ModelSizes, data: DataShape, holding: Holding) -> StageNee
     """Return the needs of measuring perplexity before any training end to end."""
     tokens = data.eval_batch_size * data.seq_len
     if holding.streams:
-        logits = sizes.measuring(tokens, sizes.is_compressed_here)
+        logits = sizes.measuring(tokens, data.eval_chunk_bytes)
         return StageNeeds(
             "validation",
             device=sizes.skeleton + max(sizes.compressed_block + sizes.passing(tokens, sizes.itemsize), logits),
@@ -209,7 +227,7 @@ def validation(sizes: ModelSizes, data: DataShape, holding: Holding) -> StageNee
             host_option="data.max_eval_windows",
         )
     parameters = holding.parameters(sizes) if holding.widened else sizes.stored - sizes.total.packed
-    device = holding.share(sizes, parameters) + sizes.forward(tokens, sizes.itemsize, sizes.is_compressed_here)
+    device = holding.share(sizes, parameters) + sizes.forward(tokens, sizes.itemsize, data.eval_chunk_bytes)
     return StageNeeds(
         "validation",
         device=device + sizes.skeleton * sizes.is_compressed_here,
@@ -260,7 +278,7 @@ def end_to_end(sizes: ModelSizes, data: DataShape, training: Training, holding: 
     activations = sizes.num_blocks * 4 * (13 * sizes.hidden + 5 * sizes.widest)
     logits = sizes.vocabulary * (LOSS_BYTES if training.teacher is None else DISTILLATION_BYTES)
     step = weights + training.batch_size * data.seq_len * (activations + logits)
-    between = sizes.forward(data.eval_batch_size * data.seq_len, 4, sizes.is_compressed_here)
+    between = sizes.forward(data.eval_batch_size * data.seq_len, 4, data.eval_chunk_bytes)
     checkpoint = parameters + packed + 8 * trained
     batch = "data.train_batch_size (with trainer.accumulate_grad_batches)" if step > between else "data.eval_batch_size"
     without = "trainer.enable_checkpointing=false"
@@ -278,5 +296,5 @@ def end_to_end(sizes: ModelSizes, data: DataShape, training: Training, holding: 
 
 def questions(sizes: ModelSizes, seq_len: int, batch_size: int) -> StageNeeds:
     """Return the needs of asking a whole model so many questions of at most that many tokens at a time."""
-    device = sizes.stored + sizes.forward(batch_size * seq_len, sizes.itemsize)
+    device = sizes.stored + sizes.answering(batch_size * seq_len)
     return StageNeeds("questions", device, built=sizes.stored, device_option="batch_size")

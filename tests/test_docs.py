@@ -1,5 +1,6 @@
 """What README and documentation say can be done, can be done."""
 
+import json
 import re
 import runpy
 import shlex
@@ -105,6 +106,25 @@ def small(command: list[str]) -> list[str]:
     return settings
 
 
+def write_own_data(folder: Path) -> None:
+    """Write text of every kind that the page on a reader's own data names."""
+    from datasets import Dataset
+
+    text = (folder / "my_text.txt").read_text(encoding="utf-8")
+    paragraphs = text.split("\n\n")
+    (folder / "my_texts" / "deep").mkdir(parents=True)
+    (folder / "my_texts" / "a.txt").write_text(text, encoding="utf-8")
+    (folder / "my_texts" / "deep" / "b.txt").write_text(text, encoding="utf-8")
+    rows = [{"text": paragraph, "body": paragraph} for paragraph in paragraphs]
+    (folder / "my_rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    lines = [paragraph.replace("\t", " ").replace("\n", " ").replace('"', "") for paragraph in paragraphs]
+    (folder / "my_table.tsv").write_text("title\ttext\n" + "".join(f"A\t{line}\n" for line in lines), encoding="utf-8")
+    chats = [[{"role": "user", "content": "Go on."}, {"role": "assistant", "content": each}] for each in paragraphs]
+    written = "".join(json.dumps({"messages": chat}) + "\n" for chat in chats)
+    (folder / "my_chats.jsonl").write_text(written, encoding="utf-8")
+    Dataset.from_list(rows).save_to_disk(folder / "my_saved_dataset")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_that_need_no_network_and_no_gpu_run_one_after_the_other(page, tmp_path):
@@ -112,6 +132,7 @@ def test_commands_that_need_no_network_and_no_gpu_run_one_after_the_other(page, 
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for name in ("my_text.txt", "held_out.txt"):
         (tmp_path / name).write_text((ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8"), encoding="utf-8")
+    write_own_data(tmp_path)
     for command in commands(page):
         if any(part in word for word in command for part in ELSEWHERE):
             continue

@@ -163,7 +163,7 @@ def test_dense_model_is_counted_as_it_is(family, tied, model_folder):
     assert (sizes.frozen_values, sizes.total, sizes.is_compressed_here) == (0, LinearSizes(), False)
     validation = needs.validation(sizes, DATA, Holding())
     assert validation.host == sizes.dense_block
-    assert validation.device < needs.validation(sizes_of(folder), DATA, Holding()).device
+    assert validation.device <= needs.validation(sizes_of(folder), DATA, Holding()).device
 
 
 def test_full_second_moments_are_counted_for_all_linears_where_one_needs_them(model_folder):
@@ -272,8 +272,7 @@ def test_logits_of_a_batch_are_counted(teacher, per_logit, sizes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("compared", [False, True])
-def test_logits_that_are_measured_are_counted(dtype, compared, sizes):
+def test_logits_that_are_measured_are_counted(dtype, sizes):
     num_tokens, vocabulary = 1024, 4096
     wide = replace(sizes, vocabulary=vocabulary, itemsize=dtype.itemsize)
     tokens = torch.zeros(1, num_tokens, dtype=torch.int64)
@@ -281,11 +280,12 @@ def test_logits_that_are_measured_are_counted(dtype, compared, sizes):
     def measure():
         logits = torch.zeros(1, num_tokens, vocabulary, dtype=dtype)
         Perplexity().update(logits, tokens)
-        if compared:
-            Divergence().update(torch.zeros_like(logits), logits)
+        Divergence().update(torch.zeros_like(logits), logits)
 
     peak = peak_of(measure)
-    assert peak <= wide.measuring(num_tokens, compared) <= 2 * peak
+    # Families that cap logits need copies of them.
+    assert peak <= wide.measuring(num_tokens) <= 8 / dtype.itemsize * 2 * peak
+    assert wide.measuring(10**6, 2**20) < wide.measuring(10**6, 2**26) < 2**26 + 2**26
 
 
 def peak_of(work) -> int:
@@ -379,6 +379,9 @@ def test_fit_shows_its_stages_and_warns(compressing, shown, command_line, model_
     before = ["calibration", "compression", "dense reference"] if compressing else []
     between = ["finetuning", "export", "teacher"] if compressing else ["export"]
     assert [stage.stage for stage in shown] == [*before, "validation", *between, "training"]
+    # Nothing fits here, and as few sequences at a time as possible come nearest.
+    for option in ("calibration.batch_size=1", "report.batch_size=1"):
+        assert (f"{option}, as more at a time may not fit" in caplog.text) == compressing
     assert "training may need" in caplog.text
     assert "data.train_batch_size" in caplog.text
     for option in ("model.objective.top_k", "calibration.num_sequences", "finetuning.activations=disk"):

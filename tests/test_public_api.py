@@ -24,6 +24,11 @@ def test_every_public_name_can_be_imported():
         assert getattr(nowag_pl, name).__module__.startswith("nowag_pl.")
 
 
+def test_the_public_names_are_shown():
+    assert set(nowag_pl.__all__) <= set(dir(nowag_pl))
+    assert not [name for name in dir(nowag_pl) if name.startswith("_") and name != "__version__"]
+
+
 def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="NoSuchThing"):
         nowag_pl.NoSuchThing  # noqa: B018

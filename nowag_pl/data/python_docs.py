@@ -8,6 +8,7 @@ name, is held out for evaluation; the choice does not change between machines.
 import ast
 import hashlib
 import importlib.util
+import sys
 import sysconfig
 import tokenize
 import warnings
@@ -51,13 +52,33 @@ def _documents(package: str) -> Iterator[tuple[str, list[str]]]:
         from pydoc_data.topics import topics
 
         yield from ((f"topic {name}", [text]) for name, text in sorted(topics.items()))
-        root = Path(sysconfig.get_path("stdlib"))
-    else:
-        root = _package_folder(package)
+    yield from ((f"{package} {name}", _docstrings(path)) for name, path in _sources(package))
+
+
+def docs_state(packages: Sequence[str] = (STANDARD_LIBRARY,)) -> str:
+    """Return what changes with the documents: a hash of sizes and times of all source files, which are not read.
+
+    Args:
+        packages: names of installed packages.
+
+    Raises:
+        ValueError: a package is not installed.
+    """
+    digest = hashlib.sha256(f"{sys.version} {Path(__file__).read_bytes()!r}".encode())
+    for package in packages:
+        for name, path in _sources(package):
+            state = path.stat()
+            digest.update(f"{package} {path} {name} {state.st_size} {state.st_mtime_ns}\n".encode("utf-8", "replace"))
+    return digest.hexdigest()
+
+
+def _sources(package: str) -> Iterator[tuple[str, Path]]:
+    """Yield name and file of the modules of a package."""
+    root = Path(sysconfig.get_path("stdlib")) if package == STANDARD_LIBRARY else _package_folder(package)
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
         relative = path.relative_to(root)
         if not _SKIPPED_FOLDERS.intersection(relative.parts):
-            yield f"{package} {relative.as_posix()}", _docstrings(path)
+            yield relative.as_posix(), path
 
 
 def _package_folder(package: str) -> Path:

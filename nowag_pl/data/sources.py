@@ -19,7 +19,8 @@ from nowag_pl.data.documents import (
     require_column,
     rows_to_documents,
 )
-from nowag_pl.data.python_docs import STANDARD_LIBRARY, python_docs
+from nowag_pl.data.expansion import is_folder_of_texts
+from nowag_pl.data.python_docs import STANDARD_LIBRARY, docs_state, python_docs
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -66,7 +67,11 @@ class PythonDocs:
     split: Literal["train", "eval"]
     packages: tuple[str, ...] = (STANDARD_LIBRARY,)
     protocol: EvalProtocol = "stream"
-    cache_key: None = None
+
+    @property
+    def cache_key(self) -> str:
+        """The state of the source files, as reading them takes seconds."""
+        return f"python docs {self.split} {docs_state(self.packages)}"
 
     def documents(self) -> list[str]:
         """Read the docstrings."""
@@ -194,11 +199,13 @@ class HubDataset:
                 **({"path": builder} if builder else whole),
                 "data_files": {split: [glob.escape(file) for file in files]},
             }
+        # As everywhere else, a file of text is one document, not one a line.
+        documents = {"sample_by": "document"} if is_folder_of_texts(path) else {}
         if self.data_files is None:
-            return {"path": self.path, "name": self.name}
+            return {"path": self.path, "name": self.name, **documents}
         # Some files have fewer documents than the dataset's metadata: its checks would refuse them.
         part = {"data_files": {split: self.data_files}, "verification_mode": "no_checks"}
-        return {"path": self.path, "name": self.name, **part}
+        return {"path": self.path, "name": self.name, **part, **documents}
 
     def _unreadable(self, error: Exception) -> ValueError:
         files = ", ".join(self._files)

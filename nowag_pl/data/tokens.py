@@ -2,7 +2,8 @@
 
 Documents are joined by a blank line and tokenised once, with a beginning-of-sequence token at the very start if the
 tokenizer has one. Evaluation cuts the stream into whole windows and drops the tail; calibration takes windows at
-random places.
+random places. Models that were trained with that token before every text, such as Gemma, need it in each window: there
+it takes the place of the first token.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
+# Where the beginning-of-sequence token stands: before the whole text, or at the beginning of every window.
+BosPlace = Literal["stream", "window"]
 _CACHE_VERSION = "1"
 _LONG_TEXT = 10_000_000  # characters; worth a word while it takes its time
 
@@ -147,6 +150,22 @@ def random_windows(tokens: Tensor, seq_len: int, num_sequences: int, seed: int) 
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(tokens) - seq_len + 1, (num_sequences, 1), generator=generator)
     return tokens[starts + torch.arange(seq_len)]  # [num_sequences, seq_len]
+
+
+def begin_windows(windows: Tensor, bos_token_id: int) -> Tensor:
+    """Return windows whose first token is the beginning of a sequence, in place of the text's.
+
+    The other tokens stay where they are, so that the same tokens are predicted with and without it.
+
+    Args:
+        windows: `[num_windows, seq_len]`.
+        bos_token_id: the token.
+
+    Example:
+        >>> begin_windows(torch.tensor([[5, 6, 7], [8, 9, 5]]), 1).tolist()
+        [[1, 6, 7], [1, 9, 5]]
+    """
+    return torch.cat([torch.full_like(windows[:, :1], bos_token_id), windows[:, 1:]], dim=1)
 
 
 def _require_one_window(tokens: Tensor, seq_len: int) -> None:

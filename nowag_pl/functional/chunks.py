@@ -7,6 +7,9 @@ from torch import Tensor
 
 # 4 MiB in float32.
 CHUNK_ELEMENTS = 2**20
+# Logits of two models that are compared, a copy of each, in float32.
+LOGIT_BYTES = 16
+CHUNK_BYTES = 2**28
 
 
 def row_chunks(num_rows: int, num_columns: int) -> Iterator[slice]:
@@ -23,6 +26,26 @@ def row_chunks(num_rows: int, num_columns: int) -> Iterator[slice]:
     size = max(CHUNK_ELEMENTS // max(num_columns, 1), 1)
     for start in range(0, num_rows, size):
         yield slice(start, start + size)
+
+
+def position_chunks(
+    num_sequences: int, num_positions: int, vocabulary: int, max_bytes: int = CHUNK_BYTES
+) -> Iterator[slice]:
+    """Yield positions of sequences whose logits are in memory together, one of each sequence at least.
+
+    Args:
+        num_sequences: sequences in a batch.
+        num_positions: positions of each.
+        vocabulary: logits at each position.
+        max_bytes: memory for them, with 16 bytes for a logit, as two models are compared.
+
+    Example:
+        >>> [*position_chunks(num_sequences=2, num_positions=5, vocabulary=100, max_bytes=10_000)]
+        [slice(0, 3, None), slice(3, 5, None)]
+    """
+    size = max(max_bytes // (LOGIT_BYTES * max(num_sequences, 1) * vocabulary), 1)
+    for start in range(0, num_positions if num_sequences else 0, size):
+        yield slice(start, min(start + size, num_positions))
 
 
 def fill_rows(matrix: Tensor, compute: Callable[[slice], Tensor]) -> Tensor:

@@ -40,5 +40,5 @@ class ClaimsCheck(Stage):
         finetuning = None
         if (settings := plan.finetuning) is not None:
             finetuning = data.finetuning_windows(settings.num_sequences, settings.num_held_out, settings.seed)
-        module.run.check_claims(Texts(calibration, finetuning), training)
+        module.run.check_claims(Texts(calibration, finetuning, data.bos), training)
         module.run.check_finite()

@@ -11,20 +11,23 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from nowag_pl.lit.messages import calm
 from nowag_pl.lit.phases import PhasedTrainer
 from nowag_pl.lit.preemption import Preemption, begin, received_signal
+from nowag_pl.lit.progress_lines import ProgressLines
 from nowag_pl.lit.suggestions import SuggestingParser, explained, suggestion
 from nowag_pl.lit.trainer import check_checkpoint
 from nowag_pl.reports.compare import compare
 from nowag_pl.run.layout import CHECKPOINT
 from nowag_pl.run.places import check_apart
+from nowag_pl.run.progress import has_terminal
 
 _COMPARE = "Compare finished runs: a table here, and the same with figures in one HTML file."
 
@@ -89,8 +92,12 @@ class StageCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the callback that stops a training in good order, and leave checkpoints out where none are asked for."""
         config = self.config_init[self.subcommand]
+        if (lines := not has_terminal()) and config.trainer.enable_progress_bar is None:
+            kwargs["enable_progress_bar"] = False
         trainer = super().instantiate_trainer(**kwargs, enable_checkpointing=None)
         assert isinstance(trainer, PhasedTrainer)
+        if lines:
+            trainer.callbacks.append(ProgressLines())
         if config.trainer.enable_checkpointing is False:
             trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, ModelCheckpoint)]
         trainer.callbacks.insert(0, Preemption(Path(config.run_dir) / CHECKPOINT))
@@ -146,11 +153,17 @@ def _method_name(class_path: str, settings: Mapping[str, Any]) -> str:
     return "-".join([name, *(f"{key}_{value}" for key, value in changed.items())])
 
 
+def as_plain(chosen: Namespace | None) -> dict[str, Any] | None:
+    """Return a class that was chosen on the command line as a dictionary with "class_path" and "init_args"."""
+    return None if chosen is None else chosen.as_dict()
+
+
 def quiet_libraries() -> None:
     """Show our own messages, and leave out the warnings of libraries on which a user cannot act."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("nowag_pl").setLevel(logging.INFO if _is_rank_zero() else logging.ERROR)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
+    calm()
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
     # The values are reduced over the ranks already.
     warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")

@@ -11,14 +11,17 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nowag_pl.data.expansion import named_files
 from nowag_pl.data.protocols import evaluation_windows, stream_tokens
 from nowag_pl.data.python_docs import STANDARD_LIBRARY
 from nowag_pl.data.sources import HubDataset, LocalFiles, PythonDocs, TextSource
-from nowag_pl.data.tokens import random_windows, whole_windows
+from nowag_pl.data.tokens import BosPlace, begin_windows, random_windows, whole_windows
 from nowag_pl.lit.batches import ResumableLoader, Share, SharedBatches
 from nowag_pl.lit.phases import PhasedTrainer
 from nowag_pl.lit.text_module import TextModule
 from nowag_pl.models.checkpoint import Checkpoint
+from nowag_pl.models.family_checks import needs_bos
+from nowag_pl.stages.plan import DEFAULT_BATCH
 
 _log = logging.getLogger(__name__)
 DEFAULT_SEQ_LEN_LIMIT = 2048
@@ -41,8 +44,14 @@ class TokenDataModule(LightningDataModule):
         eval_datasets: Hugging Face datasets to measure perplexity on, by name, each by its own protocol. null: none.
         python_packages: installed packages whose docstrings are the built-in text; "stdlib" is Python's own library,
             the default (null).
+        bos: place of the beginning-of-sequence token, if the tokenizer has one: "stream" at the very start of a text,
+            as in the compression papers, or "window" in place of the first token of every window, for calibration,
+            training and evaluation alike. null: "window" for the Gemma family, which predicts badly without it, and
+            "stream" for others.
         seq_len: tokens per window. null: the model's maximum, but at most 2048.
-        eval_batch_size: windows evaluated at a time on each device.
+        eval_batch_size: windows evaluated at a time on each device. null: 8, or as many as fit by the preflight's
+            estimate.
+        eval_chunk_mib: memory for logits that are measured together, in MiB; a large vocabulary does not take more.
         train_batch_size: windows per training step on each device.
         max_train_windows: train end to end on the first windows of the text only. null: all.
         max_eval_windows: evaluate only the first windows of each text. null: all.
@@ -52,13 +61,15 @@ class TokenDataModule(LightningDataModule):
 
     def __init__(  # noqa: PLR0913 - each is an option of the command line
         self,
-        calibration_files: list[str] | None = None,
-        eval_files: dict[str, str] | None = None,
+        calibration_files: str | list[str] | None = None,
+        eval_files: str | dict[str, str | list[str]] | None = None,
         calibration_dataset: HubDataset | None = None,
         eval_datasets: dict[str, HubDataset] | None = None,
         python_packages: list[str] | None = None,
+        bos: BosPlace | None = None,
         seq_len: int | None = None,
-        eval_batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        eval_chunk_mib: int = 256,
         train_batch_size: int = 8,
         max_train_windows: int | None = None,
         max_eval_windows: int | None = None,
@@ -69,6 +80,7 @@ class TokenDataModule(LightningDataModule):
         for name, value in {
             "seq_len": seq_len,
             "eval_batch_size": eval_batch_size,
+            "eval_chunk_mib": eval_chunk_mib,
             "train_batch_size": train_batch_size,
             "max_train_windows": max_train_windows,
             "max_eval_windows": max_eval_windows,
@@ -76,13 +88,19 @@ class TokenDataModule(LightningDataModule):
             least = 2 if name == "seq_len" else 1
             if value is not None and value < least:
                 raise ValueError(f"Expected data.{name} of at least {least}, but got {value}.")
-        self.calibration_files = calibration_files or []
+        self.calibration_files = _as_list(calibration_files)
         self.calibration_dataset = calibration_dataset
-        self.eval_files = eval_files or {}
+        named = (
+            {Path(eval_files).stem.strip("*?[]") or "text": eval_files} if isinstance(eval_files, str) else eval_files
+        )
+        self.eval_files = {name: _as_list(files) for name, files in (named or {}).items()}
         self.eval_datasets = eval_datasets or {}
         self.python_packages = python_packages or [STANDARD_LIBRARY]
+        self._bos = bos
         self._seq_len = seq_len
-        self.eval_batch_size = eval_batch_size
+        self.eval_batch_size = DEFAULT_BATCH if eval_batch_size is None else eval_batch_size
+        self.has_free_batch = eval_batch_size is None
+        self.eval_chunk_mib = eval_chunk_mib
         self.train_batch_size = train_batch_size
         self.max_train_windows = max_train_windows
         self.max_eval_windows = max_eval_windows
@@ -94,8 +112,9 @@ class TokenDataModule(LightningDataModule):
     def places(self) -> list[tuple[str, Path]]:
         """Options that name local files, and these."""
         named = [("data.calibration_files", file) for file in self.calibration_files]
-        named += [(f"data.eval_files.{name}", file) for name, file in self.eval_files.items()]
-        return [(name, Path(file)) for name, file in named]
+        named += [(f"data.eval_files.{name}", file) for name, files in self.eval_files.items() for file in files]
+        whole = [(option, Path(file)) for option, file in named if Path(file).expanduser().is_dir()]
+        return whole + [(option, Path(each)) for option, file in named for each in _named_files(option, file)]
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -139,6 +158,27 @@ class TokenDataModule(LightningDataModule):
             )
         return self._seq_len
 
+    @property
+    def bos(self) -> BosPlace:
+        """Place of the beginning-of-sequence token.
+
+        Raises:
+            ValueError: every window should begin with that token, but the tokenizer has none.
+        """
+        has_token = self.checkpoint.tokenizer.bos_token_id is not None
+        if self._bos == "window" and not has_token:
+            raise ValueError(
+                f"Expected a tokenizer with a beginning-of-sequence token for data.bos=window, but that of "
+                f"{self.checkpoint.path} has none."
+            )
+        if self._bos is not None:
+            return self._bos
+        return "window" if has_token and needs_bos(self.checkpoint.config.model_type) else "stream"
+
+    def _begun(self, windows: Tensor) -> Tensor:
+        """Return windows with their beginning-of-sequence token, where each has one."""
+        return begin_windows(windows, self.checkpoint.tokenizer.bos_token_id) if self.bos == "window" else windows
+
     def prepare_data(self) -> None:
         """Tokenise everything once, on one process, into the cache."""
         if self._seq_len is None and (self.checkpoint.max_seq_len or self.seq_len + 1) > self.seq_len:
@@ -163,12 +203,13 @@ class TokenDataModule(LightningDataModule):
             option, source = self._eval_source(name)
             with _naming(option):
                 windows = evaluation_windows(source, tokenizer, seq_len, self.cache_dir)
-            self.eval_windows[name] = self._known_ids(windows)[: self.max_eval_windows]
+            self.eval_windows[name] = self._known_ids(self._begun(windows[: self.max_eval_windows]))
 
     def _eval_source(self, name: str) -> tuple[str, TextSource]:
         """Return the option that gives an evaluation text, and the text."""
         if name in self.eval_files:
-            return f"data.eval_files.{name}", LocalFiles((self.eval_files[name],))
+            option = f"data.eval_files.{name}"
+            return option, LocalFiles(_named_files(option, self.eval_files[name]))
         if name in self.eval_datasets:
             return f"data.eval_datasets.{name}", self.eval_datasets[name]
         return "built-in text", PythonDocs("eval")
@@ -176,7 +217,8 @@ class TokenDataModule(LightningDataModule):
     def _calibration_source(self) -> tuple[str, TextSource]:
         """Return the option that gives the calibration text, and the text."""
         if self.calibration_files:
-            return "data.calibration_files", LocalFiles(tuple(self.calibration_files))
+            option = "data.calibration_files"
+            return option, LocalFiles(_named_files(option, self.calibration_files))
         if self.calibration_dataset is not None:
             return "data.calibration_dataset", self.calibration_dataset
         return "data.python_packages", PythonDocs("train", tuple(self.python_packages))
@@ -204,7 +246,7 @@ class TokenDataModule(LightningDataModule):
 
     def calibration_windows(self, num_sequences: int, seed: int) -> Tensor:
         """Return calibration sequences `[num_sequences, seq_len]`, the same on every rank."""
-        return random_windows(self.calibration_tokens, self.seq_len, num_sequences, seed)
+        return self._begun(random_windows(self.calibration_tokens, self.seq_len, num_sequences, seed))
 
     def finetuning_windows(self, num_train: int, num_held_out: int, seed: int) -> tuple[Tensor, Tensor]:
         """Return sequences to train blocks on and to hold out, from parts of the text that do not overlap.
@@ -226,12 +268,13 @@ class TokenDataModule(LightningDataModule):
                 f"{len(tokens)} tokens. Give more text or a smaller data.seq_len."
             )
         train = random_windows(tokens[:cut], self.seq_len, num_train, seed)
-        return train, random_windows(tokens[cut:], self.seq_len, num_held_out, seed)
+        held_out = random_windows(tokens[cut:], self.seq_len, num_held_out, seed)
+        return self._begun(train), self._begun(held_out)
 
     @property
     def train_windows(self) -> Tensor:
         """Windows of the calibration text to train end to end on, `[num_windows, seq_len]`."""
-        return whole_windows(self.calibration_tokens, self.seq_len)[: self.max_train_windows]
+        return self._begun(whole_windows(self.calibration_tokens, self.seq_len)[: self.max_train_windows])
 
     def train_dataloader(self) -> ResumableLoader:
         """Return shuffled windows of the calibration text, `{"tokens", "index", "weight"}`.
@@ -268,9 +311,9 @@ class _Windows(Dataset[dict[str, Tensor]]):
 
 
 def _check_sources(
-    calibration_files: list[str] | None,
+    calibration_files: str | list[str] | None,
     calibration_dataset: HubDataset | None,
-    eval_files: dict[str, str] | None,
+    eval_files: str | dict[str, str | list[str]] | None,
     eval_datasets: dict[str, HubDataset] | None,
     python_packages: list[str] | None,
 ) -> None:
@@ -290,7 +333,8 @@ def _check_sources(
             f"Expected data.calibration_dataset.protocol to be 'stream', but got {calibration_dataset.protocol!r}, "
             "which is for evaluation."
         )
-    if both := sorted(set(eval_files or {}) & set(eval_datasets or {})):
+    names = set() if isinstance(eval_files, str) else set(eval_files or {})
+    if both := sorted(names & set(eval_datasets or {})):
         raise ValueError(f"Expected each name in data.eval_files or data.eval_datasets, but got {both[0]!r} in both.")
 
 
@@ -301,6 +345,16 @@ def _naming(option: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{option}: {error}") from error
+
+
+def _as_list(files: str | list[str] | None) -> list[str]:
+    return [files] if isinstance(files, str) else list(files or [])
+
+
+def _named_files(option: str, files: str | list[str]) -> tuple[str, ...]:
+    """Return the files that paths of an option name."""
+    with _naming(option):
+        return named_files(files)
 
 
 def _user_cache() -> Path:

@@ -24,15 +24,15 @@ class Perplexity(Metric):
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("num_tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, logits: Tensor, tokens: Tensor) -> None:
-        """Add windows.
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Add positions of windows.
 
         Args:
-            logits: `[batch, seq_len, vocabulary]`.
-            tokens: `[batch, seq_len]`.
+            logits: `[batch, positions, vocabulary]`.
+            targets: the tokens that came next, `[batch, positions]`.
         """
-        self.total += negative_log_likelihood(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-        self.num_tokens += tokens[:, 1:].numel()
+        self.total += negative_log_likelihood(logits.flatten(0, 1), targets.flatten())
+        self.num_tokens += targets.numel()
 
     def compute(self) -> Tensor:
         """Return the perplexity."""
@@ -56,17 +56,16 @@ class Divergence(Metric):
         self.add_state("num_tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, reference_logits: Tensor, logits: Tensor) -> None:
-        """Add windows without the last position of each, because its prediction is not measured.
+        """Add positions of windows at which a token is predicted.
 
         Args:
-            reference_logits: `[batch, seq_len, vocabulary]` of the dense model.
-            logits: `[batch, seq_len, vocabulary]`.
+            reference_logits: `[batch, positions, vocabulary]` of the dense model.
+            logits: `[batch, positions, vocabulary]`.
         """
-        reference_logits, logits = reference_logits[:, :-1].flatten(0, 1), logits[:, :-1].flatten(0, 1)
-        total, num_agreements = kl_divergence(reference_logits, logits)
+        total, num_agreements = kl_divergence(reference_logits.flatten(0, 1), logits.flatten(0, 1))
         self.total += total
         self.num_agreements += num_agreements
-        self.num_tokens += len(logits)
+        self.num_tokens += logits.shape[0] * logits.shape[1]
 
     def compute(self) -> dict[str, Tensor]:
         """Return `kl_divergence` in nats per token and `top1_agreement` in [0, 1]."""

@@ -1,6 +1,6 @@
 """The causal language model under Lightning: training, and validation on texts."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from math import isnan
 from typing import Any
@@ -19,8 +19,9 @@ from nowag_pl.lit.optimizers import OWN_SCHEDULE, OptimizerSettings, num_steps
 from nowag_pl.lit.precision import Types, check_precision, narrow, widen
 from nowag_pl.lit.sharding import gathered, ignore_buffers_in_ddp, local_part, shard
 from nowag_pl.lit.text_module import TextModule
-from nowag_pl.lit.validation import DenseReference, StreamedTexts, Validation
+from nowag_pl.lit.validation import DenseReference, Head, StreamedTexts, Validation
 from nowag_pl.models.checkpoint import EMBEDDED, Checkpoint
+from nowag_pl.models.heads import last_hidden, logits_of
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.stages.compression_run import CompressedModel, CompressionRun
 from nowag_pl.stages.plan import Plan
@@ -40,6 +41,10 @@ class LitCausalLM(TextModule):
         learning_rate: highest learning rate of AdamW when trainer.max_epochs > 0.
         weight_decay: decay of AdamW for matrices; vectors (norms, biases, scales) are not decayed.
         warmup_fraction: share of the steps in which the learning rate rises, before it falls along a cosine.
+        optimizer: class_path and init_args of an optimizer in place of AdamW, over all trained values. On the command
+            line: --optimizer.
+        lr_scheduler: class_path and init_args of a scheduler in place of warm-up and cosine, which goes on after every
+            step. On the command line: --lr_scheduler.
         objective: loss of the training, by class_path and init_args: nowag_pl.lit.objectives.NextToken, or
             nowag_pl.lit.objectives.Distillation to train a compressed model on the dense model's predictions.
         verify: compare each weight file with its checksum, if the model has checksums, as exports do.
@@ -54,6 +59,8 @@ class LitCausalLM(TextModule):
         learning_rate: float = 1e-4,
         weight_decay: float = 0.1,
         warmup_fraction: float = 0.05,
+        optimizer: dict[str, Any] | None = None,
+        lr_scheduler: dict[str, Any] | None = None,
         objective: Objective = _NEXT_TOKEN,
         verify: bool = True,
         run_dir: str | None = None,
@@ -61,7 +68,9 @@ class LitCausalLM(TextModule):
         super().__init__()
         self.checkpoint = Checkpoint(path, dtype, verify)
         self.random_init, self.verify, self.run_dir = random_init, verify, run_dir
-        self.optimizer_settings = OptimizerSettings(learning_rate, weight_decay, warmup_fraction)
+        self.optimizer_settings = OptimizerSettings(
+            learning_rate, weight_decay, warmup_fraction, optimizer, lr_scheduler
+        )
         self.objective = objective
         self.plan = Plan()
         self.model: nn.Module | None = None
@@ -133,10 +142,10 @@ class LitCausalLM(TextModule):
         return self.model(input_ids=tokens, use_cache=False).logits
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW with a linear warm-up and a cosine decay."""
-        optimizer = self.optimizer_settings.optimizer(self.parameters())
-        scheduler = self.optimizer_settings.scheduler(optimizer, num_steps(self.trainer))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        """AdamW with a linear warm-up and a cosine decay, or what was chosen in their place."""
+        optimizer = self.optimizer_settings.make_optimizer(self.parameters())
+        scheduler: Any = self.optimizer_settings.make_scheduler(optimizer, num_steps(self.trainer))
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep this training's schedule, which may be over more epochs than that of the checkpoint."""
@@ -173,7 +182,7 @@ class LitCausalLM(TextModule):
     def _diverged(self, found: str) -> ValueError:
         return ValueError(
             f"Expected end-to-end training to stay finite, but got {found} after {self.global_step} steps. "
-            f"Try a smaller model.learning_rate than {self.optimizer_settings.learning_rate}."
+            f"Try a smaller {self.optimizer_settings.rate}."
         )
 
     def on_validation_start(self) -> None:
@@ -192,11 +201,23 @@ class LitCausalLM(TextModule):
         """Add windows to the metrics of their text."""
         self._validation.add(dataloader_idx, batch, self._measured)
 
-    def _measured(self, tokens: Tensor) -> Tensor:
-        """Return logits; after training in the model's own type, so that the figures are those of the saved model."""
+    def _measured(self, tokens: Tensor) -> Head:
+        """Return the head; after training in the model's own type, so that the figures are those of the saved model."""
+        assert self.model is not None
+        # A transformers model, whose type only the models may name.
+        model: Any = self.model
+        with self._own_precision():
+            hidden = last_hidden(model, tokens)
+
+        def head(positions: slice) -> Tensor:
+            with self._own_precision():
+                return logits_of(model, hidden[:, positions])
+
+        return head
+
+    def _own_precision(self) -> AbstractContextManager[Any]:
         in_training = self.trainer.state.fn == TrainerFn.FITTING
-        with nullcontext() if in_training else torch.autocast(self.device.type, enabled=False):
-            return self(tokens)
+        return nullcontext() if in_training else torch.autocast(self.device.type, enabled=False)
 
     def on_validation_epoch_end(self) -> None:
         """Reduce the metrics over the ranks and log them."""

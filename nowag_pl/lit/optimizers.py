@@ -1,14 +1,16 @@
-"""The optimizer of end-to-end training: AdamW, a linear warm-up and a cosine decay."""
+"""The optimizer of end-to-end training: AdamW, a linear warm-up and a cosine decay, or another by class_path."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from math import ceil, cos, inf, pi
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.cli import ReduceLROnPlateau as WatchingPlateau
+from lightning.pytorch.cli import instantiate_class
 from torch import nn
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from nowag_pl.lit.datamodule import data_of
 
@@ -18,17 +20,21 @@ OWN_SCHEDULE = ("total_steps", "_schedule_phases")
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Learning rate and decay.
+    """AdamW with a warm-up and a decay, or an optimizer and a scheduler of the user's choice.
 
     Attributes:
-        learning_rate: highest learning rate.
-        weight_decay: weight decay of matrices.
+        learning_rate: highest learning rate of AdamW.
+        weight_decay: weight decay of matrices under AdamW.
         warmup_fraction: share of the steps in which the learning rate rises.
+        optimizer: class_path and init_args of another optimizer; None: AdamW.
+        lr_scheduler: class_path and init_args of another scheduler; None: the warm-up and the decay.
     """
 
     learning_rate: float = 1e-4
     weight_decay: float = 0.1
     warmup_fraction: float = 0.05
+    optimizer: Mapping[str, Any] | None = None
+    lr_scheduler: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.learning_rate < inf:
@@ -39,14 +45,58 @@ class OptimizerSettings:
             raise ValueError(
                 f"Expected model.warmup_fraction of at least 0 and below 1, but got {self.warmup_fraction}."
             )
+        ours = {
+            "optimizer": (self.optimizer, ("learning_rate", "weight_decay")),
+            "lr_scheduler": (self.lr_scheduler, ("warmup_fraction",)),
+        }
+        defaults = {each.name: each.default for each in fields(self)}
+        for option, (chosen, names) in ours.items():
+            for name in names:
+                if chosen is not None and (value := asdict(self)[name]) != defaults[name]:
+                    raise ValueError(
+                        f"Expected no model.{name} with {option}, which has arguments of its own, but got {value}."
+                    )
 
-    def optimizer(self, parameters: Iterable[nn.Parameter]) -> AdamW:
-        """Return AdamW over the parameters that are trained."""
-        return AdamW(decay_groups(parameters, self.weight_decay), lr=self.learning_rate, betas=(0.9, 0.95))
+    @property
+    def rate(self) -> str:
+        """The option that sets the learning rate, and its value, for messages."""
+        if self.optimizer is None:
+            return f"model.learning_rate than {self.learning_rate}"
+        return f"optimizer.lr than {self.optimizer.get('init_args', {}).get('lr', 'its default')}"
 
-    def scheduler(self, optimizer: AdamW, steps: int) -> LambdaLR:
-        """Return a warm-up and a decay over so many steps, see :func:`rate_share`."""
-        return LambdaLR(optimizer, lambda step: rate_share(step, steps, self.warmup_fraction))
+    def described(self) -> dict[str, Any]:
+        """Return the settings as JSON values; of a choice that was not made, nothing."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        """Return the optimizer of the parameters that are trained."""
+        if self.optimizer is None:
+            return AdamW(decay_groups(parameters, self.weight_decay), lr=self.learning_rate, betas=(0.9, 0.95))
+        return instantiate_class([each for each in parameters if each.requires_grad], dict(self.optimizer))
+
+    def make_scheduler(self, optimizer: Optimizer, steps: int) -> dict[str, Any]:
+        """Return the scheduler as Lightning takes it.
+
+        Args:
+            optimizer: whose rate it sets.
+            steps: steps of the whole training, over which a warm-up and a decay go, see :func:`rate_share`. Any
+                scheduler goes on after every step; `lightning.pytorch.cli.ReduceLROnPlateau` after every validation.
+
+        Raises:
+            ValueError: a scheduler that watches a value does not say which.
+        """
+        if self.lr_scheduler is None:
+            shares = LambdaLR(optimizer, lambda step: rate_share(step, steps, self.warmup_fraction))
+            return {"scheduler": shares, "interval": "step"}
+        scheduler = instantiate_class(optimizer, dict(self.lr_scheduler))
+        if isinstance(scheduler, WatchingPlateau):
+            return {"scheduler": scheduler, "monitor": scheduler.monitor}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise ValueError(
+                "Expected lightning.pytorch.cli.ReduceLROnPlateau with a monitor, such as perplexity/<text>, but got "
+                f"{self.lr_scheduler['class_path']}, which does not say which value it watches."
+            )
+        return {"scheduler": scheduler, "interval": "step"}
 
 
 def rate_share(step: int, steps: int, warmup_fraction: float) -> float:

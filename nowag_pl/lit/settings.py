@@ -1,6 +1,5 @@
 """What an end-to-end training depends on: all settings but a closed list of those that do not reach its result."""
 
-from dataclasses import asdict
 from typing import Any
 
 from nowag_pl.data.tokens import tokens_digest
@@ -38,9 +37,10 @@ def training_settings(trainer: PhasedTrainer, module: LitCausalLM) -> dict[str, 
         if name not in WITHOUT_EFFECT
     }
     described |= {"max_epochs": trainer.max_epochs, "precision": str(trainer.precision)}
-    described |= asdict(module.optimizer_settings)
+    described |= module.optimizer_settings.described()
     described |= {"random_init": module.random_init, "objective": type(objective).__name__}
     described |= {f"objective.{name}": value for name, value in objective.settings().items()}
     described["batch_size"] = data.train_batch_size * trainer.world_size
+    described["bos"] = data.bos
     described["tokens_sha256"] = tokens_digest(data.train_windows)
     return described

@@ -18,7 +18,12 @@ _CONFIGS = Path("configs")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the lines of the description."""
+    """Keeps the lines of the description, and begins every text with a capital letter."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = super()._get_help_string(action)
+        # Docstrings describe arguments as a part of a sentence.
+        return text[:1].upper() + text[1:]
 
 
 class SuggestingParser(LightningArgumentParser):

@@ -1,24 +1,26 @@
 """Measurement of a model on evaluation texts, as a whole or a block at a time, with the logits of a few positions."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from nowag_pl.functional.chunks import position_chunks
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.metrics import Divergence, Perplexity
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.run.ranks import Ranks
 from nowag_pl.stages.hidden import HiddenStates, Passage, passed
-from nowag_pl.stages.sizes import MEASURED_TOKENS
+
+Head = Callable[[slice], Tensor]  # from positions to logits `[batch, positions, vocabulary]`
 
 
 class DenseReference(Protocol):
     """The predictions with which a compressed model is compared."""
 
-    def logits(self, name: str, indices: Tensor, positions: slice) -> Tensor:
-        """Return the dense model's logits `[batch, positions, vocabulary]` for windows of an evaluation text."""
+    def head(self, name: str, indices: Tensor) -> Head:
+        """Return the function that gives the dense model's logits for windows of an evaluation text."""
 
 
 class TextMetrics:
@@ -36,19 +38,22 @@ class TextMetrics:
         self._perplexity, self._dense_perplexity = Perplexity().to(device), Perplexity().to(device)
         self._divergence = Divergence().to(device)
 
-    def update(self, indices: Tensor, tokens: Tensor, positions: slice, logits: Tensor) -> None:
+    def dense_head(self, indices: Tensor) -> Head | None:
+        """Return the function that gives the dense model's logits for some windows, if there is a reference."""
+        return None if self._reference is None else self._reference.head(self.name, indices)
+
+    def update(self, targets: Tensor, logits: Tensor, dense_logits: Tensor | None) -> None:
         """Add some positions of some windows.
 
         Args:
-            indices: numbers of the windows `[batch]`.
-            tokens: the windows `[batch, seq_len]`.
-            positions: places of their tokens.
-            logits: predictions at them `[batch, positions, vocabulary]`.
+            targets: the tokens that came next `[batch, positions]`.
+            logits: predictions of them `[batch, positions, vocabulary]`.
+            dense_logits: those of the dense model, if there is a reference.
         """
-        self._perplexity.update(logits, tokens[:, positions])
-        if self._reference is not None:
-            dense_logits = self._reference.logits(self.name, indices, positions).to(logits.device)
-            self._dense_perplexity.update(dense_logits, tokens[:, positions])
+        self._perplexity.update(logits, targets)
+        if dense_logits is not None:
+            dense_logits = dense_logits.to(logits.device)
+            self._dense_perplexity.update(dense_logits, targets)
             self._divergence.update(dense_logits, logits)
 
     def compute(self) -> dict[str, Tensor]:
@@ -77,7 +82,7 @@ class StreamedTexts:
             for name, windows in data.eval_windows.items()
         }
 
-    def head(self, name: str, indices: Tensor) -> Callable[[slice], Tensor]:
+    def head(self, name: str, indices: Tensor) -> Head:
         """Return a function that gives the logits `[batch, positions, vocabulary]` of some positions.
 
         Args:
@@ -109,37 +114,33 @@ class Validation:
     ) -> None:
         self._texts = [TextMetrics(name, device, reference) for name in data.eval_names]
         self._streamed = streamed
+        self._vocabulary, self._max_bytes = data.checkpoint.vocab_size, data.eval_chunk_mib * 2**20
 
-    def add(self, number: int, batch: dict[str, Tensor], whole: Callable[[Tensor], Tensor]) -> None:
+    def add(self, number: int, batch: dict[str, Tensor], whole: Callable[[Tensor], Head]) -> None:
         """Add a batch to the metrics of its text.
 
         Args:
             number: of the text.
             batch: "tokens" `[batch, seq_len]`, "index" `[batch]`, "weight" `[batch]`; padding has weight 0.
-            whole: tokens to logits `[batch, seq_len, vocabulary]`, where the model is in memory; every rank calls it
-                equally often.
+            whole: gives the head for tokens, where the model is in memory; every rank calls it, and the head, equally
+                often.
         """
         text, real = self._texts[number], batch["weight"] > 0
-        tokens, indices = batch["tokens"][real], batch["index"][real]
+        tokens, indices = batch["tokens"], batch["index"][real]
         if self._streamed is not None:
             head = self._streamed.head(text.name, indices)
+            tokens, real = tokens[real], torch.ones(len(indices), dtype=torch.bool)
         else:
-            logits = whole(batch["tokens"])[real]
-            head = lambda positions: logits[:, positions]  # noqa: E731
-        for positions in chunks(tokens):
-            text.update(indices, tokens, positions, head(positions))
+            head = whole(tokens)
+        dense_head = text.dense_head(indices) if len(indices) else None
+        num_positions = tokens.shape[1] - 1
+        for positions in position_chunks(len(tokens), num_positions, self._vocabulary, self._max_bytes):
+            logits = head(positions)
+            if not real.all():
+                logits = logits[real]
+            dense_logits = None if dense_head is None else dense_head(positions)
+            text.update(tokens[real, 1:][:, positions], logits, dense_logits)
 
     def compute(self) -> dict[str, dict[str, Tensor]]:
         """Return the figures of every text over all ranks, by their names."""
         return {text.name: text.compute() for text in self._texts}
-
-
-def chunks(tokens: Tensor) -> Iterator[slice]:
-    """Yield positions of windows `[batch, seq_len]` whose logits are in memory together; they overlap by one.
-
-    The last position of a chunk predicts the first token of the next, which is measured there.
-    """
-    batch, seq_len = tokens.shape
-    size = max(MEASURED_TOKENS // max(batch, 1), 1)
-    for start in range(0, seq_len - 1 if batch else 0, size):
-        yield slice(start, start + size + 1)

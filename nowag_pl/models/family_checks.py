@@ -10,6 +10,15 @@ from torch.nn.modules.conv import _ConvNd
 _FIXED = (bool, int, float, str, type(None))
 
 
+def needs_bos(model_type: str) -> bool:
+    """Tell whether a family predicts badly where a text does not begin with the beginning-of-sequence token.
+
+    >>> needs_bos("gemma3_text"), needs_bos("llama")
+    (True, False)
+    """
+    return model_type.startswith("gemma")
+
+
 def check_no_experts(model_type: str, blocks_name: str, blocks: nn.ModuleList) -> None:
     """Check that a model is dense: its blocks hold linears, not experts that a router chooses from.
 

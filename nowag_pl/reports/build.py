@@ -54,7 +54,8 @@ def build_report(
         "peak_memory_bytes": max(peaks.values()),
         "peak_memory": peaks,
         "protocol": {
-            text: {"num_windows": len(tokens), "sha256": tokens_digest(tokens)} for text, tokens in windows.items()
+            text: {"num_windows": len(tokens), "sha256": tokens_digest(tokens), "bos": run.bos}
+            for text, tokens in windows.items()
         },
         "bytes": _bytes(run, num_compressed, num_bytes),
         "settings": json.loads(json.dumps(run.settings)),

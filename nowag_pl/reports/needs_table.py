@@ -55,6 +55,12 @@ def show(stages: Sequence[StageNeeds], folder: Path, device: torch.device, num_p
         _log.warning("Warning: %s", sentence)
 
 
+def fits(needs: StageNeeds, available: Available, num_processes: int = 1) -> bool:
+    """Tell whether a stage has the memory that it may need."""
+    on_device = available.device is None or needs.device <= available.device
+    return on_device and host_bytes(needs, available, num_processes) <= available.host
+
+
 def host_bytes(needs: StageNeeds, available: Available, num_processes: int) -> int:
     """Return the host memory of a stage, including its device memory if the device is the host."""
     each = needs.host + LIBRARY_BYTES + max(needs.built, needs.device if available.device is None else 0)

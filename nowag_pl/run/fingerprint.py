@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors import safe_open
 
 from nowag_pl.digests import file_key
 from nowag_pl.files import read_json, write_json
+from nowag_pl.functional.chunks import row_chunks
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.format.checksums import INDEX_FILE, file_digest
 
@@ -59,10 +61,20 @@ def _first_not_finite(file: Path) -> str:
     """Return the name of the first tensor that is not finite, or an empty one."""
     with safe_open(file, framework="pt") as opened:
         for name in opened.keys():  # noqa: SIM118 - it is no mapping
-            tensor = opened.get_tensor(name)
-            if tensor.dtype in _FLOATS and not tensor.isfinite().all():
+            if not _is_finite(opened, name):
                 return name
     return ""
+
+
+def _is_finite(opened: Any, name: str) -> bool:
+    """Tell whether a tensor of an open file is finite, a few rows in memory at a time."""
+    stored = opened.get_slice(name)
+    shape = stored.get_shape()
+    if len(shape) < 2:
+        tensor = opened.get_tensor(name)
+        return tensor.dtype not in _FLOATS or bool(tensor.isfinite().all())
+    parts = (stored[rows] for rows in row_chunks(shape[0], prod(shape[1:])))
+    return all(part.dtype not in _FLOATS or bool(part.isfinite().all()) for part in parts)
 
 
 def _remembered(file: Path, question: str, find: Callable[[Path], str]) -> str:

@@ -4,6 +4,12 @@ COMPRESSED_PHASES = {"one_shot": "one-shot", "blockwise": "blockwise", "finetune
 HELD_OUT_ERROR = "held_out_error"  # of a block while it is finetuned, as it is logged
 PHASES = {"dense": "dense"} | COMPRESSED_PHASES
 
+# By the place of the beginning-of-sequence token, in the words of the protocol.
+BEGINNINGS = {
+    "stream": "with a beginning-of-sequence token at the very start if the tokenizer has one",
+    "window": "with the beginning-of-sequence token in place of the first token of every window",
+}
+
 
 def readable(size: float) -> str:
     """Return a size in words.

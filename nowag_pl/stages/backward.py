@@ -5,12 +5,13 @@ more from these, so that only one block and its gradients are on the device at a
 gradients at their outputs can be observed on the way.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nowag_pl.functional.chunks import position_chunks
 from nowag_pl.functional.predictions.sensitivity import drawn_labels, label_gradient
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.run.progress import block_progress
@@ -18,7 +19,6 @@ from nowag_pl.run.ranks import Ranks
 from nowag_pl.stages.correction import Point, captured
 from nowag_pl.stages.hidden import HiddenStates
 
-HEAD_TOKENS = 2048  # whose logits are in memory together
 Labels = Literal["model", "text"]
 
 
@@ -103,7 +103,7 @@ def head_gradient(model: StreamedModel, hidden: Tensor, labels: Tensor) -> Tenso
         `[batch, seq_len, hidden]` in host memory, of the sum over all positions.
     """
     gradient = torch.zeros_like(hidden)
-    for positions in head_positions(len(hidden), labels.shape[1]):
+    for positions in position_chunks(len(labels), labels.shape[1], model.checkpoint.vocab_size):
         with torch.enable_grad():
             part = hidden[:, positions].to(model.device).requires_grad_()
             logits = model.head(part, differentiable=True)
@@ -112,18 +112,6 @@ def head_gradient(model: StreamedModel, hidden: Tensor, labels: Tensor) -> Tenso
         (of_part,) = torch.autograd.grad(logits, part, label_gradient(flat, tokens).view_as(logits))
         gradient[:, positions] = of_part.cpu()
     return gradient
-
-
-def head_positions(num_sequences: int, num_positions: int) -> Iterator[slice]:
-    """Yield positions whose logits are in memory together.
-
-    Args:
-        num_sequences: sequences in a batch.
-        num_positions: positions of each.
-    """
-    size = max(HEAD_TOKENS // num_sequences, 1)
-    for start in range(0, num_positions, size):
-        yield slice(start, min(start + size, num_positions))
 
 
 def _hidden_states(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nowag_pl.compressors.budget import Budget, settings_of, titles
-from nowag_pl.data.tokens import tokens_digest
+from nowag_pl.data.tokens import BosPlace, tokens_digest
 from nowag_pl.files import read_json
 from nowag_pl.models.assembly import assemble
 from nowag_pl.models.checkpoint import Checkpoint
@@ -73,6 +73,7 @@ class CompressionRun:
         self.store = ArtefactStore(Path(folder), ranks or Ranks.current())
         self.method: str | None = None
         self.calibration: dict[str, Any] = {}
+        self.bos: BosPlace = "stream"
         self.peak_memory: dict[str, int] = {}  # bytes, by stage, in this process
         self._settings: dict[str, dict[str, Any]] = {}  # of the stages so far
         self._windows: Tensor | None = None
@@ -138,7 +139,10 @@ class CompressionRun:
         Raises:
             ValueError: it does; the message names the settings.
         """
-        calibration, compression = self._describe_calibration(texts.calibration), self._describe_compression()
+        calibration, compression = (
+            self._describe_calibration(texts.calibration, texts.bos),
+            self._describe_compression(),
+        )
         sections = {"calibration": calibration, "compression": compression}
         claims = [*self._calibration_claims(calibration), Claim("compression", compression, COMPRESSED)]
         if "budget" in compression:
@@ -151,13 +155,13 @@ class CompressionRun:
             claims.append(training_claim(training, flat(sections)))
         self.store.check(claims)
 
-    def _describe_calibration(self, windows: Tensor) -> dict[str, Any]:
+    def _describe_calibration(self, windows: Tensor, bos: BosPlace) -> dict[str, Any]:
         """Return all that reaches second moments, but for the batch size, which makes no difference."""
         described = dataclasses.asdict(self._calibration)
         del described["batch_size"]
         if described["guidance"] is None:
             del described["guidance"]
-        described |= {"num_sequences": len(windows), "seq_len": windows.shape[1]}
+        described |= {"num_sequences": len(windows), "seq_len": windows.shape[1], "bos": bos}
         described["tokens_sha256"] = tokens_digest(windows)
         selection = selection_of(self.plan.compression)
         if selection is not None and selection != Selection():
@@ -183,7 +187,7 @@ class CompressionRun:
                 described["budget"]["bits_per_weight"] = settings.budget.bits_per_weight
         return described
 
-    def calibrate(self, windows: Tensor) -> None:
+    def calibrate(self, windows: Tensor, bos: BosPlace = "stream") -> None:
         """Gather second moments, unless they are gathered while linears are compressed.
 
         Mean squares of the dense model need no compression. Full second moments are too large to be stored, and those
@@ -191,10 +195,12 @@ class CompressionRun:
 
         Args:
             windows: calibration sequences `[num_sequences, seq_len]`, the same on every rank.
+            bos: place of the beginning-of-sequence token in all texts of the run.
         """
         settings = self._calibration
         self.check_finite()
-        described = self._describe_calibration(windows)
+        described = self._describe_calibration(windows, bos)
+        self.bos = bos
         self.calibration = {
             "num_sequences": len(windows),
             "num_tokens": windows.numel(),
@@ -351,10 +357,12 @@ class Texts(NamedTuple):
     Attributes:
         calibration: sequences `[num_sequences, seq_len]`.
         finetuning: those that blocks are trained on, and those that are held out; None without that stage.
+        bos: place of the beginning-of-sequence token.
     """
 
     calibration: Tensor
     finetuning: tuple[Tensor, Tensor] | None = None
+    bos: BosPlace = "stream"
 
 
 def flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

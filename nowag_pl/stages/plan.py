@@ -7,6 +7,8 @@ from typing import Any, Literal
 from nowag_pl.compressors import Compressor
 from nowag_pl.compressors.budget import Budget
 
+# Sequences that pass through a block together where nothing else is asked for.
+DEFAULT_BATCH = 8
 ExportFormat = Literal["packed", "dense", "exl3"]
 CalibrationMode = Literal["dense", "propagated", "corrected"]
 
@@ -188,6 +190,7 @@ class Plan:
         finetuning: blocks, one after the other.
         export: model folders.
         report: comparison with the dense model.
+        free_batches: names of the stages whose batch size was not given, so that a smaller one may take its place.
     """
 
     calibration: CalibrationSettings | None = None
@@ -195,3 +198,4 @@ class Plan:
     finetuning: FinetuningSettings | None = None
     export: ExportSettings | None = None
     report: ReportSettings | None = None
+    free_batches: set[str] = field(default_factory=set)

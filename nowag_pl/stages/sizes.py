@@ -10,13 +10,14 @@ from torch import nn
 
 from nowag_pl.compressors import Compressor
 from nowag_pl.compressors.budget import settings_of
+from nowag_pl.functional.chunks import CHUNK_BYTES, LOGIT_BYTES
 from nowag_pl.models.assembly import empty_like_described
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import find_blocks
 from nowag_pl.modules import CompressedLinear
 from nowag_pl.stages.compression_run import CompressionRun
 
-MEASURED_TOKENS = 4096  # whose logits are in memory together; 2 GB in float32 for a vocabulary of 128,000
+TILE_BYTES = 2**25  # intermediate results of a tile of logits
 UNTOLD_BYTES = 16  # per weight, to restore it, and for gradients, if a method does not know its result in advance
 
 Methods = Mapping[str, Sequence[Compressor]]  # by whole name of a linear: its method, then others for a budget
@@ -213,20 +214,25 @@ class ModelSizes:
         weight = itemsize * self.linear.weights + self.linear.restoring
         return weight + self.activations(num_tokens) * itemsize // self.itemsize
 
-    def measuring(self, num_tokens: int, compared: bool = True) -> int:
-        """Return the memory of a batch's logits while they are measured, and compared with the dense model's.
+    def measuring(self, num_tokens: int, max_bytes: int = CHUNK_BYTES) -> int:
+        """Return the memory of logits while a batch is measured, some of its tokens at a time.
 
-        At most 4096 tokens are measured together, 1024 at a time in float32.
+        Args:
+            num_tokens: tokens of the batch.
+            max_bytes: memory for logits that are measured together.
         """
-        alone = 5 if self.itemsize == 4 else 9  # and widened
-        logits, working = (4, 22) if compared else (2, alone)  # each with a copy
-        together = min(num_tokens, MEASURED_TOKENS)
-        return self.vocabulary * (logits * self.itemsize * together + working * min(num_tokens, 1024))
+        each = LOGIT_BYTES * self.vocabulary
+        return min(each * num_tokens, max(max_bytes, each)) + min(each * num_tokens, TILE_BYTES)
 
-    def forward(self, num_tokens: int, itemsize: int, compared: bool = False) -> int:
+    def forward(self, num_tokens: int, itemsize: int, max_bytes: int = CHUNK_BYTES) -> int:
         """Return the memory of a forward without gradients in addition to the model: of a block, or of logits."""
-        logits = itemsize * num_tokens * self.vocabulary + self.measuring(num_tokens, compared)
-        return max(self.passing(num_tokens, itemsize), logits)
+        hidden = itemsize * num_tokens * self.hidden
+        return max(self.passing(num_tokens, itemsize), hidden + self.measuring(num_tokens, max_bytes))
+
+    def answering(self, num_tokens: int) -> int:
+        """Return the memory of questions to the whole model in addition to it, whose logits are all there at once."""
+        logits = (2 * self.itemsize + 4) * num_tokens * self.vocabulary
+        return max(self.passing(num_tokens, self.itemsize), logits)
 
 
 def methods_of(run: CompressionRun) -> Methods:

@@ -5,7 +5,7 @@ into logits when they are needed; or only the most likely tokens, which is small
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -105,7 +105,17 @@ class DenseReference:
         Returns:
             `[batch, positions, vocabulary]`.
         """
-        return self._model.head(self._hidden[name].take(indices.tolist())[:, positions])
+        return self.head(name, indices)(positions)
+
+    def head(self, name: str, indices: Tensor) -> Callable[[slice], Tensor]:
+        """Return a function that gives the dense logits `[batch, positions, vocabulary]` of some positions.
+
+        Args:
+            name: text.
+            indices: numbers of the windows `[batch]`.
+        """
+        hidden = self._hidden[name].take(indices.tolist())
+        return lambda positions: self._model.head(hidden[:, positions])
 
 
 class Teacher:

@@ -3,7 +3,8 @@ from itertools import islice
 
 import pytest
 
-from nowag_pl.data.python_docs import python_docs
+from nowag_pl.data.python_docs import docs_state, python_docs
+from nowag_pl.data.sources import PythonDocs
 
 PACKAGE = "documented_for_a_test"
 
@@ -98,3 +99,15 @@ def test_module_that_is_no_package_does_not_read_the_folder_around_it(module_nam
     (tmp_path / "neighbour.py").write_text(f'"""{docstring("neighbour")}"""')
     with pytest.raises(ValueError, match=f"Expected an installed Python package, but got '{module_name}'"):
         list(python_docs("train", [module_name]))
+
+
+def test_state_changes_with_the_files_without_reading_them(package):
+    (package / "a.py").write_text("not (Python")
+    before = docs_state([PACKAGE])
+    assert docs_state([PACKAGE]) == before
+    (package / "a.py").write_text("still not (Python")
+    changed = docs_state([PACKAGE])
+    (package / "b.py").touch()
+    assert len({before, changed, docs_state([PACKAGE])}) == 3
+    keys = {PythonDocs(split, (PACKAGE,)).cache_key for split in ("train", "eval")}
+    assert len(keys) == 2

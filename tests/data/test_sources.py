@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from nowag_pl.data.sources import HubDataset, LocalFiles, PythonDocs, read_text_file
+from nowag_pl.data.sources import HubDataset, LocalFiles, read_text_file
 
 
 @pytest.fixture
@@ -228,7 +228,6 @@ def test_local_data_is_kept_under_its_text(json_file, tmp_path):
         HubDataset(json_file),
         HubDataset(str(tmp_path)),
         LocalFiles((json_file,)),
-        PythonDocs("eval"),
     ]
     assert [source.cache_key for source in local] == [None] * len(local)
     assert HubDataset("json", data_files="hf://datasets/a/b/*.jsonl").cache_key

@@ -10,7 +10,7 @@ from test_fit_and_validate import QUANTIZER, perplexity, perplexity_shown, read_
 from tiny_models import ROOT, fit_arguments, load_whole, validate_arguments
 from transformers import AutoModelForCausalLM
 
-from nowag_pl.models.format.saving import is_compressed
+from nowag_pl.models.format.saving import is_compressed, load_compressed
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -87,6 +87,17 @@ def test_packed_export_opens_in_transformers(finished_fit, workplace):
     model = AutoModelForCausalLM.from_pretrained(export)
     expected = read_report(run_dir)["perplexity"]["held_out"]["one_shot"]
     assert perplexity(model, text_windows(workplace, export)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_crash_while_measuring_leaves_the_model(command_line, model_folder, workplace, tmp_path, monkeypatch):
+    def crash(*_):
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr("nowag_pl.lit.validation.Validation.add", crash)
+    with pytest.raises(RuntimeError, match="killed"):
+        command_line(fit_arguments(workplace, model_folder(), tmp_path / "run", *METHODS["4:8"]))
+    weight = load_compressed(tmp_path / "run" / "export").model.layers[0].mlp.up_proj.weight
+    assert float((weight == 0).float().mean()) == 0.5
 
 
 def test_unknown_format_is_refused(command_line, model_folder, workplace, tmp_path):

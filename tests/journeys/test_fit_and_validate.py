@@ -36,9 +36,13 @@ REPORT_KEYS = {
 
 
 def text_windows(workplace, folder) -> torch.Tensor:
-    tokenizer = Checkpoint(str(folder)).tokenizer
+    checkpoint = Checkpoint(str(folder))
+    tokenizer = checkpoint.tokenizer
     ids = tokenizer(read_text_file(workplace / "eval.txt"), add_special_tokens=False)["input_ids"]
-    return whole_windows(torch.tensor([tokenizer.bos_token_id, *ids]), SEQ_LEN)
+    windows = whole_windows(torch.tensor([tokenizer.bos_token_id, *ids]), SEQ_LEN).clone()
+    if checkpoint.config.model_type.startswith("gemma"):
+        windows[:, 0] = tokenizer.bos_token_id
+    return windows
 
 
 @torch.no_grad()
@@ -221,6 +225,25 @@ def test_training_afterwards_keeps_masks_and_reports_both(fit, model_folder, wor
     weight, dense = model.model.layers[0].mlp.up_proj.weight, load_whole(model_folder()).model.layers[0].mlp.up_proj
     assert float((weight == 0).float().mean()) == 0.5
     assert not torch.equal(weight[weight != 0], dense.weight[weight != 0])
+
+
+def test_training_by_another_optimizer_and_scheduler(fit, tmp_path):
+    chosen = [
+        "--optimizer=torch.optim.SGD",
+        "--optimizer.lr=0.01",
+        "--lr_scheduler=torch.optim.lr_scheduler.ExponentialLR",
+        "--lr_scheduler.gamma=0.5",
+    ]
+    outcome = fit(*[option for option in SHORT_TRAINING if "learning_rate" not in option], *chosen)
+    assert outcome.code == 0, outcome.message
+    figures = read_report(tmp_path / "run")["perplexity"]["held_out"]
+    assert figures["finetuned"] != figures["one_shot"]
+    settings = json.loads((tmp_path / "run" / "manifest.json").read_text())["training"]
+    assert settings["optimizer"]["class_path"] == "torch.optim.SGD"
+    assert settings["optimizer"]["init_args"]["lr"] == 0.01
+    assert settings["lr_scheduler"]["init_args"]["gamma"] == 0.5
+    outcome = fit(*SHORT_TRAINING, *chosen)
+    assert "Expected no model.learning_rate with optimizer" in outcome.message
 
 
 def test_trained_codebooks_are_measured_as_they_are_stored(fit, model_folder, workplace, tmp_path):

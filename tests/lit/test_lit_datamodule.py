@@ -63,6 +63,41 @@ def test_evaluation_windows_are_the_text_without_its_tail(datamodule, workplace)
     assert len(tokens) % SEQ_LEN  # there is a tail
 
 
+def test_every_window_of_a_gemma_begins_with_the_token_and_keeps_the_rest(datamodule, model_folder):
+    stream, window = datamodule(), datamodule(model=model_folder("gemma3"))
+    assert (stream.bos, window.bos) == ("stream", "window")
+    for cut in (
+        lambda module: module.eval_windows["held_out"],
+        lambda module: module.calibration_windows(5, 0),
+        lambda module: module.train_windows,
+        lambda module: torch.cat(module.finetuning_windows(3, 2, 0)),
+    ):
+        assert torch.equal(cut(window)[:, 1:], cut(stream)[:, 1:])
+        assert (cut(window)[:, 0] == window.checkpoint.tokenizer.bos_token_id).all()
+    assert torch.equal(datamodule(bos="window").train_windows, window.train_windows)
+    assert torch.equal(datamodule(bos="stream", model=model_folder("gemma3")).train_windows, stream.train_windows)
+
+
+def test_token_in_every_window_is_refused_where_the_tokenizer_has_none(datamodule, monkeypatch):
+    module = datamodule(bos="window")
+    module.checkpoint.tokenizer.bos_token = None
+    with pytest.raises(ValueError, match=r"beginning-of-sequence token for data\.bos=window, but that of .* has none"):
+        module.train_windows  # noqa: B018
+
+
+def test_files_by_a_string_a_pattern_and_a_folder(datamodule, workplace, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "texts" / f"{name}.txt").write_text(read_text_file(workplace / "eval.txt"))
+    listed = datamodule(calibration_files=[str(tmp_path / "texts" / f"{name}.txt") for name in ("a", "b")])
+    for files in (str(tmp_path / "texts"), str(tmp_path / "texts" / "*.txt")):
+        module = datamodule(calibration_files=files, eval_files=files)
+        assert torch.equal(module.calibration_tokens, listed.calibration_tokens)
+        assert module.eval_names == ["texts" if files.endswith("texts") else "text"]
+        assert ("data.calibration_files", tmp_path / "texts" / "b.txt") in module.places
+    assert datamodule(eval_files={"two": [str(workplace / "eval.txt")] * 2}).eval_names == ["two"]
+
+
 def test_ranks_see_every_window_once(datamodule):
     seen, windows = [], datamodule().eval_windows["held_out"]
     for rank in range(3):
@@ -250,7 +285,8 @@ def test_one_name_for_two_texts_is_refused():
 
 
 @pytest.mark.parametrize(
-    "name", ["seq_len", "eval_batch_size", "train_batch_size", "max_train_windows", "max_eval_windows"]
+    "name",
+    ["seq_len", "eval_batch_size", "eval_chunk_mib", "train_batch_size", "max_train_windows", "max_eval_windows"],
 )
 def test_numbers_below_one_are_refused_by_name(name):
     with pytest.raises(ValueError, match=f"data.{name} of at least"):

@@ -1,6 +1,12 @@
-import pytest
+import argparse
+import inspect
 
-from nowag_pl.lit.suggestions import explained, suggestion
+import pytest
+from jsonargparse import ArgumentParser
+
+from callbacks.compression import ModelCompression
+from nowag_pl import compressors
+from nowag_pl.lit.suggestions import HelpFormatter, explained, suggestion
 
 OPTIONS = ["--calibration.num_sequences", "--data.eval_files", "--run_dir", "--trainer.accelerator"]
 
@@ -47,3 +53,18 @@ def test_missing_file_is_looked_for_beside_it_and_among_the_configurations(tmp_p
     assert suggestion(said.format(tmp_path / "nowag_p_5.yaml")) == "configs/method/nowag_p_50.yaml"
     assert suggestion(said.format(tmp_path / "mine" / "recepi.yaml")) == "mine/recipe.yaml"
     assert suggestion(said.format(tmp_path / "mine" / "zzz.yaml")) is None
+
+
+def test_help_begins_with_a_capital_letter():
+    parser = ArgumentParser(formatter_class=HelpFormatter)
+    parser.add_argument("--seq_len", type=int, default=3, help="tokens per window.")
+    parser.add_argument("--quiet", help=argparse.SUPPRESS)
+    assert "Tokens per window. (type: int, default: 3)" in parser.format_help()
+
+
+def test_help_of_the_method_lists_every_compressor():
+    methods = [each for each in vars(compressors).values() if inspect.isclass(each) and each.__module__ != "abc"]
+    names = [each.__name__ for each in methods if issubclass(each, compressors.Compressor)]
+    assert len(names) >= 7
+    text = inspect.getdoc(ModelCompression)
+    assert [name for name in names if name not in text] == []

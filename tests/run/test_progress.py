@@ -12,16 +12,24 @@ from nowag_pl.run.progress import block_progress, memory_in_use
 CPU = torch.device("cpu")
 
 
-def test_lines_say_block_note_time_left_and_memory(caplog, monkeypatch):
-    clock = iter([0.0, 30.0, 60.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-    with caplog.at_level(logging.INFO, "nowag_pl"), block_progress("Compressing", 2, True, CPU) as report:
-        report("linear 1 of 7: q_proj", 0)
-        report("mean loss 0.1")
-        report("")
-    first, last = (record.getMessage() for record in caplog.records)
-    assert re.fullmatch(r"Compressing: block 1 of 2: mean loss 0\.1, 0:00:30 left, [\d.,]+ [MG]iB", first)
-    assert re.fullmatch(r"Compressing: block 2 of 2: [\d.,]+ [MG]iB", last)
+def test_lines_say_block_note_time_left_and_memory_at_most_every_30_seconds(caplog, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with caplog.at_level(logging.INFO, "nowag_pl"), block_progress("Compressing", 4, True, CPU) as report:
+        for now, note, advance in [
+            (5.0, "linear 1 of 7: q_proj", 0),
+            (29.0, "mean loss 0.0", 1),
+            (30.0, "mean loss 0.1", 1),
+            (59.0, "mean loss 0.2", 1),
+            (61.0, "linear 3 of 7: v_proj", 0),
+            (62.0, "", 1),
+        ]:
+            clock[0] = now
+            report(note, advance)
+    first, within, last = (record.getMessage() for record in caplog.records)
+    assert re.fullmatch(r"Compressing: block 2 of 4: mean loss 0\.1, 0:00:30 left, [\d.,]+ [MG]iB", first)
+    assert re.fullmatch(r"Compressing: block 3 of 4: linear 3 of 7: v_proj, 0:00:20 left, [\d.,]+ [MG]iB", within)
+    assert re.fullmatch(r"Compressing: block 4 of 4: [\d.,]+ [MG]iB", last)
 
 
 def test_other_ranks_are_silent(caplog, capfd):

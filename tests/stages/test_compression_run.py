@@ -293,7 +293,7 @@ def test_report_numbers_recomputed(compressor, model_folder, tmp_path):
     }
     windows = {"one": random_tokens(5, 24)}
     report = build_report(run, windows, metrics, {"evaluation": 1.5})
-    assert report["protocol"] == {"one": {"num_windows": 5, "sha256": tokens_digest(windows["one"])}}
+    assert report["protocol"] == {"one": {"num_windows": 5, "sha256": tokens_digest(windows["one"]), "bos": "stream"}}
     whole, compressed = load_whole(folder), run.compressed().assemble()
     total_bits = total_removed = total = 0.0
     for row in report["linears"]:

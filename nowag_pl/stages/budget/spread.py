@@ -10,13 +10,13 @@ from torch import Tensor
 from nowag_pl.compressors.budget import Budget, titles
 from nowag_pl.files import read_json, write_json
 from nowag_pl.functional.allocation import allocate
+from nowag_pl.functional.chunks import position_chunks
 from nowag_pl.functional.predictions.divergence import kl_divergence
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.run.layout import CANDIDATES, COMPRESSED, DECISION, GUIDANCE, MOMENTS, SENSITIVITIES, TRIALS
 from nowag_pl.run.progress import block_progress
 from nowag_pl.run.store import ArtefactStore
 from nowag_pl.stages.assignment import Assignment
-from nowag_pl.stages.backward import head_positions
 from nowag_pl.stages.budget.candidates import Choices, read_bits, write_candidates
 from nowag_pl.stages.budget.sensitivity import read_sensitivities, write_sensitivities
 from nowag_pl.stages.calibration import moment_source
@@ -191,7 +191,7 @@ def divergences(model: StreamedModel, stores: Sequence[ArtefactStore], windows: 
 def _divergence(model: StreamedModel, reference: Tensor, hidden: Tensor) -> float:
     """Return the summed divergence of a batch from its hidden states after the last block, without last positions."""
     total = 0.0
-    for positions in head_positions(len(hidden), hidden.shape[1] - 1):
+    for positions in position_chunks(len(hidden), hidden.shape[1] - 1, model.checkpoint.vocab_size):
         expected, actual = (model.head(each[:, positions]).flatten(0, 1) for each in (reference, hidden))
         total += float(kl_divergence(expected, actual)[0])
     return total

@@ -1,0 +1,55 @@
+"""The head of a whole model apart from its blocks, so that the logits of a few positions are in memory at a time."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def last_hidden(model: "PreTrainedModel", tokens: Tensor) -> Tensor:
+    """Return what the head of a model is given, `[batch, seq_len, hidden]`, after the norm that follows the blocks.
+
+    Args:
+        model: a whole model, possibly sharded.
+        tokens: `[batch, seq_len]`.
+    """
+    found: list[Tensor] = []
+    handle = model.base_model.register_forward_hook(lambda _module, _arguments, output: found.append(output[0]))
+    try:
+        # As a whole, so that a sharded model gathers its parameters.
+        model(input_ids=tokens, use_cache=False, logits_to_keep=1)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def logits_of(model: "PreTrainedModel", hidden: Tensor) -> Tensor:
+    """Return the logits `[batch, positions, vocabulary]` of hidden states, with all that a family does to them.
+
+    Args:
+        model: a whole model, possibly sharded.
+        hidden: some positions of the result of :func:`last_hidden`.
+    """
+    base, name = model.base_model, model.base_model_prefix
+    tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+    model.set_submodule(name, _Ended(hidden))
+    try:
+        return model(input_ids=tokens, use_cache=False).logits
+    finally:
+        model.set_submodule(name, base)
+
+
+class _Ended(nn.Module):
+    """Takes the place of the embeddings and blocks, whose output is known."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self._hidden = hidden
+
+    def forward(self, *_positional: Any, **_named: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        return BaseModelOutputWithPast(last_hidden_state=self._hidden)
