@@ -14,10 +14,9 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from nowag_pl.kernels.cpu.threads import in_threads
+from nowag_pl.kernels.cpu.threads import MIN_CODES, in_threads
 from nowag_pl.kernels.cpu.vq import (
     as_integers,
-    codeword_chunks,
     compiled,
     max_block_groups,
     product_kernel,
@@ -28,7 +27,9 @@ _COPIED_GROUPS = 16
 
 
 def sum_column_lookups(
-    columns: Integer[Tensor, "groups out"], codebook: Float[Tensor, "k d"], tokens: Float[Tensor, "tokens groups d"]
+    columns: Integer[Tensor, "groups out"],
+    chunks: Float[Tensor, "chunks d n"],
+    tokens: Float[Tensor, "tokens groups d"],
 ) -> Float[Tensor, "tokens out"]:
     """Return the sums `y_ti = sum_g c[code_gi] . x_tg`.
 
@@ -36,25 +37,28 @@ def sum_column_lookups(
 
     Args:
         columns: codes, of any unsigned type.
-        codebook: codewords c, float32.
+        chunks: codewords c, result of :func:`~nowag_pl.kernels.cpu.vq.codeword_chunks`.
         tokens: activations x, float32.
     """
-    codes, chunks, values = columns.numpy(), codeword_chunks(codebook), tokens.detach().numpy()
-    block_size = max_block_groups(len(codebook))
-    multiply = product_kernel(codebook.shape[1])
+    codes, codewords, values = columns.numpy(), chunks.numpy(), tokens.detach().numpy()
+    num_codewords = codewords.shape[0] * codewords.shape[2]
+    block_size = max_block_groups(num_codewords)
+    multiply = product_kernel(codewords.shape[1])
 
     def share(first: int, last: int) -> np.ndarray:
         sums = np.zeros((len(values), codes.shape[1]), np.float32)
-        products = np.empty((block_size + 1, len(codebook)), np.float32)
+        products = np.empty((block_size + 1, num_codewords), np.float32)
         for block in range(first, last, block_size):
             stop = min(block + block_size, last)
             for token in range(len(values)):
-                multiply(values[token], chunks, block, stop, products)
+                multiply(values[token], codewords, block, stop, products)
                 # The pair of the last group, if it has no other.
                 products[stop - block] = 0
                 _add_lookups(codes, block, stop, products, sums[token])
         return sums
 
+    if codes.size < 2 * MIN_CODES:
+        return torch.from_numpy(share(0, len(codes)))
     return torch.from_numpy(np.sum(in_threads(share, 0, len(codes)), axis=0, dtype=np.float32))
 
 

@@ -86,7 +86,7 @@ class ArmorLinear(CompressedLinear):
         return reconstruct(factors).to(self.dtype)
 
     def forward(self, activations: Tensor) -> Tensor:
-        """Apply B, then the sparse core, then A.
+        """Apply B, then the sparse core, then A; an unpacked linear applies their product.
 
         Args:
             activations: `[..., in]`.
@@ -94,6 +94,8 @@ class ArmorLinear(CompressedLinear):
         Returns:
             `[..., out]`, in the type of the activations.
         """
+        if self.is_unpacked and not self.gives_gradients():
+            return super().forward(activations)
         dtype = activations.dtype
         output = apply_factors(activations, self.out_factor, self.core.to(dtype), self.in_factor)
         return output if self.bias is None else output + self.bias.to(dtype)

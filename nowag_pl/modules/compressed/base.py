@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -39,6 +39,8 @@ class CompressedLinear(nn.Module, ABC):
         self.out_features = out_features
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self._bias_dtype = None if bias is None else bias.dtype
+        self._unpacked: Tensor | None = None
+        self._unpacked_from: list[tuple[int, int]] = []
 
     @property
     @abstractmethod
@@ -125,6 +127,12 @@ class CompressedLinear(nn.Module, ABC):
         return sum(tensor.nbytes for name, tensor in self.storage().items() if name != "bias")
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes in memory: parameters, buffers and the unpacked weight."""
+        unpacked = 0 if self._unpacked is None else self._unpacked.nbytes
+        return unpacked + sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
+
+    @property
     def gradient_bytes(self) -> int:
         """Bytes that a forward pass keeps of the restored weight for the gradients of the parameters.
 
@@ -175,6 +183,61 @@ class CompressedLinear(nn.Module, ABC):
             raise ValueError(f"Expected the settings of a {name}, but {unknown[0]!r} is missing or unknown.")
         return linear
 
+    @property
+    def is_unpacked(self) -> bool:
+        """Whether the reconstructed weight is kept in memory."""
+        return self._unpacked is not None
+
+    def unpack(self, dtype: torch.dtype) -> None:
+        """Keep the reconstructed weight beside the compressed one, so that it is not reconstructed at every call.
+
+        A linear that is trained reconstructs it nevertheless, and one whose parameters were changed once more. The
+        kept weight is no part of the state.
+
+        Args:
+            dtype: type of the activations that are expected.
+        """
+        # A tensor of inference mode could not be saved for gradients of the activations.
+        with torch.inference_mode(False), torch.no_grad():
+            self._unpacked = self.weight.to(dtype)
+        self._unpacked_from = self._versions()
+
+    def pack(self) -> None:
+        """Give the memory of the reconstructed weight back."""
+        self._unpacked = None
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight `[out, in]` for a product: the one that is kept, or a reconstructed one.
+
+        Args:
+            dtype: type of the result.
+        """
+        if self._unpacked is None or self.gives_gradients():
+            return self.weight.to(dtype)
+        if not torch.compiler.is_compiling() and self._unpacked_from != self._versions():
+            self.unpack(dtype)
+        return self._unpacked if self._unpacked.dtype == dtype else self._unpacked.to(dtype)
+
+    def gives_gradients(self, *inputs: Tensor) -> bool:
+        """Tell whether a result of these inputs and the parameters is differentiated."""
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *self.parameters()))
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """Return what tells that a parameter or a buffer was replaced or written to."""
+        tensors = (*self._parameters.values(), *self._buffers.values())
+        return [
+            (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+            for tensor in tensors
+            if tensor is not None
+        ]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CompressedLinear":
+        """Move the kept weight with the parameters."""
+        super()._apply(fn, recurse)
+        if self._unpacked is not None:
+            self._unpacked, self._unpacked_from = fn(self._unpacked), self._versions()
+        return self
+
     def forward(self, activations: Tensor) -> Tensor:
         """Apply the linear.
 
@@ -185,7 +248,7 @@ class CompressedLinear(nn.Module, ABC):
             `[..., out]`, in the type of the activations.
         """
         bias = None if self.bias is None else self.bias.to(activations.dtype)
-        return F.linear(activations, self.weight.to(activations.dtype), bias)
+        return F.linear(activations, self.dense_weight(activations.dtype), bias)
 
     def extra_repr(self) -> str:
         """Describe the module in one line."""

@@ -10,7 +10,7 @@ from nowag_pl.modules.compressed.base import CompressedLinear
 
 
 class CodedLinear(CompressedLinear):
-    """A quantized linear; for few tokens and without gradients its weight is never reconstructed."""
+    """A quantized linear; unless it is unpacked, or gradients are asked for, its codes are multiplied by few tokens."""
 
     @abstractmethod
     def from_codes(self, activations: Tensor) -> Tensor:
@@ -31,7 +31,8 @@ class CodedLinear(CompressedLinear):
         """
         num_tokens = activations.numel() // self.in_features
         if (
-            self.gives_gradients(activations)
+            self.is_unpacked
+            or self.gives_gradients(activations)
             or torch.compiler.is_compiling()
             or not self.is_for_codes(num_tokens, activations.device)
         ):
@@ -40,7 +41,3 @@ class CodedLinear(CompressedLinear):
             activations = activations.to(torch.get_autocast_dtype(activations.device.type))
         output = self.from_codes(activations)
         return output if self.bias is None else output + self.bias.to(output.dtype)
-
-    def gives_gradients(self, *inputs: Tensor) -> bool:
-        """Tell whether a result of these inputs and the parameters is differentiated."""
-        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *self.parameters()))
