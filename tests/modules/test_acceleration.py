@@ -135,7 +135,7 @@ def test_the_fastest_form_is_taken_by_kind_and_size(monkeypatch, caplog):
     """Times are those of one token; a dense linear comes first, then the forms in their order."""
     times = {40: [4.0, 4.0, 9.0, 2.0], 20: [4.0, 5.0, 6.0, 7.0]}
     monkeypatch.setattr(
-        acceleration, "_seconds", lambda modules, tokens: times[modules[0].out_features][: len(modules)]
+        acceleration, "_seconds", lambda modules, tokens: times[modules[0][0].out_features][: len(modules)]
     )
     monkeypatch.setattr(forms, "reason_against_columns", lambda size, device: None)
     model = accelerate(nn.Sequential(quantized(), quantized(rows=20), quantized()).eval())

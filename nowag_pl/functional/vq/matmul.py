@@ -172,16 +172,17 @@ def columns_matmul(
         codebook = codewords_of(table, size, dim).contiguous()
         output = _by_tiles(tokens, codebook, in_scale, out_scale, partial(decode_columns, columns))
         return output.view(*activations.shape[:-1], len(out_scale))
-    groups = grouped((tokens * in_scale).float(), dim)
+    # Small linears take less time than a few calls of PyTorch: everything else is in the kernels.
+    tokens, scales = tokens.detach().float(), (in_scale.detach(), out_scale.detach())
     if table.ndim == 2:
-        from nowag_pl.kernels.cpu.vq_rows import sum_row_products
+        from nowag_pl.kernels.cpu.vq_rows import multiply_rows
 
-        sums = sum_row_products(columns, table, pad(groups, (0, table.shape[1] - dim)))
+        output = multiply_rows(tokens, columns, table, dim, *scales)
     else:
-        from nowag_pl.kernels.cpu.vq_columns import sum_column_lookups
+        from nowag_pl.kernels.cpu.vq_columns import multiply_columns
 
-        sums = sum_column_lookups(columns, table, groups)
-    return (sums * out_scale).to(tokens.dtype).view(*activations.shape[:-1], len(out_scale))
+        output = multiply_columns(tokens, columns, table, *scales)
+    return output.to(activations.dtype).view(*activations.shape[:-1], len(out_scale))
 
 
 def reason_against_columns(num_codewords: int, device: torch.device) -> str | None:

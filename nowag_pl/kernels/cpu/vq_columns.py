@@ -26,21 +26,26 @@ from nowag_pl.kernels.cpu.vq import (
 _COPIED_GROUPS = 16
 
 
-def sum_column_lookups(
+def multiply_columns(
+    tokens: Float[Tensor, "tokens in"],
     columns: Integer[Tensor, "groups out"],
     chunks: Float[Tensor, "chunks d n"],
-    tokens: Float[Tensor, "tokens groups d"],
+    in_scale: Float[Tensor, " in"],
+    out_scale: Float[Tensor, " out"],
 ) -> Float[Tensor, "tokens out"]:
-    """Return the sums `y_ti = sum_g c[code_gi] . x_tg`.
+    """Return the products `y_ti = r2_i sum_g c[code_gi] . (r1 x_t)_g`.
 
     Each thread takes some of the groups.
 
     Args:
+        tokens: activations x, float32.
         columns: codes, of any unsigned type.
         chunks: codewords c, result of :func:`~nowag_pl.kernels.cpu.vq.codeword_chunks`.
-        tokens: activations x, float32.
+        in_scale: r1, float32.
+        out_scale: r2, float32.
     """
-    codes, codewords, values = columns.numpy(), chunks.numpy(), tokens.detach().numpy()
+    codes, codewords, dim = columns.numpy(), chunks.numpy(), chunks.shape[1]
+    values = scaled_groups(tokens.numpy(), in_scale.numpy(), len(codes), dim, dim)
     num_codewords = codewords.shape[0] * codewords.shape[2]
     block_size = max_block_groups(num_codewords)
     multiply = product_kernel(codewords.shape[1])
@@ -58,8 +63,8 @@ def sum_column_lookups(
         return sums
 
     if codes.size < 2 * MIN_CODES:
-        return torch.from_numpy(share(0, len(codes)))
-    return torch.from_numpy(np.sum(in_threads(share, 0, len(codes)), axis=0, dtype=np.float32))
+        return torch.from_numpy(share(0, len(codes))).mul_(out_scale)
+    return torch.from_numpy(np.sum(in_threads(share, 0, len(codes)), axis=0, dtype=np.float32)).mul_(out_scale)
 
 
 def decode_columns(
@@ -79,6 +84,19 @@ def decode_columns(
     codewords, copies = as_integers(codebook, out)
     codes, copy = columns.numpy(), _copy_kernel(codewords.shape[1])
     in_threads(lambda first, last: copy(codes, start, first, last, codewords, copies, _COPIED_GROUPS), 0, len(out))
+
+
+@compiled
+@no_type_check  # Numba compiles plain functions
+def scaled_groups(tokens: np.ndarray, in_scale: np.ndarray, num_groups: int, dim: int, width: int) -> np.ndarray:
+    """Return the scaled inputs of tokens in groups of `dim`, `[tokens, groups, width]`, filled up with zeros."""
+    groups = np.zeros((len(tokens), num_groups, width), np.float32)
+    for token in range(len(tokens)):
+        for group in range(num_groups):
+            start = group * dim
+            for place in range(min(dim, len(in_scale) - start)):
+                groups[token, group, place] = tokens[token, start + place] * in_scale[start + place]
+    return groups
 
 
 @compiled

@@ -20,31 +20,39 @@ from torch import Tensor
 
 from nowag_pl.kernels.cpu.threads import MIN_CODES, in_threads
 from nowag_pl.kernels.cpu.vq import compiled
+from nowag_pl.kernels.cpu.vq_columns import scaled_groups
 
 _ROWS = 8
 _INDEX = ir.IntType(64)
 
 
-def sum_row_products(
+def multiply_rows(
+    tokens: Float[Tensor, "tokens in"],
     columns: Integer[Tensor, "groups out"],
     registers: Float[Tensor, "k lanes"],
-    tokens: Float[Tensor, "tokens groups lanes"],
+    dim: int,
+    in_scale: Float[Tensor, " in"],
+    out_scale: Float[Tensor, " out"],
 ) -> Float[Tensor, "tokens out"]:
-    """Return the sums `y_ti = sum_g c[code_gi] . x_tg`.
+    """Return the products `y_ti = r2_i sum_g c[code_gi] . (r1 x_t)_g`.
 
     Each thread takes some of the rows.
 
     Args:
+        tokens: activations x, float32.
         columns: codes, of any unsigned type, for at least 8 rows.
         registers: codewords c, padded with zeros to a power of two, float32.
-        tokens: activations x, padded in the same way, float32.
+        dim: their length without the padding.
+        in_scale: r1, float32.
+        out_scale: r2, float32.
     """
-    codes, codewords, values = columns.numpy(), registers.numpy(), tokens.detach().numpy()
+    codes, codewords, scales = columns.numpy(), registers.numpy(), out_scale.numpy()
+    values = scaled_groups(tokens.numpy(), in_scale.numpy(), len(codes), dim, codewords.shape[1])
     sums = np.empty((len(values), codes.shape[1]), np.float32)
     add = _rows_kernel(codewords.shape[1], codes.itemsize)
 
     def share(first: int, last: int) -> None:
-        add(first, last, codes, codewords, values, sums)
+        add(first, last, codes, codewords, values, scales, sums)
 
     num_tiles = -(-codes.shape[1] // _ROWS)
     if codes.size < 2 * MIN_CODES:
@@ -61,9 +69,15 @@ def _rows_kernel(lanes: int, code_bytes: int) -> Callable[..., None]:
 
     @compiled
     def work(
-        first: int, last: int, codes: np.ndarray, codewords: np.ndarray, values: np.ndarray, sums: np.ndarray
+        first: int,
+        last: int,
+        codes: np.ndarray,
+        codewords: np.ndarray,
+        values: np.ndarray,
+        scales: np.ndarray,
+        sums: np.ndarray,
     ) -> None:
-        """Write the sums of some tiles of eight rows; the last tile overlaps the one before it."""
+        """Write the products of some tiles of eight rows; the last tile overlaps the one before it."""
         registers = np.empty((_ROWS, lanes), np.float32)
         for tile in range(first, last):
             start = min(tile * _ROWS, codes.shape[1] - _ROWS)
@@ -73,7 +87,7 @@ def _rows_kernel(lanes: int, code_bytes: int) -> Callable[..., None]:
                     total = np.float32(0)
                     for lane in range(lanes):
                         total += registers[row, lane]
-                    sums[token, start + row] = total
+                    sums[token, start + row] = total * scales[start + row]
 
     return work
 

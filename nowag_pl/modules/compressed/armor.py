@@ -85,8 +85,8 @@ class ArmorLinear(CompressedLinear):
         factors = ArmorFactors(self.out_factor.float(), self.core, self.keep, self.in_factor.float())
         return reconstruct(factors).to(self.dtype)
 
-    def forward(self, activations: Tensor) -> Tensor:
-        """Apply B, then the sparse core, then A; an unpacked linear applies their product.
+    def from_packed(self, activations: Tensor) -> Tensor:
+        """Apply B, then the sparse core, then A.
 
         Args:
             activations: `[..., in]`.
@@ -94,8 +94,6 @@ class ArmorLinear(CompressedLinear):
         Returns:
             `[..., out]`, in the type of the activations.
         """
-        if self.is_unpacked and not self.gives_gradients():
-            return super().forward(activations)
         dtype = activations.dtype
         output = apply_factors(activations, self.out_factor, self.core.to(dtype), self.in_factor)
         return output if self.bias is None else output + self.bias.to(dtype)

@@ -20,8 +20,8 @@ class CodedLinear(CompressedLinear):
         """Tell whether so many tokens on a device are multiplied from codes; others take the reconstructed weight."""
         return is_for_few_tokens(num_tokens, device)
 
-    def forward(self, activations: Tensor) -> Tensor:
-        """Apply the linear.
+    def from_packed(self, activations: Tensor) -> Tensor:
+        """Apply a linear that is not unpacked, by its codes where tokens are few and no gradients are asked for.
 
         Args:
             activations: `[..., in]`.
@@ -31,12 +31,11 @@ class CodedLinear(CompressedLinear):
         """
         num_tokens = activations.numel() // self.in_features
         if (
-            self.is_unpacked
-            or self.gives_gradients(activations)
+            self.gives_gradients(activations)
             or torch.compiler.is_compiling()
             or not self.is_for_codes(num_tokens, activations.device)
         ):
-            return super().forward(activations)
+            return super().from_packed(activations)
         if torch.is_autocast_enabled(activations.device.type):
             activations = activations.to(torch.get_autocast_dtype(activations.device.type))
         output = self.from_codes(activations)

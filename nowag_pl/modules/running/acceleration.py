@@ -19,7 +19,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # One token decides; a prompt is shown beside it.
 TOKENS = (1, 128)
-_ROUNDS = 15
+_ROUNDS = 9
+# So many linears of a kind are timed in turn that few are in the cache when they are used, as in a model.
+_TIMED_BYTES = 2**26
+_MAX_TIMED = 16
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +36,7 @@ class _Choice(NamedTuple):
 def accelerate(model: Model) -> Model:
     """Give the compressed linears of a model, in place, the form in which they process one token fastest.
 
-    One linear of each kind and size is timed in each form that its device allows, beside a dense linear in the type of
+    Some linears of each kind and size are timed in each form that their device allows, beside dense ones in the type of
     the model: unpacked, where memory allows it; packed; from whole codes on a CPU (:class:`LookupLinear`); and on
     sparse tensor cores (:class:`SemiStructuredLinear`, :class:`SemiStructuredArmorLinear`). Pruned linears lose the
     values that stand in their unpacked weight as well (:class:`DenseLinear`). One table goes to the log: which form was
@@ -57,20 +60,19 @@ def accelerate(model: Model) -> Model:
         )
     places, dtype = _places(model), _activation_dtype(model)
     shortage = shortage_of_memory(places, dtype)
-    choices: dict[str, _Choice] = {}
-    counts: dict[str, int] = {}
-    for linear, names in places.items():
+    kinds: dict[str, list[CompressedLinear]] = {}
+    for linear in places:
         kind = json.dumps({**linear.description(), "num_kept": None, "class": type(linear).__name__})
-        if kind not in choices:
-            choices[kind] = _fastest(linear, dtype, shortage)
-        counts[kind] = counts.get(kind, 0) + 1
-        form = choices[kind].form.make(linear)
-        for name in names:
-            model.set_submodule(name, form)
+        kinds.setdefault(kind, []).append(linear)
+    choices = [(linears, _fastest(linears, dtype, shortage)) for linears in kinds.values()]
+    for linears, choice in choices:
+        for linear in linears:
+            form = choice.form.make(linear)
+            for name in places[linear]:
+                model.set_submodule(name, form)
     if choices:
-        gains = [choices[kind].gain._replace(number=count) for kind, count in counts.items()]
         # A warning, as logging that nobody has set up shows nothing less.
-        _log.warning("%s", gains_table(gains, TOKENS, dtype_name(dtype)))
+        _log.warning("%s", gains_table([choice.gain for _, choice in choices], TOKENS, dtype_name(dtype)))
     return model
 
 
@@ -93,23 +95,31 @@ def _activation_dtype(model: nn.Module) -> torch.dtype:
     return next(outside, None) or next(compressed, torch.float32)
 
 
-def _fastest(linear: CompressedLinear, dtype: torch.dtype, shortage: str | None) -> _Choice:
-    """Time a linear in all of its forms."""
-    forms, reason = forms_of(linear, dtype, shortage is None)
+def _fastest(linears: Sequence[CompressedLinear], dtype: torch.dtype, shortage: str | None) -> _Choice:
+    """Time linears of one kind in all of their forms."""
+    first = linears[0]
+    forms, reason = forms_of(first, dtype, shortage is None)
+    num_bytes = first.in_features * first.out_features * dtype.itemsize
+    timed = linears[: min(max(_TIMED_BYTES // num_bytes, 1), _MAX_TIMED)]
+    dense = [_dense(each, dtype) for each in timed]
     # A copy has its own unpacked weight, but the parameters of the linear.
-    made = [form.make(copy.copy(linear)) for form in forms]
-    weight = next((each.dense_weight(dtype) for each in made if each.is_unpacked), None)
-    dense = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-    dense.weight = nn.Parameter(linear.weight.to(dtype) if weight is None else weight)
-    if linear.bias is not None:
-        dense.bias = nn.Parameter(linear.bias.to(dtype))
-    seconds = [_seconds([dense, *made], _tokens(count, linear, dtype)) for count in TOKENS]
+    made = [[form.make(copy.copy(each)) for each in timed] for form in forms]
+    seconds = [_seconds([dense, *made], _tokens(count, first, dtype)) for count in TOKENS]
     best = min(range(len(forms)), key=lambda number: seconds[0][number + 1])
     speeds = [each[0] / each[best + 1] for each in seconds]
-    memory = made[best].held_bytes / sum(parameter.nbytes for parameter in dense.parameters())
-    what = f"{linear.description()['class']} {linear.out_features} x {linear.in_features}"
+    memory = made[best][0].held_bytes / sum(parameter.nbytes for parameter in dense[0].parameters())
+    what = f"{first.description()['class']} {first.out_features} x {first.in_features}"
     note = "; ".join(filter(None, (shortage, reason)))
-    return _Choice(forms[best], Gain(what, 0, forms[best].name, speeds, memory, note))
+    return _Choice(forms[best], Gain(what, len(linears), forms[best].name, speeds, memory, note))
+
+
+def _dense(linear: CompressedLinear, dtype: torch.dtype) -> nn.Linear:
+    """Return an ordinary linear with a weight of its own."""
+    dense = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+    dense.weight = nn.Parameter(linear.dense_weight(dtype).detach().clone())
+    if linear.bias is not None:
+        dense.bias = nn.Parameter(linear.bias.to(dtype))
+    return dense
 
 
 def _tokens(count: int, linear: CompressedLinear, dtype: torch.dtype) -> Tensor:
@@ -117,17 +127,21 @@ def _tokens(count: int, linear: CompressedLinear, dtype: torch.dtype) -> Tensor:
     return torch.ones(1, count, linear.in_features, dtype=dtype, device=device)
 
 
-def _seconds(modules: Sequence[nn.Module], activations: Tensor) -> list[float]:
-    """Return the shortest time of each module; they take turns, so that a busy moment meets all of them."""
-    best = [float("inf")] * len(modules)
+def _seconds(forms: Sequence[Sequence[nn.Module]], activations: Tensor) -> list[float]:
+    """Return the shortest time of each form for all of its linears, one after the other, as in a model.
+
+    Forms take turns, so that a busy moment of the machine meets all of them.
+    """
+    best = [float("inf")] * len(forms)
     # On one thread its own time counts, so that others on the machine do not.
     alone = activations.device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.thread_time if alone else time.perf_counter
     for number in range(_ROUNDS + 2):
-        for place, module in enumerate(modules):
+        for place, linears in enumerate(forms):
             _synchronize(activations.device)
             start = clock()
-            module(activations)
+            for linear in linears:
+                linear(activations)
             _synchronize(activations.device)
             # Whatever is compiled is compiled in the first two rounds.
             if number >= 2:

@@ -33,9 +33,13 @@ class DenseLinear(RunningLinear):
         """The weight `[out, in]` with zeros where weights were removed."""
         return self.dense
 
-    def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight `[out, in]` for a product."""
-        return self.dense if self.dense.dtype == dtype else self.dense.to(dtype)
+    def forward(self, activations: Tensor) -> Tensor:
+        """Apply the dense weight.
+
+        Args:
+            activations: `[..., in]`.
+        """
+        return self._product(activations, self.dense)
 
     def stored_state(self) -> dict[str, Tensor]:
         """Return the kept values, row-major, `[num_kept]`."""

@@ -67,6 +67,19 @@ class LookupLinear(RunningLinear, CodedLinear):
         """Tell that any number of tokens is multiplied from codes."""
         return True
 
+    def forward(self, activations: Tensor) -> Tensor:
+        """Apply the linear; the short way is for small linears, whose product takes no longer than a few questions.
+
+        Args:
+            activations: `[..., in]`.
+
+        Returns:
+            `[..., out]`, in the type of the activations.
+        """
+        if self.bias is not None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return super().forward(activations)
+        return self.from_codes(activations)
+
     def from_codes(self, activations: Tensor) -> Tensor:
         """Multiply few tokens; see :class:`~nowag_pl.modules.compressed.coded.CodedLinear`."""
         scales = self.in_scale, self.out_scale

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from torch.nn.functional import pad
 from vq_oracle import problem
 
 pytest.importorskip("numba")
@@ -18,8 +17,8 @@ from nowag_pl.kernels.bits import code_bits
 from nowag_pl.kernels.cpu import vq as vq_numba
 from nowag_pl.kernels.cpu import vq_columns, vq_rows
 from nowag_pl.kernels.cpu.vq import codeword_chunks
-from nowag_pl.kernels.cpu.vq_columns import decode_columns, sum_column_lookups
-from nowag_pl.kernels.cpu.vq_rows import sum_row_products
+from nowag_pl.kernels.cpu.vq_columns import decode_columns, multiply_columns
+from nowag_pl.kernels.cpu.vq_rows import multiply_rows
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -90,12 +89,11 @@ def test_blocks_and_threads_change_nothing(block_groups, num_threads, monkeypatc
     monkeypatch.setattr(vq_rows, "MIN_CODES", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
     case = problem(9, 51 * 6, 6, 4096, 2)
-    groups = case.tokens.view(2, 51, 6)
-    ones = case._replace(in_scale=torch.ones(306), out_scale=torch.ones(9))
-    assert ones.error(sum_column_lookups(columns_of(case), codeword_chunks(case.codebook), groups)) < 1e-5
+    columns, scales = columns_of(case), (case.in_scale, case.out_scale)
+    assert case.error(multiply_columns(case.tokens, columns, codeword_chunks(case.codebook), *scales)) < 1e-5
     registers = codeword_table(case.codebook, 9)
     assert registers.shape == (4096, 8)
-    assert ones.error(sum_row_products(columns_of(case), registers, pad(groups, (0, 2)))) < 1e-5
+    assert case.error(multiply_rows(case.tokens, columns, registers, 6, *scales)) < 1e-5
 
 
 @pytest.mark.parametrize(
