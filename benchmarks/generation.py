@@ -84,16 +84,18 @@ def clock(threads: int) -> float:
 
 
 def speeds(ways: Sequence[Way], num_tokens: int, rounds: int, threads: int) -> list[float]:
-    """Return the tokens per second of each way, the median of the rounds but for the first one."""
+    """Return the tokens per second of each way after the prompt, the median of the rounds but for the first one."""
     generators = [way.generator(threads) for way in ways]
     seconds: list[list[float]] = [[] for _ in ways]
     for number in range(rounds + 1):
         for generate, taken in zip(generators, seconds, strict=True):
-            generate(2 if number == 0 else 1)
+            before = clock(threads)
+            generate(1)
             start = clock(threads)
-            generate(num_tokens)
+            generate(num_tokens + 1)
             if number:
-                taken.append(clock(threads) - start)
+                # The time of the prompt is that of one token.
+                taken.append(clock(threads) - start - (start - before))
     return [num_tokens / median(taken) for taken in seconds]
 
 

@@ -32,5 +32,5 @@ def test_dense_and_compressed_models_generate_in_turns(model_folder, tmp_path):
     }
     save_compressed(assemble(Checkpoint(str(source)), linears), tmp_path)
     ways = [generation.Way(str(source), "dense float32"), generation.Way(str(tmp_path), "as it opens")]
-    found = generation.speeds(ways, num_tokens=2, rounds=1, threads=1)
+    found = generation.speeds(ways, num_tokens=8, rounds=3, threads=1)
     assert all(speed > 0 for speed in found)

@@ -276,6 +276,25 @@ def test_a_quantized_linear_is_saved_as_before_and_holds_no_packed_codes(rows, w
 
 
 @needs_numba
+@pytest.mark.parametrize("is_unpacked", [True, False])
+@torch.no_grad()
+def test_many_tokens_take_the_unpacked_weight_if_there_is_one(is_unpacked, generator, monkeypatch):
+    linear = quantized(dtype=torch.float32)
+    if is_unpacked:
+        linear.unpack(torch.float32)
+    fast = LookupLinear(linear)
+    assert fast.is_unpacked == is_unpacked
+    few, many = (torch.randn(count, 50, generator=generator) for count in (4, 5))
+    expected = F.linear(many, linear.weight, linear.bias)
+    torch.testing.assert_close(fast(many), expected, rtol=1e-5, atol=1e-3)
+    assert torch.equal(fast(many), expected) == is_unpacked
+    torch.testing.assert_close(fast(few), F.linear(few, linear.weight, linear.bias), rtol=1e-5, atol=1e-3)
+    monkeypatch.setattr(LookupLinear, "from_codes", lambda *_: pytest.fail("from codes"))
+    if is_unpacked:
+        fast(many)
+
+
+@needs_numba
 def test_a_quantized_linear_passes_gradients_on(generator, whole_codes):
     linear = quantized(dtype=torch.float32)
     model = accelerate(nn.Sequential(linear).eval())
