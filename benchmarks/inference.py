@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from nowag_pl import accelerate
 from nowag_pl.functional.armor.objective import identity_factors
 from nowag_pl.functional.vq.matmul import is_for_few_tokens, vq_matmul
-from nowag_pl.modules import ArmorLinear, MaskedLinear, VQLinear
-from nowag_pl.modules.running.semi_structured import SemiStructuredForm
+from nowag_pl.modules import ArmorLinear, CompressedLinear, MaskedLinear, VQLinear
 
 SHAPES = ["4096x4096", "11008x4096", "4096x11008"]  # out x in
 TOKENS = [1, 4, 16, 2048]
@@ -138,12 +137,10 @@ def contender(name: str, dtype: torch.dtype, make: Callable[[], nn.Module], devi
 
 
 def held_bytes(linear: nn.Module) -> int:
-    """Return the bytes of a linear in memory; a 2:4 tensor, which hides its own, holds half and two bits for each."""
-    num_bytes = sum(parameter.nbytes for parameter in linear.parameters())
-    if isinstance(linear, SemiStructuredForm):
-        dense = linear.out_features * linear.in_features * linear.dtype.itemsize
-        return num_bytes + dense * 9 // 16 + linear.mask.nbytes
-    return num_bytes + sum(buffer.nbytes for buffer in linear.buffers())
+    """Return the bytes of a linear in memory."""
+    if isinstance(linear, CompressedLinear):
+        return linear.held_bytes
+    return sum(parameter.nbytes for parameter in linear.parameters())
 
 
 def compare(table: Table, shape: tuple[int, int], tokens: list[int], device: torch.device, rounds: int) -> None:

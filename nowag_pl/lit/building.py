@@ -53,5 +53,5 @@ def build_whole(
     if random_init:
         return checkpoint.build()
     if is_compressed(checkpoint.folder):
-        return load_compressed(checkpoint.folder, checkpoint.dtype, verify)
+        return load_compressed(checkpoint.folder, checkpoint.dtype, verify, packed=True)
     return checkpoint.load()

@@ -19,6 +19,7 @@ from nowag_pl.models.format import exl3_reading
 from nowag_pl.models.format.checksums import INDEX_FILE, SINGLE_FILE, Checksums
 from nowag_pl.models.format.descriptions import METHOD, check_stored, described_linears, empty_linears
 from nowag_pl.models.names import stored_names
+from nowag_pl.models.state import guard_of
 from nowag_pl.models.weights import Header, floating_type, indexed_files, read_headers, weight_files
 
 if TYPE_CHECKING:
@@ -244,7 +245,8 @@ class Checkpoint:
     @cached_property
     def _stored_files(self) -> dict[str, Path]:
         """Name of every stored tensor, by its name in the model, to the file that holds it."""
-        return {name: self.headers[stored].file for name, stored in self._stored_names.items()}
+        guards = {guard_of(name) for name in self.compressed_linears}
+        return {name: self.headers[stored].file for name, stored in self._stored_names.items() if name not in guards}
 
     @cached_property
     def _shapes(self) -> dict[str, torch.Size]:

@@ -68,10 +68,22 @@ def plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def packed_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield what :func:`stored_state` returns, a tensor at a time, and tied ones once."""
+    """Yield what :func:`stored_state` returns, a tensor at a time, and tied ones once; then a guard.
+
+    The guard is an empty weight of the first compressed linear. A program that does not know the format, and would
+    start with random weights, refuses to load a weight of this shape.
+    """
     yield from plain_tensors(module)
-    for name, linear in compressed_linears(module).items():
+    linears = compressed_linears(module)
+    for name, linear in linears.items():
         yield from ((f"{name}.{key}", tensor) for key, tensor in linear.storage().items())
+    for name in list(linears)[:1]:
+        yield guard_of(name), torch.empty(0, dtype=torch.uint8)
+
+
+def guard_of(name: str) -> str:
+    """Return the name of the guard that the compressed linear of a name may have in a file."""
+    return f"{name}.weight"
 
 
 @torch.no_grad()

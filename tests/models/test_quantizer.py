@@ -1,8 +1,10 @@
 """transformers opens compressed models by itself once nowag_pl is imported."""
 
 import json
+import os
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import torch
@@ -73,7 +75,7 @@ def test_greedy_generation_is_that_of_load_compressed(method, export):
 def test_an_accelerated_model_generates_the_same_and_is_saved_as_before(export, tmp_path):
     folder = export("quantized")
     expected, actual = load_compressed(folder).eval(), AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert accelerate(actual) > 0
+    assert accelerate(actual) is actual
     settings = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(TOKENS), "pad_token_id": 1}
     assert torch.equal(actual.generate(TOKENS, **settings), expected.generate(TOKENS, **settings))
     save_compressed(actual, tmp_path)
@@ -98,7 +100,8 @@ def test_parameters_that_lie_on_disk_are_used(export, tmp_path):
     places |= {f"model.layers.{index}": "disk" if index == 1 else "cpu" for index in range(3)}
     model = AutoModelForCausalLM.from_pretrained(export(), device_map=places, offload_folder=tmp_path)
     assert next(model.model.layers[1].parameters()).is_meta
-    assert torch.equal(logits(model), logits(load_compressed(export())))
+    assert not model.model.layers[1].mlp.up_proj.is_unpacked
+    torch.testing.assert_close(logits(model), logits(load_compressed(export())), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +185,38 @@ def test_one_import_of_the_package_is_enough(imports, export):
         "print(type(model.model.layers[0].mlp.up_proj).__name__)"
     )
     assert run(code, export()) == "VQLinear"
+
+
+LOAD = (
+    "import sys, warnings; from transformers import AutoModelForCausalLM; warnings.simplefilter('ignore')\n"
+    "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+    "print(type(model.model.layers[0].mlp.up_proj).__name__)"
+)
+
+
+def test_where_the_package_is_installed_no_import_is_needed(export, tmp_path, monkeypatch):
+    """By the entry point of pyproject.toml, which `pip install` writes into the metadata of a package."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    metadata = tmp_path / "nowag_pl-0.1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: nowag_pl\nVersion: 0.1.0\n")
+    ((group, entries),) = project["entry-points"].items()
+    (metadata / "entry_points.txt").write_text(f"[{group}]\nnowag_pl = {entries['nowag_pl']}\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    assert run(LOAD, export()) == "VQLinear"
+
+
+@pytest.mark.parametrize("method", ["quantized", "pruned"])
+def test_without_the_package_there_are_no_random_weights(method, export, monkeypatch):
+    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    code = LOAD.replace("model =", "sys.modules['nowag_pl'] = None; model =")
+    done = subprocess.run(
+        [sys.executable, "-c", code, export(method)],
+        capture_output=True, text=True, cwd=ROOT, timeout=120, env=subprocess_environment(), check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "Unknown quantization type, got nowag_pl" in done.stderr
+    assert "mismatch" in done.stderr.lower()
 
 
 def test_import_of_the_package_imports_no_library():

@@ -1,4 +1,3 @@
-import logging
 from collections import OrderedDict
 
 import pytest
@@ -14,13 +13,14 @@ from nowag_pl.kernels import dispatch
 from nowag_pl.modules import (
     ArmorLinear,
     CompressedLinear,
+    DenseLinear,
     LookupLinear,
     MaskedLinear,
     SemiStructuredArmorLinear,
     SemiStructuredLinear,
     VQLinear,
 )
-from nowag_pl.modules.running import acceleration
+from nowag_pl.modules.running import acceleration, forms, unpacking
 
 needs_numba = pytest.mark.skipif(not dispatch.has_module("numba"), reason="Numba is an extra")
 
@@ -56,14 +56,26 @@ def sparse_cores(monkeypatch):
     monkeypatch.setattr(SparseSemiStructuredTensor, "_FORCE_CUTLASS", True)
     monkeypatch.setattr(cutlass, "_validate_device_dim_dtype_shape", classmethod(lambda cls, weight: None))
     monkeypatch.setattr(cutlass, "_mm", multiply)
-    original = acceleration.reason_against_semi_structured
+    original = forms.reason_against_semi_structured
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(
-        acceleration,
+        forms,
         "reason_against_semi_structured",
         lambda shape, pattern, dtype, _: original(shape, pattern, dtype, torch.device("cuda")),
     )
+    last_is_fastest(monkeypatch)
     return products
+
+
+def last_is_fastest(monkeypatch):
+    """Of the forms of a linear, which begin with the simplest."""
+    monkeypatch.setattr(acceleration, "_seconds", lambda modules, _: [1 / (1 + n) for n in range(len(modules))])
+
+
+@pytest.fixture
+def whole_codes(monkeypatch):
+    """On a CPU, whole codes are the last form of a vector-quantized linear."""
+    last_is_fastest(monkeypatch)
 
 
 def small_model():
@@ -71,47 +83,86 @@ def small_model():
     return nn.Sequential(OrderedDict(layers)).eval()
 
 
-def test_linears_that_fit_are_replaced_and_the_others_named(sparse_cores, caplog):
+def rows_of(caplog):
+    """Return the rows of the one table that was logged, as words."""
+    (table,) = caplog.messages
+    return [line.split() for line in table.splitlines()[4:]]
+
+
+def test_linears_that_fit_are_replaced_and_the_others_run_densely(sparse_cores, caplog):
     model = small_model()
-    others = list(model)[1:]
-    with caplog.at_level(logging.WARNING):
-        assert accelerate(model) == 1
-    assert isinstance(model.sparse, SemiStructuredLinear)
-    assert list(model)[1:] == others
-    assert [record.getMessage() for record in caplog.records] == [
-        "1 pruned linears run densely: pattern None instead of (2, 4)",
-        "1 pruned linears run densely: shape (64, 72), no multiple of 64",
+    head = model.head
+    assert accelerate(model) is model
+    assert [type(each) for each in model[:3]] == [SemiStructuredLinear, DenseLinear, DenseLinear]
+    assert model.head is head
+    assert [row[:8] for row in rows_of(caplog)] == [
+        ["1", "MaskedLinear", "64", "x", "128", "sparse", "tensor", "cores"],
+        ["1", "MaskedLinear", "64", "x", "64", "dense", "weight", "2.00x"],
+        ["1", "MaskedLinear", "64", "x", "72", "dense", "weight", "2.00x"],
     ]
 
 
-def test_without_the_hardware_nothing_changes(caplog):
-    model = small_model()
-    before = list(model)
-    assert accelerate(model) == 0
-    assert list(model) == before
-    assert "on cpu, not on CUDA" in caplog.text
+def test_armor_linears_that_fit_are_replaced(sparse_cores):
+    model = accelerate(nn.Sequential(armor(), armor(pattern=(4, 8)), armor(64, 72), armor(dtype=torch.float32)).eval())
+    assert [type(each) for each in model] == [SemiStructuredArmorLinear, ArmorLinear, ArmorLinear, ArmorLinear]
 
 
-def test_armor_linears_that_fit_are_replaced_and_the_others_named(sparse_cores, caplog):
-    layers = {"sparse": armor(), "groups": armor(pattern=(4, 8)), "odd": armor(64, 72)}
-    model = nn.Sequential(OrderedDict(layers, wide=armor(dtype=torch.float32))).eval()
-    assert accelerate(model) == 1
-    assert isinstance(model.sparse, SemiStructuredArmorLinear)
-    assert all(isinstance(linear, ArmorLinear) for linear in list(model)[1:])
-    assert [record.getMessage() for record in caplog.records] == [
-        "1 ARMOR linears run with a dense core: pattern (4, 8) instead of (2, 4)",
-        "1 ARMOR linears run with a dense core: shape (64, 72), no multiple of 64",
-        "1 ARMOR linears run with a dense core: torch.float32 instead of torch.float16 or torch.bfloat16",
+@pytest.mark.parametrize("make", [masked, armor])
+def test_without_the_hardware_the_weight_is_dense(make, monkeypatch, generator):
+    monkeypatch.setattr(acceleration, "_seconds", lambda modules, _: [1.0, 0.5, *([1.0] * len(modules))])
+    linear = make(dtype=torch.float32)
+    model = accelerate(nn.Sequential(linear).eval())
+    activations = torch.randn(3, 128, generator=generator)
+    torch.testing.assert_close(model(activations), linear(activations), rtol=1e-4, atol=1e-4)
+    assert isinstance(model[0], DenseLinear if make is masked else ArmorLinear)
+    assert make is masked or model[0].is_unpacked
+
+
+@pytest.mark.parametrize("pattern", [(2, 4), None])
+def test_a_dense_linear_is_saved_as_the_pruned_one_and_holds_no_kept_values(pattern):
+    linear = masked(pattern=pattern)
+    fast = DenseLinear(linear, torch.float32)
+    expected, stored = linear.storage(), fast.storage()
+    assert set(stored) == set(expected)
+    assert all(torch.equal(stored[name], tensor) for name, tensor in expected.items())
+    assert all(stored[name].dtype == tensor.dtype for name, tensor in expected.items())
+    assert fast.description() == linear.description()
+    assert [name for name, _ in (*fast.named_parameters(), *fast.named_buffers())] == ["bias", "mask", "dense"]
+    assert DenseLinear.empty(linear.settings()).weight.shape == (64, 128)
+
+
+def test_the_fastest_form_is_taken_by_kind_and_size(monkeypatch, caplog):
+    """Times are those of one token; a dense linear comes first, then the forms in their order."""
+    times = {40: [4.0, 4.0, 9.0, 2.0], 20: [4.0, 5.0, 6.0, 7.0]}
+    monkeypatch.setattr(
+        acceleration, "_seconds", lambda modules, tokens: times[modules[0][0].out_features][: len(modules)]
+    )
+    monkeypatch.setattr(forms, "reason_against_columns", lambda size, device: None)
+    model = accelerate(nn.Sequential(quantized(), quantized(rows=20), quantized()).eval())
+    assert [type(each) for each in model] == [LookupLinear, VQLinear, LookupLinear]
+    assert model[1].is_unpacked
+    assert [row[:8] for row in rows_of(caplog)] == [
+        ["2", "VQLinear", "40", "x", "50", "whole", "codes", "2.00x"],
+        ["1", "VQLinear", "20", "x", "50", "dense", "weight", "0.80x"],
     ]
 
 
-def test_an_armor_linear_stays_without_the_hardware(caplog):
-    model = nn.Sequential(armor(), armor()).eval()
-    assert accelerate(model) == 0
-    assert all(isinstance(linear, ArmorLinear) for linear in model)
-    assert [record.getMessage() for record in caplog.records] == [
-        "2 ARMOR linears run with a dense core: on cpu, not on CUDA"
-    ]
+def test_where_memory_is_short_linears_stay_packed_and_the_table_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(unpacking, "_free_bytes", lambda device: 2**12)
+    model = nn.Sequential(masked(), armor()).eval()
+    assert not unpacking.unpack_linears(model, torch.bfloat16)
+    assert "linears stay packed, and run more slowly than dense ones: dense weights take 0.0 GiB on cpu" in caplog.text
+    caplog.clear()
+    accelerate(model)
+    assert [type(each) for each in model] == [MaskedLinear, ArmorLinear]
+    assert not any(each.is_unpacked for each in model)
+    assert "packed" in caplog.text
+
+
+def test_times_are_measured(caplog):
+    accelerate(nn.Sequential(masked(), quantized(), armor()).eval())
+    assert len(rows_of(caplog)) == 3
+    assert all(float(word[:-1]) > 0 for row in rows_of(caplog) for word in row if word.endswith("x") and len(word) > 1)
 
 
 @pytest.mark.parametrize("kind", SPARSE)
@@ -122,8 +173,7 @@ def test_an_armor_linear_stays_without_the_hardware(caplog):
 def test_output_is_that_of_the_linear(sparse_cores, kind, bias, shape, dtype, generator):
     make, form = SPARSE[kind]
     linear = make(bias=bias)
-    model = nn.Sequential(linear).eval()
-    assert accelerate(model) == 1
+    model = accelerate(nn.Sequential(linear).eval())
     assert isinstance(model[0], form)
     activations = torch.randn(shape, generator=generator).to(dtype)
     output = model(activations)
@@ -151,8 +201,7 @@ def test_state_and_description_are_those_of_the_linear(sparse_cores, kind, bias)
     for name, parameter in linear.named_parameters():
         if name != "bias":
             parameter.data = parameter.data.float()  # as while it was trained
-    model = nn.Sequential(linear).eval()
-    assert accelerate(model) == 1
+    model = accelerate(nn.Sequential(linear).eval())
     fast = model[0]
     assert torch.equal(fast.weight, linear.weight.bfloat16())
     assert fast.description() == linear.description()
@@ -193,10 +242,9 @@ def quantized(rows=40, columns=50, dtype=torch.bfloat16, bias=True):
         (False, torch.bfloat16, (2, 50, 50)),
     ],
 )
-def test_quantized_linear_looks_up_whole_codes(bias, dtype, shape, generator):
+def test_quantized_linear_takes_whole_codes(bias, dtype, shape, generator, whole_codes):
     linear = quantized(dtype=dtype, bias=bias)
-    model = nn.Sequential(linear).eval()
-    assert accelerate(model) == 1
+    model = accelerate(nn.Sequential(linear).eval())
     fast = model[0]
     assert isinstance(fast, LookupLinear)
     assert torch.equal(fast.weight, linear.weight)
@@ -209,14 +257,10 @@ def test_quantized_linear_looks_up_whole_codes(bias, dtype, shape, generator):
 
 
 @needs_numba
-def test_a_quantized_linear_is_saved_as_before_and_holds_no_packed_codes(caplog):
-    linear = quantized()
-    model = nn.Sequential(OrderedDict(fast=linear, large=quantized(rows=20))).eval()
-    with caplog.at_level(logging.WARNING):
-        assert accelerate(model) == 1
-    assert [record.getMessage() for record in caplog.records] == [
-        "1 quantized linears run from packed codes: more than 4 codewords a row"
-    ]
+@pytest.mark.parametrize("rows", [24, 400])
+def test_a_quantized_linear_is_saved_as_before_and_holds_no_packed_codes(rows, whole_codes):
+    linear = quantized(rows)
+    model = accelerate(nn.Sequential(OrderedDict(fast=linear)).eval())
     expected, stored = linear.storage(), model.fast.storage()
     assert set(stored) == set(expected)
     assert all(torch.equal(stored[name], tensor) for name, tensor in expected.items())
@@ -224,63 +268,63 @@ def test_a_quantized_linear_is_saved_as_before_and_holds_no_packed_codes(caplog)
     assert model.fast.description() == linear.description()
     assert (model.fast.bits_per_weight, model.fast.sparsity) == (linear.bits_per_weight, 0)
     assert [(name, held.dtype, held.shape) for name, held in model.fast.named_buffers()] == [
-        ("columns", torch.uint8, (13, 40))
+        ("columns", torch.uint8, (13, rows)),
+        ("table", torch.float32, (100, 4) if rows == 24 else (1, 4, 112)),
     ]
     with pytest.raises(RuntimeError, match="Expected to load fast before accelerate"):
         model.load_state_dict(nn.Sequential(OrderedDict(fast=linear)).state_dict(), strict=False)
 
 
 @needs_numba
-def test_a_quantized_linear_passes_gradients_on(generator):
+@pytest.mark.parametrize("is_unpacked", [True, False])
+@torch.no_grad()
+def test_many_tokens_take_the_unpacked_weight_if_there_is_one(is_unpacked, generator, monkeypatch):
     linear = quantized(dtype=torch.float32)
-    model = nn.Sequential(linear).eval()
-    accelerate(model)
+    if is_unpacked:
+        linear.unpack(torch.float32)
+    fast = LookupLinear(linear)
+    assert fast.is_unpacked == is_unpacked
+    few, many = (torch.randn(count, 50, generator=generator) for count in (4, 5))
+    expected = F.linear(many, linear.weight, linear.bias)
+    torch.testing.assert_close(fast(many), expected, rtol=1e-5, atol=1e-3)
+    assert torch.equal(fast(many), expected) == is_unpacked
+    torch.testing.assert_close(fast(few), F.linear(few, linear.weight, linear.bias), rtol=1e-5, atol=1e-3)
+    monkeypatch.setattr(LookupLinear, "from_codes", lambda *_: pytest.fail("from codes"))
+    if is_unpacked:
+        fast(many)
+
+
+@needs_numba
+def test_a_quantized_linear_passes_gradients_on(generator, whole_codes):
+    linear = quantized(dtype=torch.float32)
+    model = accelerate(nn.Sequential(linear).eval())
     activations = torch.randn(2, 50, generator=generator, requires_grad=True)
     model(activations).sum().backward()
     torch.testing.assert_close(activations.grad, linear.weight.sum(dim=0).expand(2, -1).detach())
 
 
-def test_without_numba_quantized_linears_stay(monkeypatch, caplog):
+def test_without_numba_quantized_linears_are_unpacked_and_the_table_says_why(monkeypatch, caplog):
     monkeypatch.setattr(dispatch, "has_module", lambda name: False)
-    model = nn.Sequential(quantized()).eval()
-    assert accelerate(model) == 0
+    model = accelerate(nn.Sequential(quantized()).eval())
     assert isinstance(model[0], VQLinear)
-    assert "1 quantized linears run from packed codes: Numba is not installed" in caplog.text
+    assert "Numba is not" in caplog.text
 
 
-def test_quantized_linears_elsewhere_stay(caplog):
-    model = nn.Sequential(quantized()).eval().to("meta")
-    assert accelerate(model) == 0
-    assert isinstance(model[0], VQLinear)
-    assert [record.getMessage() for record in caplog.records] == [
-        "1 quantized linears run from packed codes: on meta, not on a CPU"
-    ]
-
-
-def test_the_second_time_nothing_is_replaced(sparse_cores, caplog):
-    model = nn.Sequential(masked(), armor()).eval()
-    assert accelerate(model) == 2
+def test_the_second_time_nothing_is_replaced(sparse_cores):
+    model = accelerate(nn.Sequential(masked(), armor()).eval())
     before = list(model)
-    assert not caplog.records
-    assert accelerate(model) == 0
-    assert list(model) == before
-    assert caplog.messages == ["2 linears stay: they are in their running form already"]
+    assert list(accelerate(model)) == before
 
 
 def test_a_linear_without_a_module_around_it_stays(sparse_cores, caplog):
-    assert accelerate(masked().eval()) == 0
-    assert caplog.messages == ["1 linears stay: they are the model itself"]
-
-
-def test_a_linear_without_running_form_is_named(monkeypatch, caplog):
-    monkeypatch.setattr(acceleration, "MaskedLinear", LookupLinear)  # so that it knows none
-    model = nn.Sequential(masked()).eval()
-    assert accelerate(model) == 0
-    assert caplog.messages == ["1 linears stay: a MaskedLinear has no running form"]
+    linear = masked().eval()
+    assert accelerate(linear) is linear
+    assert not caplog.records
 
 
 def test_a_model_without_compressed_linears_stays_without_a_word(caplog):
-    assert accelerate(nn.Sequential(nn.Linear(8, 8)).eval()) == 0
+    model = nn.Sequential(nn.Linear(8, 8)).eval()
+    assert accelerate(model) is model
     assert not caplog.records
 
 
@@ -294,7 +338,7 @@ def test_an_empty_lookup_linear_has_the_shapes_of_the_settings():
 def test_a_shared_linear_stays_shared(sparse_cores):
     linear = masked(64, 64)
     model = nn.Sequential(linear, nn.Sequential(linear), linear).eval()
-    assert accelerate(model) == 1
+    accelerate(model)
     assert isinstance(model[0], SemiStructuredLinear)
     assert model[0] is model[1][0] is model[2]
 
@@ -319,8 +363,7 @@ def test_an_empty_one_has_the_shapes_of_the_settings(sparse_cores, kind):
 @pytest.mark.parametrize("shape", [(128,), (3, 128), (2, 5, 128)])
 def test_accelerated_linear_on_a_gpu(kind, dtype, bias, shape):
     linear = SPARSE[kind][0](dtype=dtype, bias=bias, device="cuda")
-    model = nn.Sequential(linear).eval()
-    assert accelerate(model) == 1
+    model = accelerate(nn.Sequential(linear).eval())
     activations = torch.randn(shape, device="cuda").to(dtype)
     expected = F.linear(activations.float(), linear.weight.float(), linear.bias.float() if bias else None)
     assert (model(activations).float() - expected).norm() <= 2e-2 * expected.norm()

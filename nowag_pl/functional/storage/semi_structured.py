@@ -26,17 +26,17 @@ def reason_against_semi_structured(
 
     Example:
         >>> import torch
-        >>> reason_against_semi_structured((64, 64), (4, 8), torch.float16, torch.device("cpu"))
+        >>> reason_against_semi_structured((64, 64), (4, 8), torch.float16, torch.device("cuda"))
         'pattern (4, 8) instead of (2, 4)'
     """
+    if device.type != "cuda":
+        return f"on {device.type}, not on CUDA"
     if pattern != PATTERN:
         return f"pattern {pattern} instead of {PATTERN}"
     if dtype not in DTYPES:
         return f"{dtype} instead of torch.float16 or torch.bfloat16"
     if any(size % MULTIPLE for size in shape):
         return f"shape {shape}, no multiple of {MULTIPLE}"
-    if device.type != "cuda":
-        return f"on {device.type}, not on CUDA"
     capability = torch.cuda.get_device_capability(device)
     return None if capability >= MIN_CAPABILITY else f"compute capability {capability} under {MIN_CAPABILITY}"
 

@@ -6,7 +6,8 @@ goes to the activations, the output scale to the result, so that only codewords 
 - one token on a CPU: `c[k] . (r1 x)_g` is computed for every codeword and group, block by block, and looked up
   (:mod:`nowag_pl.kernels.cpu.vq`);
 - some tokens: rows are decoded a few hundred at a time, while they fit into the cache;
-- a few tokens on a CPU, from codes stored by columns: as for one token (:func:`columns_matmul`);
+- a few tokens on a CPU, from codes stored by columns: as for one token, or codeword by codeword
+  (:mod:`nowag_pl.kernels.cpu.vq_rows`), whichever suits the number of rows (:func:`columns_matmul`);
 - CUDA: :mod:`nowag_pl.kernels.cuda.vq`.
 
 Many tokens take the reconstructed weight: :func:`is_for_few_tokens`.
@@ -19,6 +20,7 @@ from math import ceil
 import torch
 from jaxtyping import Float, Int, Integer, UInt8
 from torch import Tensor
+from torch.nn.functional import pad
 
 from nowag_pl.functional.storage.packing import unpack
 from nowag_pl.functional.vq.quantized import grouped
@@ -33,6 +35,13 @@ CPU_MAX_LOOKUP_TOKENS = 4
 CUDA_MAX_TOKENS = 256
 # Size of the rows that are decoded at a time.
 TILE_BYTES = 4 * 2**20
+# Rows below which a register of eight is never full.
+MIN_ROWS = 8
+# Weights of a codeword that fit a register.
+MAX_LANES = 16
+# Weights of the codebook for each row of the weight, up to which products with all codewords are faster than codewords
+# one by one; with 4096 codewords of 6 weights that is from 2458 rows on.
+MAX_PRODUCTS_PER_ROW = 10
 # Codewords per row of the weight, above which computing all products costs more than it saves.
 MAX_LOOKUP_RATIO = 4
 
@@ -100,10 +109,45 @@ def code_columns(codes: Int[Tensor, "out groups"], num_codewords: int) -> Intege
     return codes.to(dtype).T.contiguous()
 
 
+def codeword_table(codebook: Float[Tensor, "k d"], num_rows: int) -> Float[Tensor, "..."]:
+    """Return the codewords in the form in which :func:`columns_matmul` is fastest for a weight of so many rows.
+
+    With many rows, that is `[chunks, d, n]`: a group's products with all codewords pay off, as all rows look them up.
+    With few rows it is `[k, lanes]`, codewords padded to a power of two.
+
+    Args:
+        codebook: codewords.
+        num_rows: rows of the weight.
+
+    Example:
+        >>> import torch
+        >>> codeword_table(torch.ones(4096, 6), 576).shape, codeword_table(torch.ones(4096, 6), 4096).shape
+        (torch.Size([4096, 8]), torch.Size([8, 6, 512]))
+    """
+    size, dim = codebook.shape
+    if num_rows < MIN_ROWS or dim > MAX_LANES or size * dim <= MAX_PRODUCTS_PER_ROW * num_rows:
+        from nowag_pl.kernels.cpu.vq import codeword_chunks
+
+        return codeword_chunks(codebook.float())
+    return pad(codebook.detach().float(), (0, _lanes(dim) - dim)).contiguous()
+
+
+def codewords_of(table: Float[Tensor, "..."], size: int, dim: int) -> Float[Tensor, "k d"]:
+    """Return the codebook of a table.
+
+    Args:
+        table: result of :func:`codeword_table`.
+        size: number of codewords k.
+        dim: weights d of each.
+    """
+    return table[:, :dim] if table.ndim == 2 else table.transpose(1, 2).reshape(-1, dim)[:size]
+
+
 def columns_matmul(
     activations: Float[Tensor, "*batch in"],
     columns: Integer[Tensor, "groups out"],
-    codebook: Float[Tensor, "k d"],
+    table: Float[Tensor, "..."],
+    codebook_shape: tuple[int, int],
     in_scale: Float[Tensor, " in"],
     out_scale: Float[Tensor, " out"],
 ) -> Float[Tensor, "*batch out"]:
@@ -112,22 +156,52 @@ def columns_matmul(
     Args:
         activations: any number of tokens, float32, bfloat16 or float16.
         columns: result of :func:`code_columns`.
-        codebook: codewords.
+        table: result of :func:`codeword_table`.
+        codebook_shape: number k and length d of the codewords.
         in_scale: r1.
         out_scale: r2.
 
     Returns:
         The product in the type of the activations.
     """
-    from nowag_pl.kernels.cpu.vq_columns import decode_columns, sum_column_lookups
-
+    size, dim = codebook_shape
     tokens = activations.reshape(-1, activations.shape[-1])  # [tokens, in]
-    if len(tokens) <= CPU_MAX_LOOKUP_TOKENS:
-        groups = grouped(tokens * in_scale, codebook.shape[1]).float()
-        output = (sum_column_lookups(columns, codebook.float(), groups) * out_scale).to(tokens.dtype)
-    else:
+    if len(tokens) > CPU_MAX_LOOKUP_TOKENS:
+        from nowag_pl.kernels.cpu.vq_columns import decode_columns
+
+        codebook = codewords_of(table, size, dim).contiguous()
         output = _by_tiles(tokens, codebook, in_scale, out_scale, partial(decode_columns, columns))
-    return output.view(*activations.shape[:-1], len(out_scale))
+        return output.view(*activations.shape[:-1], len(out_scale))
+    # Small linears take less time than a few calls of PyTorch: everything else is in the kernels.
+    tokens, scales = tokens.detach().float(), (in_scale.detach(), out_scale.detach())
+    if table.ndim == 2:
+        from nowag_pl.kernels.cpu.vq_rows import multiply_rows
+
+        output = multiply_rows(tokens, columns, table, dim, *scales)
+    else:
+        from nowag_pl.kernels.cpu.vq_columns import multiply_columns
+
+        output = multiply_columns(tokens, columns, table, *scales)
+    return output.to(activations.dtype).view(*activations.shape[:-1], len(out_scale))
+
+
+def reason_against_columns(num_codewords: int, device: torch.device) -> str | None:
+    """Return why :func:`columns_matmul` cannot be used, or None if it can.
+
+    Args:
+        num_codewords: size of the codebook.
+        device: where the weight is.
+
+    Example:
+        >>> import torch
+        >>> reason_against_columns(1, torch.device("cpu"))
+        'a single codeword'
+    """
+    if device.type != "cpu":
+        return f"on {device.type}, not on a CPU"
+    if num_codewords == 1:
+        return "a single codeword"
+    return None if is_for_numba(device, num_codewords, "codes") else "Numba is not installed"
 
 
 def reason_against_lookup(num_codewords: int, num_rows: int, device: torch.device) -> str | None:
@@ -148,6 +222,11 @@ def reason_against_lookup(num_codewords: int, num_rows: int, device: torch.devic
     if not 1 < num_codewords <= MAX_LOOKUP_RATIO * num_rows:
         return f"more than {MAX_LOOKUP_RATIO} codewords a row" if num_codewords > 1 else "a single codeword"
     return None if is_for_numba(device, num_rows, "codes") else "Numba is not installed"
+
+
+def _lanes(dim: int) -> int:
+    """Return the next power of two, and at least 2."""
+    return max(1 << (dim - 1).bit_length(), 2)
 
 
 def _by_lookup(token: Tensor, codes: Tensor, codebook: Tensor, in_scale: Tensor, out_scale: Tensor) -> Tensor:

@@ -4,11 +4,15 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
 
 Result = TypeVar("Result")
+
+# Codes that are looked up by one thread in the time that another one takes to wake up.
+MIN_CODES = 2**16
 
 
 def in_threads(work: Callable[[int, int], Result], start: int, stop: int) -> list[Result]:
@@ -23,7 +27,10 @@ def in_threads(work: Callable[[int, int], Result], start: int, stop: int) -> lis
     if num_threads == 1:
         return [work(start, stop)]
     bounds = [start + (stop - start) * number // num_threads for number in range(num_threads + 1)]
-    return list(_pool(num_threads, os.getpid()).map(work, bounds[:-1], bounds[1:]))
+    first, *others = pairwise(bounds)
+    submitted = [_pool(num_threads - 1, os.getpid()).submit(work, *each) for each in others]
+    # The calling thread works too: it need not be woken.
+    return [work(*first), *(each.result() for each in submitted)]
 
 
 @lru_cache(maxsize=1)

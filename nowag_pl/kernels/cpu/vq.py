@@ -26,6 +26,7 @@ _BLOCK_BYTES = 2**20
 _MAX_BLOCK_GROUPS = 128
 # Codewords that stay in the first cache while they meet a block of groups.
 _CHUNK = 512
+_LANES = 16
 # Rows whose windows are cut together.
 _TILE_ROWS = 64
 compiled = numba.njit(nogil=True, fastmath=True, error_model="numpy")
@@ -57,7 +58,7 @@ def sum_lookups(
     per_window = 64 // bits
     parts = list(_parts(codes.numpy(), bits, 0, num_rows, num_groups))
     block_size = max_block_groups(len(codebook)) // per_window * per_window or per_window
-    columns = codeword_chunks(codebook)
+    columns = codeword_chunks(codebook).numpy()
     values = groups.detach().numpy()
     multiply, add_lookups = product_kernel(codebook.shape[1]), _lookup_kernel(bits)
 
@@ -82,10 +83,11 @@ def max_block_groups(num_codewords: int) -> int:
     return min(max(_BLOCK_BYTES // (4 * num_codewords), 8), _MAX_BLOCK_GROUPS)
 
 
-def codeword_chunks(codebook: Float[Tensor, "k d"]) -> np.ndarray:
-    """Return some hundred codewords at a time, `[chunks, d, codewords]`, filled up with zeros."""
-    padded = F.pad(codebook.detach(), (0, 0, 0, -len(codebook) % _CHUNK))
-    return padded.view(-1, _CHUNK, codebook.shape[1]).transpose(1, 2).contiguous().numpy()
+def codeword_chunks(codebook: Float[Tensor, "k d"]) -> Float[Tensor, "chunks d n"]:
+    """Return some hundred codewords at a time, by columns, filled up with zeros."""
+    size = min(_CHUNK, -(-len(codebook) // _LANES) * _LANES)
+    padded = F.pad(codebook.detach(), (0, 0, 0, -len(codebook) % size))
+    return padded.view(-1, size, codebook.shape[1]).transpose(1, 2).contiguous()
 
 
 def decode(

@@ -14,10 +14,9 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from nowag_pl.kernels.cpu.threads import in_threads
+from nowag_pl.kernels.cpu.threads import MIN_CODES, in_threads
 from nowag_pl.kernels.cpu.vq import (
     as_integers,
-    codeword_chunks,
     compiled,
     max_block_groups,
     product_kernel,
@@ -27,35 +26,45 @@ from nowag_pl.kernels.cpu.vq import (
 _COPIED_GROUPS = 16
 
 
-def sum_column_lookups(
-    columns: Integer[Tensor, "groups out"], codebook: Float[Tensor, "k d"], tokens: Float[Tensor, "tokens groups d"]
+def multiply_columns(
+    tokens: Float[Tensor, "tokens in"],
+    columns: Integer[Tensor, "groups out"],
+    chunks: Float[Tensor, "chunks d n"],
+    in_scale: Float[Tensor, " in"],
+    out_scale: Float[Tensor, " out"],
 ) -> Float[Tensor, "tokens out"]:
-    """Return the sums `y_ti = sum_g c[code_gi] . x_tg`.
+    """Return the products `y_ti = r2_i sum_g c[code_gi] . (r1 x_t)_g`.
 
     Each thread takes some of the groups.
 
     Args:
-        columns: codes, of any unsigned type.
-        codebook: codewords c, float32.
         tokens: activations x, float32.
+        columns: codes, of any unsigned type.
+        chunks: codewords c, result of :func:`~nowag_pl.kernels.cpu.vq.codeword_chunks`.
+        in_scale: r1, float32.
+        out_scale: r2, float32.
     """
-    codes, chunks, values = columns.numpy(), codeword_chunks(codebook), tokens.detach().numpy()
-    block_size = max_block_groups(len(codebook))
-    multiply = product_kernel(codebook.shape[1])
+    codes, codewords, dim = columns.numpy(), chunks.numpy(), chunks.shape[1]
+    values = scaled_groups(tokens.numpy(), in_scale.numpy(), len(codes), dim, dim)
+    num_codewords = codewords.shape[0] * codewords.shape[2]
+    block_size = max_block_groups(num_codewords)
+    multiply = product_kernel(codewords.shape[1])
 
     def share(first: int, last: int) -> np.ndarray:
         sums = np.zeros((len(values), codes.shape[1]), np.float32)
-        products = np.empty((block_size + 1, len(codebook)), np.float32)
+        products = np.empty((block_size + 1, num_codewords), np.float32)
         for block in range(first, last, block_size):
             stop = min(block + block_size, last)
             for token in range(len(values)):
-                multiply(values[token], chunks, block, stop, products)
+                multiply(values[token], codewords, block, stop, products)
                 # The pair of the last group, if it has no other.
                 products[stop - block] = 0
                 _add_lookups(codes, block, stop, products, sums[token])
         return sums
 
-    return torch.from_numpy(np.sum(in_threads(share, 0, len(codes)), axis=0, dtype=np.float32))
+    if codes.size < 2 * MIN_CODES:
+        return torch.from_numpy(share(0, len(codes))).mul_(out_scale)
+    return torch.from_numpy(np.sum(in_threads(share, 0, len(codes)), axis=0, dtype=np.float32)).mul_(out_scale)
 
 
 def decode_columns(
@@ -75,6 +84,19 @@ def decode_columns(
     codewords, copies = as_integers(codebook, out)
     codes, copy = columns.numpy(), _copy_kernel(codewords.shape[1])
     in_threads(lambda first, last: copy(codes, start, first, last, codewords, copies, _COPIED_GROUPS), 0, len(out))
+
+
+@compiled
+@no_type_check  # Numba compiles plain functions
+def scaled_groups(tokens: np.ndarray, in_scale: np.ndarray, num_groups: int, dim: int, width: int) -> np.ndarray:
+    """Return the scaled inputs of tokens in groups of `dim`, `[tokens, groups, width]`, filled up with zeros."""
+    groups = np.zeros((len(tokens), num_groups, width), np.float32)
+    for token in range(len(tokens)):
+        for group in range(num_groups):
+            start = group * dim
+            for place in range(min(dim, len(in_scale) - start)):
+                groups[token, group, place] = tokens[token, start + place] * in_scale[start + place]
+    return groups
 
 
 @compiled

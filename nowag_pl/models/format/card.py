@@ -38,6 +38,8 @@ def model_card(linears: Mapping[str, Mapping[str, Any]], dense: bool, source_car
     parts = [front.group() if front else "---\nlibrary_name: transformers\n---\n", _DENSE if dense else _PACKED, ""]
     if linears:
         parts += ["# Compressed by nowag_pl", "", *_methods(linears), ""]
+    if linears and not dense:
+        parts += ["The weights are packed: where nowag_pl is not installed, loading them ends in an error.", ""]
     if linears and dense:
         parts += ["The linears are stored as ordinary ones; the bits are those of a packed export.", ""]
     if source_card is not None:

@@ -3,6 +3,7 @@
 Imported by :mod:`nowag_pl.models.format.registration` when transformers has defined what is extended here.
 """
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from nowag_pl.models.assembly import empty_like_described
 from nowag_pl.models.format.checksums import Checksums
 from nowag_pl.models.format.descriptions import FORMAT, METHOD, check_stored, described_linears, empty_linears
-from nowag_pl.models.state import check_linears, compressed_linears, packed_tensors
+from nowag_pl.models.state import check_linears, compressed_linears, guard_of, packed_tensors
 from nowag_pl.models.weights import read_headers
+from nowag_pl.modules.running.unpacking import unpack_linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +33,7 @@ class CompressionConfig(QuantizationConfigMixin):
         format: version of the format.
         quant_method: what tells the format from others.
         verify: compare every file with its checksum when the model is loaded; not stored.
+        packed: keep no dense weights in memory, which takes a fraction of it, and is slower; not stored.
 
     Raises:
         ValueError: the format is newer than this version.
@@ -42,10 +45,11 @@ class CompressionConfig(QuantizationConfigMixin):
         format: int = FORMAT,
         quant_method: str = METHOD,
         verify: bool = True,
+        packed: bool = False,
     ) -> None:
         self.quant_method: Any = quant_method  # transformers' own type lists its own methods
         self.format = format
-        self.verify = verify
+        self.verify, self.packed = verify, packed
         self.linears = linears
 
     @classmethod
@@ -56,7 +60,7 @@ class CompressionConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Return what stands in config.json."""
-        return {key: value for key, value in super().to_dict().items() if key != "verify"}
+        return {key: value for key, value in super().to_dict().items() if key not in ("verify", "packed")}
 
 
 @register_quantizer(METHOD)
@@ -91,9 +95,13 @@ class CompressionQuantizer(HfQuantizer):
         if files:
             check_stored(empty_linears(linears), read_headers(files))
         empty_like_described(model, linears)
+        ignored = [re.escape(guard_of(name.removeprefix(f"{model.base_model_prefix}."))) + "$" for name in linears]
+        # A list in transformers 5.0, a set in later versions.
+        known: Any = model._keys_to_ignore_on_load_unexpected or []
+        model._keys_to_ignore_on_load_unexpected = type(known)([*known, *ignored])
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
-        """Check the values, and the files that transformers fetched from a hub meanwhile: the generation settings.
+        """Unpack the weights, having checked the values, and the files that were fetched meanwhile.
 
         Raises:
             ValueError: a value or a file is damaged.
@@ -102,6 +110,8 @@ class CompressionQuantizer(HfQuantizer):
         if self._checksums is not None:
             self._checksums.check_small_files(may_lack=True)
             self._checksums = None
+        if not self.quantization_config.packed:
+            unpack_linears(model, model.dtype)
         return model
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -122,9 +132,9 @@ class CompressionQuantizer(HfQuantizer):
         return model
 
 
-def attach(model: "PreTrainedModel", linears: dict[str, dict[str, Any]]) -> None:
+def attach(model: "PreTrainedModel", linears: dict[str, dict[str, Any]], packed: bool = False) -> None:
     """Give a model that was loaded in another way what `from_pretrained` would have given it."""
-    quantizer = CompressionQuantizer(CompressionConfig(linears))
+    quantizer = CompressionQuantizer(CompressionConfig(linears, packed=packed))
     attributes: Any = model
     attributes.hf_quantizer = quantizer
     attributes.is_quantized = True

@@ -119,13 +119,17 @@ def save_streamed(
     write_folder(Path(folder), model.skeleton, shards(), model.checkpoint.path, FolderConfig(dtype, described, dense))
 
 
-def load_compressed(folder: str | Path, dtype: torch.dtype | None = None, verify: bool = True) -> "PreTrainedModel":
+def load_compressed(
+    folder: str | Path, dtype: torch.dtype | None = None, verify: bool = True, packed: bool = False
+) -> "PreTrainedModel":
     """Load what :func:`save_compressed` wrote.
 
     Args:
         folder: folder with a compressed model.
         dtype: type of everything that is not compressed. None: as stored.
         verify: compare every file with its checksum.
+        packed: keep no dense weights in memory, which takes a fraction of it, and is slower. Otherwise weights are
+            unpacked once, if there is memory; if not, the log says so.
 
     Returns:
         A transformers model with compressed linears, in evaluation mode.
@@ -147,7 +151,7 @@ def load_compressed(folder: str | Path, dtype: torch.dtype | None = None, verify
     check_linears(model)
     from nowag_pl.models.format.quantizer import attach  # which needs transformers
 
-    attach(model, checkpoint.compressed_linears)
+    attach(model, checkpoint.compressed_linears, packed)
     return model.eval()
 
 

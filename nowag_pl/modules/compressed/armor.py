@@ -85,7 +85,7 @@ class ArmorLinear(CompressedLinear):
         factors = ArmorFactors(self.out_factor.float(), self.core, self.keep, self.in_factor.float())
         return reconstruct(factors).to(self.dtype)
 
-    def forward(self, activations: Tensor) -> Tensor:
+    def from_packed(self, activations: Tensor) -> Tensor:
         """Apply B, then the sparse core, then A.
 
         Args:

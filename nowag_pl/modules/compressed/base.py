@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -39,6 +39,10 @@ class CompressedLinear(nn.Module, ABC):
         self.out_features = out_features
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self._bias_dtype = None if bias is None else bias.dtype
+        self._unpacked: Tensor | None = None
+        # Tensors that the unpacked weight was made from, and how often they had been written to.
+        self._watched: tuple[Tensor, ...] = ()
+        self._writes = 0
 
     @property
     @abstractmethod
@@ -125,6 +129,12 @@ class CompressedLinear(nn.Module, ABC):
         return sum(tensor.nbytes for name, tensor in self.storage().items() if name != "bias")
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes in memory: parameters, buffers and the unpacked weight."""
+        unpacked = 0 if self._unpacked is None else self._unpacked.nbytes
+        return unpacked + sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
+
+    @property
     def gradient_bytes(self) -> int:
         """Bytes that a forward pass keeps of the restored weight for the gradients of the parameters.
 
@@ -175,8 +185,70 @@ class CompressedLinear(nn.Module, ABC):
             raise ValueError(f"Expected the settings of a {name}, but {unknown[0]!r} is missing or unknown.")
         return linear
 
+    @property
+    def is_unpacked(self) -> bool:
+        """Whether the reconstructed weight is kept in memory."""
+        return self._unpacked is not None
+
+    def unpack(self, dtype: torch.dtype) -> None:
+        """Keep the reconstructed weight beside the compressed one, so that it is not reconstructed at every call.
+
+        It is no part of the state. It is made once more where parameters or buffers were written to or loaded, and not
+        used where gradients of them are asked for.
+
+        Args:
+            dtype: type of the activations that are expected.
+        """
+        # A tensor of inference mode could not be saved for gradients of the activations.
+        with torch.inference_mode(False), torch.no_grad():
+            self._unpacked = self.weight.to(dtype)
+        self._watch()
+
+    def pack(self) -> None:
+        """Give the memory of the reconstructed weight back."""
+        self._unpacked = None
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight `[out, in]` for a product: the one that is kept, or a reconstructed one.
+
+        Args:
+            dtype: type of the result.
+        """
+        kept = self._kept_weight()
+        return (self.weight if kept is None else kept).to(dtype)
+
+    def gives_gradients(self, *inputs: Tensor) -> bool:
+        """Tell whether a result of these inputs and the parameters is differentiated."""
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *self.parameters()))
+
+    def _kept_weight(self) -> Tensor | None:
+        """Return the unpacked weight, up to date, or None where there is none or gradients go through it."""
+        if self._unpacked is None or (torch.is_grad_enabled() and self.gives_gradients()):
+            return None
+        if not torch.compiler.is_compiling() and sum([each._version for each in self._watched]) != self._writes:
+            self.unpack(self._unpacked.dtype)
+        return self._unpacked
+
+    def _watch(self) -> None:
+        tensors = (*self.parameters(), *self.buffers())
+        self._watched = tuple(tensor for tensor in tensors if not tensor.is_inference())
+        self._writes = sum(tensor._version for tensor in self._watched)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CompressedLinear":
+        """Move the kept weight with the parameters."""
+        super()._apply(fn, recurse)
+        if self._unpacked is not None:
+            self._unpacked = fn(self._unpacked)
+            self._watch()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        # Tensors may have been replaced by others.
+        self._writes = -1
+
     def forward(self, activations: Tensor) -> Tensor:
-        """Apply the linear.
+        """Apply the linear: by its unpacked weight, or by what :meth:`from_packed` does.
 
         Args:
             activations: `[..., in]`.
@@ -184,8 +256,29 @@ class CompressedLinear(nn.Module, ABC):
         Returns:
             `[..., out]`, in the type of the activations.
         """
-        bias = None if self.bias is None else self.bias.to(activations.dtype)
-        return F.linear(activations, self.weight.to(activations.dtype), bias)
+        weight = self._kept_weight()
+        return self.from_packed(activations) if weight is None else self._product(activations, weight)
+
+    def from_packed(self, activations: Tensor) -> Tensor:
+        """Apply a linear that is not unpacked; a subclass that need not reconstruct its weight does not.
+
+        Args:
+            activations: `[..., in]`.
+
+        Returns:
+            `[..., out]`, in the type of the activations.
+        """
+        return self._product(activations, self.weight)
+
+    def _product(self, activations: Tensor, weight: Tensor) -> Tensor:
+        dtype: torch.dtype = activations.dtype
+        bias: Tensor | None = self.bias
+        # Without a call where types are equal: small linears take no longer than a few of them.
+        if weight.dtype != dtype:
+            weight = weight.to(dtype)
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
+        return F.linear(activations, weight, bias)
 
     def extra_repr(self) -> str:
         """Describe the module in one line."""

@@ -10,7 +10,7 @@ from nowag_pl.modules.compressed.base import CompressedLinear
 
 
 class CodedLinear(CompressedLinear):
-    """A quantized linear; for few tokens and without gradients its weight is never reconstructed."""
+    """A quantized linear; unless it is unpacked, or gradients are asked for, its codes are multiplied by few tokens."""
 
     @abstractmethod
     def from_codes(self, activations: Tensor) -> Tensor:
@@ -20,8 +20,8 @@ class CodedLinear(CompressedLinear):
         """Tell whether so many tokens on a device are multiplied from codes; others take the reconstructed weight."""
         return is_for_few_tokens(num_tokens, device)
 
-    def forward(self, activations: Tensor) -> Tensor:
-        """Apply the linear.
+    def from_packed(self, activations: Tensor) -> Tensor:
+        """Apply a linear that is not unpacked, by its codes where tokens are few and no gradients are asked for.
 
         Args:
             activations: `[..., in]`.
@@ -35,12 +35,8 @@ class CodedLinear(CompressedLinear):
             or torch.compiler.is_compiling()
             or not self.is_for_codes(num_tokens, activations.device)
         ):
-            return super().forward(activations)
+            return super().from_packed(activations)
         if torch.is_autocast_enabled(activations.device.type):
             activations = activations.to(torch.get_autocast_dtype(activations.device.type))
         output = self.from_codes(activations)
         return output if self.bias is None else output + self.bias.to(output.dtype)
-
-    def gives_gradients(self, *inputs: Tensor) -> bool:
-        """Tell whether a result of these inputs and the parameters is differentiated."""
-        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *self.parameters()))

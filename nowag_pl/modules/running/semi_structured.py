@@ -40,6 +40,12 @@ class SemiStructuredBase(RunningLinear):
         keep = unpack_keep(self.mask, (self.out_features, self.in_features), PATTERN)
         return {"values": self.semi_structured.to_dense()[keep]}
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes in memory; the semi-structured tensor hides its own: half of the values, and two bits for each."""
+        hidden = self.out_features * self.in_features * self.dtype.itemsize * 9 // 16
+        return hidden + self.mask.nbytes + sum(parameter.nbytes for parameter in self.parameters())
+
     def matrix_for(self, dtype: torch.dtype) -> Tensor:
         """Return the 2:4 matrix for activations of a type; it is dense if that is not its own."""
         return self.semi_structured if dtype == self.dtype else self.semi_structured.to_dense().to(dtype)

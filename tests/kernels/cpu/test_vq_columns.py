@@ -6,11 +6,19 @@ pytest.importorskip("numba")
 
 from nowag_pl.functional.storage.packing import unpack
 from nowag_pl.functional.vq import matmul as vq_matmul
-from nowag_pl.functional.vq.matmul import CPU_MAX_LOOKUP_TOKENS, code_columns, columns_matmul
+from nowag_pl.functional.vq.matmul import (
+    CPU_MAX_LOOKUP_TOKENS,
+    code_columns,
+    codeword_table,
+    codewords_of,
+    columns_matmul,
+)
 from nowag_pl.kernels.bits import code_bits
 from nowag_pl.kernels.cpu import vq as vq_numba
-from nowag_pl.kernels.cpu import vq_columns
-from nowag_pl.kernels.cpu.vq_columns import decode_columns, sum_column_lookups
+from nowag_pl.kernels.cpu import vq_columns, vq_rows
+from nowag_pl.kernels.cpu.vq import codeword_chunks
+from nowag_pl.kernels.cpu.vq_columns import decode_columns, multiply_columns
+from nowag_pl.kernels.cpu.vq_rows import multiply_rows
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -20,6 +28,13 @@ def columns_of(case):
     num_groups = -(-len(case.in_scale) // case.codebook.shape[1])
     codes = unpack(case.codes, code_bits(size), rows * num_groups)
     return code_columns(codes.view(rows, num_groups), size)
+
+
+def product(case, tokens=None):
+    """Return the product of whole codes, in the form that suits the number of rows."""
+    table = codeword_table(case.codebook, len(case.out_scale))
+    shape, scales = tuple(case.codebook.shape), (case.in_scale, case.out_scale)
+    return columns_matmul(case.tokens if tokens is None else tokens, columns_of(case), table, shape, *scales)
 
 
 @pytest.mark.parametrize(
@@ -36,12 +51,22 @@ def test_columns_hold_every_code_in_the_narrowest_type(size, dtype):
 
 @pytest.mark.parametrize(
     ("dim", "size", "rows", "columns"),
-    [(3, 5, 1, 1), (6, 4096, 70, 37), (4, 256, 9, 300), (1, 2, 70, 37), (2, 70000, 9, 300), (6, 4096, 1, 1)],
+    [
+        (3, 5, 1, 1),
+        (6, 4096, 70, 37),
+        (4, 256, 9, 300),
+        (4, 256, 140, 30),
+        (1, 2, 70, 37),
+        (1, 4000, 70, 37),
+        (2, 70000, 9, 300),
+        (6, 4096, 1, 1),
+        (17, 300, 9, 40),
+    ],
 )
 def test_product_of_every_shape_and_number_of_tokens(dim, size, rows, columns):
     for num_tokens in (0, 1, CPU_MAX_LOOKUP_TOKENS, CPU_MAX_LOOKUP_TOKENS + 1):
         case = problem(rows, columns, dim, size, num_tokens)
-        output = columns_matmul(case.tokens, columns_of(case), *case[2:])
+        output = product(case)
         assert output.shape == (num_tokens, rows)
         assert num_tokens == 0 or case.error(output) < 1e-5
 
@@ -50,7 +75,7 @@ def test_product_of_every_shape_and_number_of_tokens(dim, size, rows, columns):
 @pytest.mark.parametrize("num_tokens", [1, 9])
 def test_product_of_every_type_is_that_of_packed_codes(dtype, num_tokens):
     case = problem(101, 203, 6, 4096, num_tokens, dtype)
-    output = columns_matmul(case.tokens.view(1, num_tokens, 203), columns_of(case), *case[2:])
+    output = product(case, case.tokens.view(1, num_tokens, 203))
     assert output.shape == (1, num_tokens, 101)
     assert case.error(output[0]) < TOLERANCE[dtype]
     torch.testing.assert_close(output[0], vq_matmul.vq_matmul(*case), rtol=2e-2, atol=1e-1)
@@ -60,12 +85,34 @@ def test_product_of_every_type_is_that_of_packed_codes(dtype, num_tokens):
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_blocks_and_threads_change_nothing(block_groups, num_threads, monkeypatch):
     monkeypatch.setattr(vq_columns, "max_block_groups", lambda size: block_groups)
+    monkeypatch.setattr(vq_columns, "MIN_CODES", 0)
+    monkeypatch.setattr(vq_rows, "MIN_CODES", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
     case = problem(9, 51 * 6, 6, 4096, 2)
-    groups = case.tokens.view(2, 51, 6)
-    sums = sum_column_lookups(columns_of(case), case.codebook, groups)
-    ones = case._replace(in_scale=torch.ones(306), out_scale=torch.ones(9))
-    assert ones.error(sums) < 1e-5
+    columns, scales = columns_of(case), (case.in_scale, case.out_scale)
+    assert case.error(multiply_columns(case.tokens, columns, codeword_chunks(case.codebook), *scales)) < 1e-5
+    registers = codeword_table(case.codebook, 9)
+    assert registers.shape == (4096, 8)
+    assert case.error(multiply_rows(case.tokens, columns, registers, 6, *scales)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("size", "dim", "rows", "shape"),
+    [
+        (4096, 6, 2458, (8, 6, 512)),
+        (4096, 6, 2457, (4096, 8)),
+        (5, 3, 8, (1, 3, 16)),
+        (50, 2, 7, (1, 2, 64)),
+        (300, 17, 9, (1, 17, 304)),
+        (300, 16, 9, (300, 16)),
+        (4000, 1, 9, (4000, 2)),
+    ],
+)
+def test_tables_of_products_are_for_many_rows(size, dim, rows, shape):
+    codebook = torch.randn(size, dim)
+    table = codeword_table(codebook, rows)
+    assert table.shape == shape
+    assert torch.equal(codewords_of(table, size, dim), codebook)
 
 
 @pytest.mark.parametrize(("num_threads", "dtype"), [(1, torch.float32), (3, torch.bfloat16)])
