@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from nowag_pl.data.protocols import evaluation_windows, stream_tokens
 from nowag_pl.data.python_docs import STANDARD_LIBRARY
 from nowag_pl.data.sources import HubDataset, LocalFiles, PythonDocs, TextSource
-from nowag_pl.data.tokens import random_windows, whole_windows
+from nowag_pl.data.tokens import check_variety, random_windows, whole_windows
 from nowag_pl.lit.batches import ResumableLoader, Share, SharedBatches
 from nowag_pl.lit.phases import PhasedTrainer
 from nowag_pl.lit.text_module import TextModule
@@ -32,15 +32,17 @@ class TokenDataModule(LightningDataModule):
     machine. Calibration and training share their text; evaluation uses another text unless you give it the same.
 
     Args:
-        calibration_files: files to calibrate (and train) on: UTF-8 text, or .json, .jsonl, .ndjson, .parquet or .csv
-            with a column "text", each also as .gz, or a folder written by datasets' save_to_disk. null: the dataset,
-            or the built-in text.
+        calibration_files: files to calibrate (and train) on: UTF-8 text, or .json, .jsonl, .ndjson, .parquet, .csv or
+            .tsv with a column of texts or chats, each also as .gz, or a folder written by datasets' save_to_disk. null:
+            the dataset, or the built-in text.
         eval_files: files of the same kinds to measure perplexity on, by their name in the report. null: the datasets,
             or the built-in text.
         calibration_dataset: Hugging Face dataset to calibrate (and train) on, instead of files. null: none.
         eval_datasets: Hugging Face datasets to measure perplexity on, by name, each by its own protocol. null: none.
         python_packages: installed packages whose docstrings are the built-in text; "stdlib" is Python's own library,
             the default (null).
+        column: column of calibration_files and eval_files that holds texts, or chats, which the model's chat template
+            writes. null: "text", or else "messages", "conversations", or "instruction" and "response".
         seq_len: tokens per window. null: the model's maximum, but at most 2048.
         eval_batch_size: windows evaluated at a time on each device.
         train_batch_size: windows per training step on each device.
@@ -57,6 +59,7 @@ class TokenDataModule(LightningDataModule):
         calibration_dataset: HubDataset | None = None,
         eval_datasets: dict[str, HubDataset] | None = None,
         python_packages: list[str] | None = None,
+        column: str | None = None,
         seq_len: int | None = None,
         eval_batch_size: int = 8,
         train_batch_size: int = 8,
@@ -65,7 +68,7 @@ class TokenDataModule(LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        _check_sources(calibration_files, calibration_dataset, eval_files, eval_datasets, python_packages)
+        _check_sources(calibration_files, calibration_dataset, eval_files, eval_datasets, python_packages, column)
         for name, value in {
             "seq_len": seq_len,
             "eval_batch_size": eval_batch_size,
@@ -81,6 +84,7 @@ class TokenDataModule(LightningDataModule):
         self.eval_files = eval_files or {}
         self.eval_datasets = eval_datasets or {}
         self.python_packages = python_packages or [STANDARD_LIBRARY]
+        self.column = column
         self._seq_len = seq_len
         self.eval_batch_size = eval_batch_size
         self.train_batch_size = train_batch_size
@@ -168,7 +172,7 @@ class TokenDataModule(LightningDataModule):
     def _eval_source(self, name: str) -> tuple[str, TextSource]:
         """Return the option that gives an evaluation text, and the text."""
         if name in self.eval_files:
-            return f"data.eval_files.{name}", LocalFiles((self.eval_files[name],))
+            return f"data.eval_files.{name}", LocalFiles((self.eval_files[name],), self.column)
         if name in self.eval_datasets:
             return f"data.eval_datasets.{name}", self.eval_datasets[name]
         return "built-in text", PythonDocs("eval")
@@ -176,7 +180,7 @@ class TokenDataModule(LightningDataModule):
     def _calibration_source(self) -> tuple[str, TextSource]:
         """Return the option that gives the calibration text, and the text."""
         if self.calibration_files:
-            return "data.calibration_files", LocalFiles(tuple(self.calibration_files))
+            return "data.calibration_files", LocalFiles(tuple(self.calibration_files), self.column)
         if self.calibration_dataset is not None:
             return "data.calibration_dataset", self.calibration_dataset
         return "data.python_packages", PythonDocs("train", tuple(self.python_packages))
@@ -199,6 +203,7 @@ class TokenDataModule(LightningDataModule):
             tokenizer = self.checkpoint.tokenizer
             with _naming(option):
                 tokens = stream_tokens(source, tokenizer, self.cache_dir)
+            check_variety(tokens, option)
             self._calibration_tokens = self._known_ids(tokens)
         return self._calibration_tokens
 
@@ -273,6 +278,7 @@ def _check_sources(
     eval_files: dict[str, str] | None,
     eval_datasets: dict[str, HubDataset] | None,
     python_packages: list[str] | None,
+    column: str | None,
 ) -> None:
     """Raise ValueError if the options name a text in two ways."""
     for name, texts in {
@@ -283,6 +289,11 @@ def _check_sources(
     }.items():
         if texts is not None and not texts:
             raise ValueError(f"Expected an entry in data.{name}, but got {texts}. null takes the default.")
+    if column is not None and not calibration_files and not eval_files:
+        raise ValueError(
+            f"Expected data.calibration_files or data.eval_files with data.column, but got column {column!r} alone. "
+            "Datasets have a column of their own."
+        )
     if calibration_files and calibration_dataset:
         raise ValueError("Expected data.calibration_files or data.calibration_dataset, but got both.")
     if calibration_dataset and calibration_dataset.protocol != "stream":
