@@ -39,7 +39,7 @@ def _suffix(path: str | Path) -> str:
 
 def open_bytes(path: Path) -> IO[bytes]:
     """Open a file, unpacked if its name ends in .gz."""
-    file: Any = gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+    file: Any = gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # noqa: SIM115 - the caller closes it
     return file
 
 
