@@ -13,8 +13,9 @@ from nowag_pl.functional.armor.groups import supports_of
 from nowag_pl.functional.armor.objective import ArmorTarget, identity_factors
 from nowag_pl.functional.normalization import Normalized, normalize
 from nowag_pl.functional.objective import output_weights, with_mean_one
-from nowag_pl.functional.patterns import check_pattern, check_row
+from nowag_pl.functional.patterns import as_pattern, check_row
 from nowag_pl.functional.pruning import keep_n_of_m, nowag_scores
+from nowag_pl.functional.ranges import check_real, check_whole
 from nowag_pl.modules import ArmorLinear
 
 
@@ -52,12 +53,13 @@ class ArmorCompressor(Compressor):
         Raises:
             ValueError: the pattern is no (N, M) or has too many supports, or another setting is out of its range.
         """
-        object.__setattr__(self, "pattern", tuple(self.pattern))
-        check_pattern(self.pattern)
+        object.__setattr__(self, "pattern", as_pattern(self.pattern))
         supports_of(self.pattern)
-        for name, least in {"block_size": self.pattern[1], "max_iters": 0, "learning_rate": 0, "tolerance": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"Expected {name} of at least {least}, but got {getattr(self, name)}.")
+        check_whole("block_size", self.block_size, self.pattern[1])
+        check_whole("max_iters", self.max_iters, 0)
+        check_whole("seed", self.seed, 0)
+        check_real("learning_rate", self.learning_rate)
+        check_real("tolerance", self.tolerance)
         for name, choices in {"selection": ("gradient", "random"), "weighting": ("normalized", "output")}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"Expected {name} to be one of {choices}, but got {getattr(self, name)!r}.")

@@ -51,14 +51,18 @@ class WholeCheckpoints(TorchCheckpointIO):
         return read_checkpoint(path, map_location)
 
 
-def local_path(path: str | Path) -> Path:
+def local_path(path: str | Path, wanted: str = "a checkpoint") -> Path:
     """Return a path, unless it is an address, from which nothing is fetched.
+
+    Args:
+        path: a file or folder.
+        wanted: for the message.
 
     Raises:
         ValueError: it is an address.
     """
     if "://" in str(path) or "::" in str(path):
-        raise ValueError(f"Expected a checkpoint on this machine, but got the address {path}: copy it here first.")
+        raise ValueError(f"Expected {wanted} on this machine, but got the address {path}: copy it here first.")
     return Path(path)
 
 

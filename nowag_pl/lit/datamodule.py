@@ -14,7 +14,9 @@ from torch.utils.data import Dataset
 from nowag_pl.data.protocols import evaluation_windows, stream_tokens
 from nowag_pl.data.python_docs import STANDARD_LIBRARY
 from nowag_pl.data.sources import HubDataset, LocalFiles, PythonDocs, TextSource
+from nowag_pl.data.tables import table_kind
 from nowag_pl.data.tokens import check_variety, random_windows, whole_windows
+from nowag_pl.functional.ranges import check_whole
 from nowag_pl.lit.batches import ResumableLoader, Share, SharedBatches
 from nowag_pl.lit.phases import PhasedTrainer
 from nowag_pl.lit.text_module import TextModule
@@ -77,8 +79,8 @@ class TokenDataModule(LightningDataModule):
             "max_eval_windows": max_eval_windows,
         }.items():
             least = 2 if name == "seq_len" else 1
-            if value is not None and value < least:
-                raise ValueError(f"Expected data.{name} of at least {least}, but got {value}.")
+            if value is not None:
+                check_whole(f"data.{name}", value, least)
         self.calibration_files = calibration_files or []
         self.calibration_dataset = calibration_dataset
         self.eval_files = eval_files or {}
@@ -289,10 +291,15 @@ def _check_sources(
     }.items():
         if texts is not None and not texts:
             raise ValueError(f"Expected an entry in data.{name}, but got {texts}. null takes the default.")
-    if column is not None and not calibration_files and not eval_files:
+    files = [*(calibration_files or ()), *(eval_files or {}).values()]
+    if column is not None and not any(table_kind(file) or Path(file).expanduser().is_dir() for file in files):
         raise ValueError(
-            f"Expected data.calibration_files or data.eval_files with data.column, but got column {column!r} alone. "
-            "Datasets have a column of their own."
+            f"Expected a table in data.calibration_files or data.eval_files with data.column, but got {column!r} and "
+            "no table. Datasets have a column of their own."
+        )
+    if python_packages and (calibration_files or calibration_dataset):
+        raise ValueError(
+            f"Expected no data.python_packages with text of your own, but got {python_packages}: they are not used."
         )
     if calibration_files and calibration_dataset:
         raise ValueError("Expected data.calibration_files or data.calibration_dataset, but got both.")
