@@ -1,5 +1,6 @@
 """When the dense model is recorded, and when the report is written and shown."""
 
+import logging
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
-from nowag_pl.files import read_json, write_json, write_text
+from nowag_pl.files import read_sealed_json, set_aside, write_sealed_json, write_text
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.phases import is_compressing, validated_phase
@@ -18,6 +19,8 @@ from nowag_pl.reports.averages import mean_over_weights
 from nowag_pl.reports.build import PAGE_FILE, REPORT_FILE, build_report, with_earlier
 from nowag_pl.run.wording import PHASES, readable
 from nowag_pl.stages.plan import Plan, ReportSettings
+
+_log = logging.getLogger("nowag_pl")
 
 
 class ModelReport(Stage):
@@ -80,7 +83,7 @@ class ModelReport(Stage):
             path = module.run.store.folder / REPORT_FILE
             report = build_report(module.run, data.eval_windows, self._metrics, seconds)
             report = with_earlier(report, _earlier(path), module.run.later_phases())
-            write_json(path, report)
+            write_sealed_json(path, report)
             if self.html:
                 from nowag_pl.reports.page import report_page  # which imports matplotlib
 
@@ -132,10 +135,13 @@ class ModelReport(Stage):
 
 
 def _earlier(path: Path) -> Any:
-    """Return the report that is there, or None where there is none that can be read."""
+    """Return the report that is there, or None where there is none; a damaged one is set aside."""
+    if not path.is_file():
+        return None
     try:
-        return read_json(path)
+        return read_sealed_json(path, required=False)
     except ValueError:
+        _log.warning("%s is damaged: it is kept as %s, and its figures are not taken over.", path, set_aside(path).name)
         return None
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.console import Console
 
-from nowag_pl.files import write_json
+from nowag_pl.files import write_sealed_json
 from nowag_pl.lit.checkpoint_io import WholeCheckpoints, is_sharded, local_path, newest_whole
 from nowag_pl.lit.claims import ClaimsCheck
 from nowag_pl.lit.datamodule import TokenDataModule, default_seq_len
@@ -271,7 +271,7 @@ class CompressionTrainer(PhasedTrainer):
         evaluation |= evaluate_tasks(whole, module.checkpoint.tokenizer, settings, manager)
         Console().print(evaluation_table(evaluation))
         if run_dir is not None:
-            write_json(run_dir / EVALUATION, evaluation)
+            write_sealed_json(run_dir / EVALUATION, evaluation)
             rank_zero_info(f"Figures written to {run_dir / EVALUATION}")
         return evaluation
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from nowag_pl.files import read_json, write_text
+from nowag_pl.files import read_sealed_json, write_text
 from nowag_pl.reports.build import REPORT_FILE
 from nowag_pl.run.wording import COMPRESSED_PHASES
 
@@ -83,7 +83,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
                 f"Expected a finished run in {folder}, but there is no {REPORT_FILE}. "
                 f"python main.py fit --run_dir={folder} writes it at its end."
             )
-        report = read_json(path)
+        report = read_sealed_json(path, required=False)
         _check_report(path, report)
         runs.append(Run(name, report))
     return runs
@@ -95,8 +95,6 @@ def _check_report(path: Path, report: Any) -> None:
     Raises:
         ValueError: it lacks something, or holds something else.
     """
-    if not isinstance(report, Mapping):
-        raise ValueError(f"Expected {path} to be a report, but got a {type(report).__name__}.")
     missing = _NEEDED.keys() - report.keys()
     if missing:
         raise ValueError(f"Expected {path} to be a report, but it lacks {sorted(missing)}.")
