@@ -22,7 +22,7 @@ from nowag_pl.functional.ranges import check_whole
 from nowag_pl.lit.checkpoint_io import local_path
 from nowag_pl.lit.parser_messages import explained
 from nowag_pl.lit.phases import PhasedTrainer
-from nowag_pl.lit.preemption import Preemption, begin, received_signal
+from nowag_pl.lit.preemption import Preemption, begin, is_asked_to_stop, received_signal
 from nowag_pl.lit.suggestions import SuggestingParser, suggestion
 from nowag_pl.lit.trainer import check_checkpoint
 from nowag_pl.reports.compare import compare
@@ -190,12 +190,14 @@ def run_program(main: Callable[[], Any]) -> None:
     begin()
     try:
         main()
-    except SIGTERMException:
-        stopped_by = received_signal()
-        print(f"Stopped by {stopped_by.name}; the same command goes on from here.", file=sys.stderr)  # noqa: T201
-        sys.exit(128 + stopped_by)
-    except (ValueError, OSError, MisconfigurationException) as error:
-        if os.environ.get("NOWAG_PL_TRACEBACK"):
+    except (SIGTERMException, Exception) as error:
+        # A signal inside of compiled code may arrive here as an exception of a library.
+        if isinstance(error, SIGTERMException) or is_asked_to_stop():
+            stopped_by = received_signal()
+            print(f"Stopped by {stopped_by.name}; the same command goes on from here.", file=sys.stderr)  # noqa: T201
+            sys.exit(128 + stopped_by)
+        told = isinstance(error, ValueError | OSError | MisconfigurationException)
+        if not told or os.environ.get("NOWAG_PL_TRACEBACK"):
             raise
         sys.exit(f"error: {_message(error)}\n(NOWAG_PL_TRACEBACK=1 shows where)")
 
