@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 
 from nowag_pl.lit.blockwise import finetune_blocks
 from nowag_pl.lit.phases import PhasedTrainer, block_precision, is_compressing
@@ -94,8 +94,10 @@ class ModelFinetuning(Stage):
     def _trainer_settings(self, trainer: Trainer) -> dict[str, Any]:
         """Return the settings that the blocks' Trainers take over from this one."""
         on_cuda = isinstance(trainer.accelerator, CUDAAccelerator)
+        # By its name: of an object Lightning believes that it computes on CUDA, whose autocast does nothing on a CPU.
+        on_cpu = isinstance(trainer.accelerator, CPUAccelerator)
         return {
-            "accelerator": trainer.accelerator,
+            "accelerator": "cpu" if on_cpu else trainer.accelerator,
             "devices": trainer.device_ids if on_cuda else trainer.num_devices,
             "num_nodes": trainer.num_nodes,
             "precision": block_precision(trainer.accelerator, self.settings.precision),

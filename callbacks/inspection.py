@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from nowag_pl.functional.ranges import check_whole
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.phases import Phase, validated_phase
@@ -39,8 +40,7 @@ class ModelInspection(Stage):
         num_samples: int = 4000,
         num_windows: int = 2,
     ) -> None:
-        if num_windows < 0:
-            raise ValueError(f"Expected inspection.num_windows of at least 0, but got {num_windows}.")
+        check_whole("inspection.num_windows", num_windows, 0)
         self.enabled = enabled
         self.limits = Limits(max_blocks, None if linears is None else tuple(linears), max_image_size, num_samples)
         self.num_windows = num_windows

@@ -1,5 +1,6 @@
 """When the dense model is recorded, and when the report is written and shown."""
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from nowag_pl.files import read_json, write_json, write_text
+from nowag_pl.files import read_sealed_json, set_aside, write_sealed_json, write_text
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.phases import is_compressing, validated_phase
@@ -21,6 +22,8 @@ from nowag_pl.reports.build import PAGE_FILE, REPORT_FILE, build_report, with_ea
 from nowag_pl.run.wording import BEGINNINGS, PHASES, readable
 from nowag_pl.stages.plan import DEFAULT_BATCH, PROMPTS, Plan, PromptSettings, ReportSettings
 from nowag_pl.stages.samples import fits_whole, written_by
+
+_log = logging.getLogger("nowag_pl")
 
 
 class ModelReport(Stage):
@@ -100,7 +103,7 @@ class ModelReport(Stage):
             report = build_report(module.run, data.eval_windows, self._metrics, seconds)
             report["samples"] = self._samples(phase, module)
             report = with_earlier(report, _earlier(path), module.run.later_phases())
-            write_json(path, report)
+            write_sealed_json(path, report)
             if self.html:
                 from nowag_pl.reports.page import report_page  # which imports matplotlib
 
@@ -170,10 +173,13 @@ class ModelReport(Stage):
 
 
 def _earlier(path: Path) -> Any:
-    """Return the report that is there, or None where there is none that can be read."""
+    """Return the report that is there, or None where there is none; a damaged one is set aside."""
+    if not path.is_file():
+        return None
     try:
-        return read_json(path)
+        return read_sealed_json(path, required=False)
     except ValueError:
+        _log.warning("%s is damaged: it is kept as %s, and its figures are not taken over.", path, set_aside(path).name)
         return None
 
 

@@ -39,6 +39,17 @@ class TensorsDigest:
         return self._digest.hexdigest()
 
 
+def json_digest(content: Any) -> str:
+    """Return the digest of JSON values, whatever the order of keys and the spaces between them."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the digest of a whole file."""
+    with open(path, "rb") as file:
+        return _digest_of(file, path.stat().st_size)
+
+
 def once(path: Path, check: Callable[[], None]) -> None:
     """Check a file unless this process has done so and it has not changed since.
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nowag_pl.digests import TensorsDigest, check_seal, once, seal
+from nowag_pl.digests import TensorsDigest, check_seal, json_digest, once, seal
 
 _METADATA_KEY = "nowag_pl"
+SHA256 = "sha256"
 _DIGEST_KEY = "nowag_pl_sha256"
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.nowag_pl\.tmp")
 
@@ -34,7 +36,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be written or the disk is full. `path` is then what it was before.
     """
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.nowag_pl.tmp")
+    temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -52,14 +54,23 @@ def replacing(path: Path) -> Iterator[Path]:
     flush(path.parent)
 
 
+def temporary_name(path: Path) -> Path:
+    """Return a name beside a file or folder for what is to take its place; :func:`remove_temporary` knows it."""
+    return path.with_name(f".{path.name}.{uuid4().hex}.nowag_pl.tmp")
+
+
 def remove_temporary(folder: Path) -> None:
-    """Delete the temporary files that :func:`replacing` has left in a folder; other people's hidden files stay.
+    """Delete the temporary files and folders that this package has left in one; other people's hidden files stay.
 
     Args:
         folder: a folder in which no other process writes; subfolders are not looked at.
     """
     for path in folder.glob(".*.nowag_pl.tmp"):
-        if _TEMPORARY.fullmatch(path.name):
+        if not _TEMPORARY.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink(missing_ok=True)
 
 
@@ -101,6 +112,35 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
+def write_sealed_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object with its digest under the key "sha256", atomically.
+
+    Raises:
+        ValueError: as :func:`write_json`.
+    """
+    plain = {key: value for key, value in json.loads(json.dumps(content)).items() if key != SHA256}
+    write_json(path, plain | {SHA256: json_digest(plain)})
+
+
+def read_sealed_json(path: Path, required: bool = True) -> dict[str, Any]:
+    """Read what :func:`write_sealed_json` wrote, without the digest.
+
+    Args:
+        path: the file.
+        required: whether one without a digest is refused; False for those of earlier versions.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"Expected {path} to hold a JSON object, but got a {type(content).__name__}.")
+    digest = content.pop(SHA256, None)
+    if (digest is None and required) or (digest is not None and digest != json_digest(content)):
+        raise ValueError(f"Expected {path} as it was written, but its content does not have the digest in it.")
+    return content
+
+
 def _not_finite(content: Any, name: str = "") -> str | None:
     """Return the first number that is NaN or infinite with its place, such as "nan for perplexity.wiki"."""
     if isinstance(content, float):
@@ -127,7 +167,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"Expected {path} to be a JSON file, but it is missing or damaged: {error}.") from error
 
 

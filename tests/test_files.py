@@ -15,10 +15,12 @@ from nowag_pl.files import (
     new_array,
     read_array,
     read_metadata,
+    read_sealed_json,
     read_tensors,
     replacing,
     set_aside,
     write_json,
+    write_sealed_json,
     write_tensors,
 )
 
@@ -254,3 +256,15 @@ def test_damaged_file_or_folder_is_kept_by_name(tmp_path):
     names = sorted(path.name for path in tmp_path.iterdir())
     assert len(names) == 2
     assert all(name.startswith("last.ckpt.") and name.endswith(".damaged") for name in names)
+
+
+def test_sealed_json_is_believed_unchanged_alone(tmp_path):
+    path = tmp_path / "a.json"
+    write_sealed_json(path, {"b": 1.5, "a": {"n": [1, None]}})
+    assert read_sealed_json(path) == {"b": 1.5, "a": {"n": [1, None]}}
+    for other in (path.read_text().replace("1.5", "1.6"), path.read_text().replace('"n"', '"m"'), "[]", "{}", "{"):
+        path.write_text(other)
+        with pytest.raises(ValueError, match=r"Expected .*a\.json"):
+            read_sealed_json(path)
+    path.write_text('{"b": 1}')
+    assert read_sealed_json(path, required=False) == {"b": 1}

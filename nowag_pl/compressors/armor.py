@@ -13,8 +13,9 @@ from nowag_pl.functional.armor.groups import supports_of
 from nowag_pl.functional.armor.objective import ArmorTarget, identity_factors
 from nowag_pl.functional.normalization import Normalized, normalize
 from nowag_pl.functional.objective import output_weights, with_mean_one
-from nowag_pl.functional.patterns import check_pattern, check_row
+from nowag_pl.functional.patterns import as_pattern, check_row
 from nowag_pl.functional.pruning import keep_n_of_m, nowag_scores
+from nowag_pl.functional.ranges import check_real, check_whole
 from nowag_pl.modules import ArmorLinear
 
 
@@ -55,16 +56,16 @@ class ArmorCompressor(Compressor):
         Raises:
             ValueError: the pattern is no (N, M) or has too many supports, or another setting is out of its range.
         """
-        object.__setattr__(self, "pattern", tuple(self.pattern))
-        check_pattern(self.pattern)
+        object.__setattr__(self, "pattern", as_pattern(self.pattern))
         supports_of(self.pattern)
         if not isinstance(self.block_size, int):
             object.__setattr__(self, "block_size", tuple(self.block_size))
-        if min(self._largest_blocks) < self.pattern[1]:
-            raise ValueError(f"Expected block_size of at least {self.pattern[1]}, but got {self.block_size}.")
-        for name, least in {"max_iters": 0, "learning_rate": 0, "tolerance": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"Expected {name} of at least {least}, but got {getattr(self, name)}.")
+        for size in self._largest_blocks:
+            check_whole("block_size", size, self.pattern[1])
+        check_whole("max_iters", self.max_iters, 0)
+        check_whole("seed", self.seed, 0)
+        check_real("learning_rate", self.learning_rate)
+        check_real("tolerance", self.tolerance)
         words = {"selection": ("gradient", "random"), "schedule": ("cosine", "constant")}
         for name, choices in (words | {"weighting": ("normalized", "output")}).items():
             if getattr(self, name) not in choices:

@@ -108,6 +108,11 @@ def check_inputs(linear: nn.Linear, second_moment: Tensor, full: bool = False) -
         second_moment: `[in]` or `[in, in]`.
         full: whether it must be the matrix.
     """
+    if not isinstance(linear, nn.Linear):
+        raise ValueError(f"Expected an nn.Linear to compress, but got {type(linear).__name__}.")
+    if not isinstance(second_moment, Tensor) or not second_moment.is_floating_point():
+        kind = second_moment.dtype if isinstance(second_moment, Tensor) else type(second_moment).__name__
+        raise ValueError(f"Expected a second moment as a tensor of floating type, but got {kind}.")
     matrix = second_moment.shape == (linear.in_features, linear.in_features)
     if full and not matrix:
         raise ValueError(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nowag_pl.compressors.base import Compressor
+from nowag_pl.functional.ranges import check_real, check_whole
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,9 @@ class Budget:
     bits_per_weight: float | None = None
 
     def __post_init__(self) -> None:
-        if self.bits_per_weight is not None and not self.bits_per_weight > 0:
-            raise ValueError(f"Expected compression.budget.bits_per_weight above 0, but got {self.bits_per_weight}.")
-        if self.num_sequences < 1:
-            raise ValueError(f"Expected compression.budget.num_sequences of at least 1, but got {self.num_sequences}.")
+        if self.bits_per_weight is not None:
+            check_real("compression.budget.bits_per_weight", self.bits_per_weight, above=True)
+        check_whole("compression.budget.num_sequences", self.num_sequences, 1)
 
 
 def settings_of(compressor: Compressor, budget: Budget) -> list[Compressor]:

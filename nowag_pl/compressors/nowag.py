@@ -15,6 +15,7 @@ from nowag_pl.functional.moments import damped_inverse_factor, mean_squares
 from nowag_pl.functional.normalization import norms
 from nowag_pl.functional.objective import output_weights
 from nowag_pl.functional.pruning import keep_structured, normalized_scores
+from nowag_pl.functional.ranges import check_real, check_whole
 from nowag_pl.functional.vq.kmeans import KMeansSettings, check_num_codewords, weighted_kmeans
 from nowag_pl.functional.vq.quantized import Quantized, SubvectorWeights, normalized_subvectors, subvectors
 from nowag_pl.functional.vq.refine import Refinement, refine
@@ -56,7 +57,7 @@ class NoWagPruner(Pruner):
             raise ValueError(f"Expected pattern or structured, but got {self.pattern} and {self.structured!r}.")
         if self.update not in (None, "refit", "alternating"):
             raise ValueError(f"Expected update to be 'refit', 'alternating' or null, but got {self.update!r}.")
-        _check_damping(self.damping)
+        check_real("damping", self.damping, above=True)
 
     @property
     def full_second_moment(self) -> bool:
@@ -138,15 +139,15 @@ class NoWagQuantizer(Compressor):
         Raises:
             ValueError: a number is out of its range.
         """
-        least_of = {"subvector_dim": 1, "codebook_size": 1, "max_iters": 0, "tolerance": 0}
-        for name, least in (least_of | {"restarts": 1, "rounds": 1}).items():
-            if getattr(self, name) < least:
-                raise ValueError(f"Expected {name} of at least {least}, but got {getattr(self, name)}.")
+        least_of = {"subvector_dim": 1, "codebook_size": 1, "max_iters": 0, "restarts": 1, "rounds": 1, "seed": 0}
+        for name, least in least_of.items():
+            check_whole(name, getattr(self, name), least)
+        check_real("tolerance", self.tolerance)
         if self.weighting not in ("output", "normalized"):
             raise ValueError(f"Expected weighting to be 'output' or 'normalized', but got {self.weighting!r}.")
         if self.update not in (None, "feedback", "alternating"):
             raise ValueError(f"Expected update to be 'feedback', 'alternating' or null, but got {self.update!r}.")
-        _check_damping(self.damping)
+        check_real("damping", self.damping, above=True)
 
     @property
     def full_second_moment(self) -> bool:
@@ -206,8 +207,3 @@ class NoWagQuantizer(Compressor):
             return SubvectorWeights(subvectors(second_moment[None], self.subvector_dim))
         rows, columns = output_weights(in_scale, out_scale, second_moment)
         return SubvectorWeights(subvectors(columns[None], self.subvector_dim), rows)
-
-
-def _check_damping(damping: float) -> None:
-    if not damping > 0:
-        raise ValueError(f"Expected damping greater than 0, but got {damping}.")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nowag_pl.compressors.base import Compressor, check_inputs, empty_settings
 from nowag_pl.functional.moments import mean_squares
-from nowag_pl.functional.patterns import check_pattern, check_row
+from nowag_pl.functional.patterns import as_pattern, check_row
 from nowag_pl.functional.pruning import check_sparsity, keep_largest, keep_n_of_m
 from nowag_pl.modules import MaskedLinear
 
@@ -35,8 +35,7 @@ class Pruner(Compressor):
             ValueError: sparsity is outside of [0, 1), the pattern is no (N, M), or both are given.
         """
         if self.pattern is not None:
-            object.__setattr__(self, "pattern", tuple(self.pattern))
-            check_pattern(self.pattern)
+            object.__setattr__(self, "pattern", as_pattern(self.pattern))
             if self.sparsity is not None:
                 raise ValueError(
                     f"Expected sparsity or pattern, but got sparsity {self.sparsity} and pattern {self.pattern}. "

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from nowag_pl.compressors.base import Compressor, check_inputs, empty_settings
 from nowag_pl.functional.moments import mean_squares
+from nowag_pl.functional.ranges import check_real, check_whole
 from nowag_pl.functional.trellis.codes import Code
 from nowag_pl.functional.trellis.quantize import TrellisSettings, quantize_trellis
 from nowag_pl.functional.trellis.rotation import Rotation
@@ -51,8 +52,8 @@ class NoWagTrellis(Compressor):
             ValueError: a number is out of its range, or a word is unknown.
         """
         for name, (least, most) in {"bits": (1, 8), "state_bits": (8, 16), "refit_rounds": (0, 100)}.items():
-            if not least <= getattr(self, name) <= most:
-                raise ValueError(f"Expected {name} from {least} to {most}, but got {getattr(self, name)}.")
+            check_whole(name, getattr(self, name), least, most)
+        check_whole("seed", self.seed, 0)
         words: dict[str, tuple[object, ...]] = {
             "code": ("mul1", "mcg", "3inst", "1mad"),
             "rotation": get_args(Rotation),
@@ -60,8 +61,7 @@ class NoWagTrellis(Compressor):
         for name, choices in (words | {"multiple": (16, 128)}).items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"Expected {name} to be one of {choices}, but got {getattr(self, name)!r}.")
-        if not self.damping > 0:
-            raise ValueError(f"Expected damping greater than 0, but got {self.damping}.")
+        check_real("damping", self.damping, above=True)
 
     @property
     def full_second_moment(self) -> bool:

@@ -1,18 +1,18 @@
 """Documents out of local files, by their suffix, out of datasets saved to disk, and out of a dataset's rows."""
 
-import glob
-import gzip
 import logging
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from nowag_pl.data.chats import Document, document_of, text_columns
+from nowag_pl.data.tables import SUFFIXES, decoded, open_bytes, read_table, table_kind
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 _log = logging.getLogger(__name__)
 SHUFFLE_BUFFER = 10_000  # documents of a stream among which the next one is drawn
-_TABLES = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 def read_text_file(path: str | Path) -> str:
@@ -23,29 +23,23 @@ def read_text_file(path: str | Path) -> str:
     """
     path = Path(path)
     try:
-        return gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text("utf-8")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        with open_bytes(path) as file:
+            return decoded(file.read())
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"Expected {path} to be a readable UTF-8 text file, but got: {reason}.") from error
 
 
-def builder_of(path: str | Path) -> str | None:
-    """Return the builder of :func:`datasets.load_dataset` that reads a file of this suffix; None for plain text.
-
-    >>> builder_of("a.jsonl.gz"), builder_of("b.parquet"), builder_of("c.txt")
-    ('json', 'parquet', None)
-    """
-    name = Path(path).name.lower().removesuffix(".gz")
-    return _TABLES.get(Path(name).suffix)
-
-
-def read_documents(path: str | Path, column: str = "text") -> list[str]:
+def read_documents(path: str | Path, column: str | None = None) -> list[Document]:
     """Read a local file or a dataset saved to disk.
 
     Args:
-        path: a table (.json, .jsonl, .ndjson, .parquet, .csv; rows are documents), any other UTF-8 text file (one
+        path: a table (.json, .jsonl, .ndjson, .parquet, .csv, .tsv; rows are documents), any other UTF-8 text file (one
             document), each of them also as .gz, or a folder that `save_to_disk` wrote.
-        column: column of a table that holds the text.
+        column: column of a table that holds texts or chats. None: see :func:`nowag_pl.data.chats.text_columns`.
+
+    Returns:
+        Texts, and chats as lists of messages.
 
     Raises:
         ValueError: the file is missing, damaged, empty or of a kind that is not read, it has no such column, or the
@@ -54,20 +48,22 @@ def read_documents(path: str | Path, column: str = "text") -> list[str]:
     path = Path(path).expanduser()
     if path.is_dir():
         return rows_to_documents(open_saved(path, None), column, str(path))
-    builder = builder_of(path)
-    if builder is None:
+    kind = table_kind(path)
+    if kind is None:
         return [_read_other_file(path)]
     if not path.is_file():
         raise ValueError(f"Expected {path} to be a readable file, but there is none.")
-    from datasets import load_dataset
-
     _log.info("Reading %s", path)
     try:
-        rows = load_dataset(builder, data_files=glob.escape(str(path)), split="train")
-    except Exception as error:  # of many types: each means that the file does not have the format of its suffix
-        reason = first_line(error.__cause__ or error)
-        raise ValueError(f"Expected {path} to be a readable {builder} file with rows, but got: {reason}.") from error
-    return rows_to_documents(rows, column, str(path))
+        rows = read_table(path, column)
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        if f"{path} to have a column" in str(error):
+            raise
+        # Libraries add lines of their own.
+        raise ValueError(
+            f"Expected {path} to be a readable {kind} file with rows, but got: {first_line(error)}."
+        ) from error
+    return [document_of(row, list(row), str(path), index) for index, row in enumerate(rows)]
 
 
 def _read_other_file(path: Path) -> str:
@@ -77,7 +73,7 @@ def _read_other_file(path: Path) -> str:
         if not path.is_file() or path.suffix in {"", ".txt", ".text", ".md"}:
             raise
         raise ValueError(
-            f"{error} Files of rows are known by their suffix: {', '.join(_TABLES)}, or these .gz."
+            f"{error} Files of rows are known by their suffix: {', '.join(SUFFIXES)}, or these .gz."
         ) from error
 
 
@@ -123,52 +119,37 @@ def open_saved(folder: Path, split: str | None) -> "Dataset":
 
 def rows_to_documents(
     rows: "Dataset | IterableDataset",
-    column: str,
+    column: str | None,
     name: str,
     max_documents: int | None = None,
     shuffle_seed: int | None = None,
-) -> list[str]:
-    """Read the text of a dataset's rows.
+) -> list[Document]:
+    """Read the texts or chats of a dataset's rows.
 
     Args:
         rows: the dataset, which may be a stream: of it only as many rows are read as needed.
-        column: column that holds the text.
+        column: column that holds them. None: see :func:`nowag_pl.data.chats.text_columns`.
         name: name of the dataset in messages.
         max_documents: number of rows to read. None: all.
         shuffle_seed: draw rows at random; from a stream, among the next 10,000. None: in order.
 
     Raises:
-        ValueError: there are no rows, they have no such column, or it holds something else than text.
+        ValueError: there are no rows, they have no such column, or it holds something else.
     """
     from datasets import Dataset
 
     first = next(iter(rows), None)
     if first is None:
         raise ValueError(f"Expected {name} to hold documents, but it is empty.")
-    require_column(list(first), column, name)
-    rows = rows.select_columns([column])
+    columns = text_columns(list(first), column, name)
+    rows = rows.select_columns(list(columns))
     if isinstance(rows, Dataset):
         rows = rows if shuffle_seed is None else rows.shuffle(seed=shuffle_seed)
-        documents = list(rows.select(range(min(max_documents or len(rows), len(rows))))[column])
+        rows = rows.select(range(min(max_documents or len(rows), len(rows))))
     else:
         rows = rows if shuffle_seed is None else rows.shuffle(seed=shuffle_seed, buffer_size=SHUFFLE_BUFFER)
-        documents = [row[column] for row in (rows if max_documents is None else rows.take(max_documents))]
-    for index, document in enumerate(documents):
-        if not isinstance(document, str):
-            raise ValueError(
-                f"Expected text in column {column!r} of {name}, but row {index} holds {type(document).__name__}."
-            )
-    return documents
-
-
-def require_column(columns: list[str], column: str, name: str) -> None:
-    """Check that a dataset has the column of the text.
-
-    Raises:
-        ValueError: it does not.
-    """
-    if column not in columns:
-        raise ValueError(f"Expected {name} to have a column {column!r}, but got {columns}.")
+        rows = rows if max_documents is None else rows.take(max_documents)
+    return [document_of(row, columns, name, index) for index, row in enumerate(rows)]
 
 
 def first_line(error: BaseException) -> str:

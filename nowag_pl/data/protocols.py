@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nowag_pl.data.chats import as_texts
 from nowag_pl.data.sources import TextSource
 from nowag_pl.data.tokens import cached_tokens, no_length_limit, stream_of, tokenize, whole_windows
 
@@ -45,9 +46,11 @@ def stream_tokens(source: TextSource, tokenizer: "PreTrainedTokenizerBase", cach
         Token ids `[num_tokens]`, int32.
     """
     if source.cache_key is None:
-        return tokenize(source.documents(), tokenizer, cache_dir)
+        return tokenize(as_texts(source.documents(), tokenizer), tokenizer, cache_dir)
     key = ["stream", source.cache_key]
-    return cached_tokens(key, tokenizer, cache_dir, lambda: tokenize(source.documents(), tokenizer))
+    return cached_tokens(
+        key, tokenizer, cache_dir, lambda: tokenize(as_texts(source.documents(), tokenizer), tokenizer)
+    )
 
 
 def evaluation_windows(
@@ -144,6 +147,7 @@ def _tokens(
 ) -> Tensor:
     """Return the result of `make` on the documents, from the cache if it is there."""
     if source.cache_key is not None:
-        return cached_tokens([*key, source.cache_key], tokenizer, cache_dir, lambda: make(source.documents()))
-    documents = source.documents()
+        described = [*key, source.cache_key]
+        return cached_tokens(described, tokenizer, cache_dir, lambda: make(as_texts(source.documents(), tokenizer)))
+    documents = as_texts(source.documents(), tokenizer)
     return cached_tokens([*key, *documents], tokenizer, cache_dir, lambda: make(documents))

@@ -9,18 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
+
+from nowag_pl.data.chats import Document, text_columns
 from nowag_pl.data.documents import (
-    builder_of,
     first_line,
     is_saved,
     open_saved,
     read_documents,
     read_text_file,
-    require_column,
     rows_to_documents,
 )
 from nowag_pl.data.expansion import is_folder_of_texts
 from nowag_pl.data.python_docs import STANDARD_LIBRARY, docs_state, python_docs
+from nowag_pl.data.tables import table_kind
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -43,21 +45,27 @@ class TextSource(Protocol):
     def cache_key(self) -> str | None:
         """Key of its tokens in the cache, so that it need not be read again. None: the text itself."""
 
-    def documents(self) -> list[str]:
+    def documents(self) -> list[Document]:
         """Read it."""
 
 
 @dataclass(frozen=True)
 class LocalFiles:
-    """Local files and datasets saved to disk, one after the other; see :func:`read_documents`."""
+    """Local files and datasets saved to disk, one after the other; see :func:`read_documents`.
+
+    Attributes:
+        paths: the files.
+        column: column of tables that holds texts or chats. None: a known one.
+    """
 
     paths: tuple[str, ...]
+    column: str | None = None
     protocol: EvalProtocol = "stream"
     cache_key: None = None
 
-    def documents(self) -> list[str]:
+    def documents(self) -> list[Document]:
         """Read every file, in order."""
-        return [document for path in self.paths for document in read_documents(path)]
+        return [document for path in self.paths for document in read_documents(path, self.column)]
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ class PythonDocs:
         """The state of the source files, as reading them takes seconds."""
         return f"python docs {self.split} {docs_state(self.packages)}"
 
-    def documents(self) -> list[str]:
+    def documents(self) -> list[Document]:
         """Read the docstrings."""
         return list(python_docs(self.split, self.packages))
 
@@ -86,7 +94,8 @@ class HubDataset:
         path: hub id, local folder or file, folder of `save_to_disk`, or a builder such as "json", "parquet", "text".
         name: configuration of the dataset, such as "wikitext-2-raw-v1".
         split: split to read, such as "train", "test", "train[:1000]".
-        column: column that holds the text.
+        column: column that holds texts or chats, which the model's chat template writes. null: "text", or else
+            "messages", "conversations", or "instruction" and "response".
         data_files: files to read instead of the whole dataset: relative to it, or local ones in their place.
         protocol: way of cutting the text into evaluation windows. "stream": documents joined by a blank line, tokenised
             once, cut into windows; "c4": GPTQ's 256 crops of C4's first validation file; "c4-new": its first 1100
@@ -99,7 +108,7 @@ class HubDataset:
     path: str
     name: str | None = None
     split: str = "train"
-    column: str = "text"
+    column: str | None = None
     data_files: str | list[str] | None = None
     protocol: EvalProtocol = "stream"
     streaming: bool = False
@@ -127,7 +136,7 @@ class HubDataset:
             is_local = Path(self.path).expanduser().exists() or bool(self._local_files)
         return None if is_local else json.dumps(dataclasses.asdict(self), sort_keys=True)
 
-    def documents(self) -> list[str]:
+    def documents(self) -> list[Document]:
         """Read the column, one document per row.
 
         Raises:
@@ -135,6 +144,8 @@ class HubDataset:
         """
         count = f"at most {self.max_documents}" if self.max_documents else "all"
         _log.info("Reading %s documents of %s", count, " ".join([self._title, *self._files]))
+        if not self.streaming and (files := self._tables):
+            return self._selected([document for file in files for document in read_documents(file, self.column)])
         rows = self._open()
         try:
             return rows_to_documents(rows, self.column, self._title, self.max_documents, self.shuffle_seed)
@@ -142,6 +153,21 @@ class HubDataset:
             raise
         except Exception as error:  # a stream may break in many ways
             raise self._unreadable(error) from error
+
+    def _selected(self, documents: list[Document]) -> list[Document]:
+        """Return the documents of local files that split, seed and number choose, as `load_dataset` would."""
+        from datasets import ReadInstruction
+
+        # A builder puts all files into one split; a dataset's own split may be of any name.
+        name = "train" if self.path in _BUILDERS else re.split(r"[\[+]", self.split)[0]
+        try:
+            parts = ReadInstruction.from_spec(self.split).to_absolute({name: len(documents)})
+        except (ValueError, AssertionError) as error:
+            raise self._unreadable(error) from error
+        chosen = [document for part in parts for document in documents[part.from_ : part.to]]
+        if self.shuffle_seed is not None:
+            chosen = [chosen[i] for i in np.random.default_rng(self.shuffle_seed).permutation(len(chosen))]
+        return chosen[: self.max_documents]
 
     @property
     def _title(self) -> str:
@@ -157,6 +183,18 @@ class HubDataset:
         files = [str(Path(file).expanduser()) for file in self._files]
         return files if files and all(Path(file).is_file() for file in files) else []
 
+    @property
+    def _tables(self) -> list[str]:
+        """Local tables that are the whole dataset: of them only the needed columns are read."""
+        path = Path(self.path).expanduser()
+        files = [str(path)] if path.is_file() else [] if path.is_dir() else self._local_files
+        same = self.path in _BUILDERS
+        return (
+            files
+            if all(table_kind(file) in ({self.path} if same else {"json", "csv", "parquet"}) for file in files)
+            else []
+        )
+
     def _open(self) -> "Dataset | IterableDataset":
         from datasets import concatenate_datasets, load_dataset
 
@@ -170,9 +208,12 @@ class HubDataset:
             streams = self._streams(arguments)
         except Exception as error:  # the library raises a dozen types, all of which mean this
             raise self._unreadable(error) from error
-        for stream in streams:
-            require_column(stream.column_names or [self.column], self.column, self._title)
-        return concatenate_datasets([stream.select_columns([self.column]) for stream in streams])
+        columns = [
+            text_columns(stream.column_names or list(next(iter(stream), {})), self.column, self._title)
+            for stream in streams
+        ]
+        chosen = [stream.select_columns(list(names)) for stream, names in zip(streams, columns, strict=True)]
+        return concatenate_datasets(chosen)
 
     def _streams(self, arguments: dict[str, Any]) -> "list[IterableDataset]":
         """Open JSON files one by one, as their other columns need not agree: those of RedPajama do not."""
@@ -193,7 +234,7 @@ class HubDataset:
         split = re.split(r"[\[+]", self.split)[0]
         files = [str(path)] if path.is_file() else [] if path.is_dir() else self._local_files
         if files:
-            builder = builder_of(files[0])
+            builder = table_kind(files[0])
             whole = {"path": "text", "sample_by": "document"}
             return {
                 **({"path": builder} if builder else whole),

@@ -7,6 +7,7 @@ it takes the place of the first token.
 """
 
 import hashlib
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 # Where the beginning-of-sequence token stands: before the whole text, or at the beginning of every window.
 BosPlace = Literal["stream", "window"]
-_CACHE_VERSION = "1"
+_CACHE_VERSION = "2"
+LEAST_DISTINCT = 8
+FEW_DISTINCT = 200
 _LONG_TEXT = 10_000_000  # characters; worth a word while it takes its time
 
 
@@ -54,7 +57,8 @@ def stream_of(text: str, tokenizer: "PreTrainedTokenizerBase") -> Tensor:
         _log.info("Tokenising %.0f million characters", len(text) / 1e6)
     with no_length_limit(tokenizer):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if tokenizer.bos_token_id is not None:
+    # A chat template may have begun the text with this token already.
+    if tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]:
         ids = [tokenizer.bos_token_id, *ids]
     return torch.tensor(ids, dtype=torch.int32)
 
@@ -101,7 +105,8 @@ def _digest(key: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> str:
     digest = hashlib.sha256(_CACHE_VERSION.encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     description = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    for part in (description, str(tokenizer.bos_token_id), *key):
+    template = json.dumps(tokenizer.chat_template, sort_keys=True)
+    for part in (description, str(tokenizer.bos_token_id), template, *key):
         digest.update(hashlib.sha256(part.encode("utf-8", "surrogatepass")).digest())
     return digest.hexdigest()
 
@@ -109,6 +114,27 @@ def _digest(key: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> str:
 def tokens_digest(tokens: Tensor) -> str:
     """Return the SHA-256 of token ids, equal for equal ids of any integer type."""
     return hashlib.sha256(tokens.to(torch.int32).contiguous().numpy().tobytes()).hexdigest()
+
+
+def check_variety(tokens: Tensor, name: str) -> None:
+    """Look whether tokens can calibrate: those of a blank text, or of one word over and over, cannot.
+
+    Args:
+        tokens: the stream, `[num_tokens]`; a very short one is refused for its length elsewhere.
+        name: of the text, for messages.
+
+    Raises:
+        ValueError: fewer than eight different ones.
+    """
+    distinct = len(tokens.unique())
+    share = f"{distinct} different tokens among {tokens.numel()} ({distinct / max(tokens.numel(), 1):.2%})"
+    if distinct < LEAST_DISTINCT <= tokens.numel():
+        raise ValueError(
+            f"{name}: Expected text to calibrate on, but got {share}: it is blank, or repeats itself. Most input "
+            "channels would be dead. Give other text."
+        )
+    if distinct < FEW_DISTINCT <= tokens.numel():
+        _log.warning("%s: only %s. Channels that other text needs may seem dead.", name, share)
 
 
 def whole_windows(tokens: Tensor, seq_len: int) -> Tensor:

@@ -200,5 +200,5 @@ def kept_values(weight: Shaped[Tensor, "out in"], keep: Bool[Tensor, "out in"]) 
 
 def check_sparsity(sparsity: float) -> None:
     """Raise ValueError unless 0 <= sparsity < 1."""
-    if not 0 <= sparsity < 1:
+    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
         raise ValueError(f"Expected sparsity (the fraction removed) in [0, 1), but got {sparsity}.")

@@ -6,6 +6,7 @@ A checkpoint is written beside its place and renamed, so that a killed process o
 import logging
 import pickle
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -13,11 +14,12 @@ from zipfile import is_zipfile
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from nowag_pl.digests import check_seal, seal
-from nowag_pl.files import replacing, set_aside
+from nowag_pl.digests import check_seal, file_digest, seal
+from nowag_pl.files import read_sealed_json, replacing, set_aside, write_sealed_json
 
 _log = logging.getLogger("nowag_pl")
-_SHARDED = (".metadata", "meta.pt")  # files of a checkpoint that is a folder, the last ones that are written
+_SHARDED = (".metadata", "meta.pt")  # files of a checkpoint that is a folder
+_DIGESTS = "digests.json"  # of all its files, the last one that is written
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -51,23 +53,28 @@ class WholeCheckpoints(TorchCheckpointIO):
         return read_checkpoint(path, map_location)
 
 
-def local_path(path: str | Path) -> Path:
+def local_path(path: str | Path, wanted: str = "a checkpoint") -> Path:
     """Return a path, unless it is an address, from which nothing is fetched.
+
+    Args:
+        path: a file or folder.
+        wanted: for the message.
 
     Raises:
         ValueError: it is an address.
     """
     if "://" in str(path) or "::" in str(path):
-        raise ValueError(f"Expected a checkpoint on this machine, but got the address {path}: copy it here first.")
+        raise ValueError(f"Expected {wanted} on this machine, but got the address {path}: copy it here first.")
     return Path(path)
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+def read_checkpoint(path: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint of a training.
 
     Args:
         path: a file.
         map_location: device to which its tensors go.
+        mmap: read tensors when they are used.
 
     Raises:
         ValueError: it is not there, damaged, or holds more than tensors and plain values.
@@ -77,7 +84,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         if not is_zipfile(place):
             raise ValueError("another file, one that is cut short, or none")
         check_seal(place, required=False)
-        content = torch.load(place, map_location=map_location, weights_only=True)
+        content = torch.load(place, map_location=map_location, mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"Expected {place} to be a checkpoint of tensors and plain values, but it is damaged, or holds something "
@@ -96,6 +103,40 @@ def is_sharded(path: Path) -> bool:
     return path.is_dir() and all((path / name).is_file() for name in _SHARDED)
 
 
+def digests_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the digests of files in a folder by their name."""
+    return {name: file_digest(folder / name) for name in names}
+
+
+def seal_folder(folder: Path, digests: Mapping[str, str]) -> None:
+    """Write the digests of all files of a sharded checkpoint into its folder."""
+    write_sealed_json(folder / _DIGESTS, dict(digests))
+
+
+def check_folder(folder: Path, required: bool = True) -> None:
+    """Compare the files of a sharded checkpoint with their digests.
+
+    Args:
+        folder: the checkpoint.
+        required: whether one without digests is refused; False for those of other programs.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+        OSError: a file cannot be read.
+    """
+    if not is_sharded(folder):
+        raise ValueError("parts of it are not there")
+    if not required and not (folder / _DIGESTS).exists():
+        return
+    digests = read_sealed_json(folder / _DIGESTS)
+    found = {path.name for path in folder.iterdir()} - {_DIGESTS}
+    if found != set(digests):
+        raise ValueError(f"its files are not those that were written: {sorted(found ^ set(digests))[:3]}")
+    for name, digest in digests.items():
+        if file_digest(folder / name) != digest:
+            raise ValueError(f"{name} does not have its digest")
+
+
 def whole_checkpoint(path: Path) -> bool:
     """Tell whether a checkpoint that a run has written is whole; one that is damaged is set aside by name.
 
@@ -105,8 +146,8 @@ def whole_checkpoint(path: Path) -> bool:
     try:
         if not path.is_dir():
             check_seal(path)
-        elif not is_sharded(path):
-            raise ValueError("parts of it are not there")
+        else:
+            check_folder(path)
     except (OSError, ValueError) as error:
         aside = set_aside(path)
         _log.warning("%s is damaged (%s): it is kept as %s, and training goes on without it.", path, error, aside.name)
@@ -131,4 +172,4 @@ def newest_whole(folder: Path, first: str) -> Path | None:
 
 def _can_go_on(path: Path) -> bool:
     """Tell whether a checkpoint holds the state of a training beside the weights."""
-    return "loops" in torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return "loops" in read_checkpoint(path, mmap=True)

@@ -4,9 +4,11 @@ from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 
+from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.phases import PhasedTrainer, is_compressing
 from nowag_pl.lit.settings import training_settings
 from nowag_pl.lit.stage import Stage, data_of, module_of
+from nowag_pl.lit.trainer_options import check_callbacks
 from nowag_pl.run.ranks import Ranks
 from nowag_pl.run.store import ArtefactStore
 from nowag_pl.stages.compression_run import Texts, training_claim
@@ -29,8 +31,10 @@ class ClaimsCheck(Stage):
             return
         self._done = True
         assert isinstance(trainer, PhasedTrainer)
-        training = training_settings(trainer, module)
         plan, data = module.plan, data_of(trainer)
+        training = training_settings(trainer, module)
+        if training is not None:
+            _check_training(trainer, data, plan.compression is not None)
         if plan.compression is None or plan.calibration is None:
             if training is not None:
                 claim = training_claim(training, {"model": module.checkpoint.path})
@@ -42,3 +46,14 @@ class ClaimsCheck(Stage):
             finetuning = data.finetuning_windows(settings.num_sequences, settings.num_held_out, settings.seed)
         module.run.check_claims(Texts(calibration, finetuning, data.bos), training)
         module.run.check_finite()
+
+
+def _check_training(trainer: PhasedTrainer, data: TokenDataModule, compresses: bool) -> None:
+    """Refuse what Lightning would refuse after hours of compression."""
+    check_callbacks(trainer.callbacks, data.eval_names, compresses)
+    interval, num_batches = trainer.options["val_check_interval"], len(data.train_dataloader())
+    if isinstance(interval, int) and trainer.check_val_every_n_epoch is not None and interval > num_batches:
+        raise ValueError(
+            f"Expected trainer.val_check_interval of at most {num_batches}, the batches of an epoch, but got "
+            f"{interval}."
+        )

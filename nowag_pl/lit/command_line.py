@@ -18,11 +18,14 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from nowag_pl.functional.ranges import check_whole
+from nowag_pl.lit.checkpoint_io import local_path
 from nowag_pl.lit.messages import calm
+from nowag_pl.lit.parser_messages import explained
 from nowag_pl.lit.phases import PhasedTrainer
-from nowag_pl.lit.preemption import Preemption, begin, received_signal
+from nowag_pl.lit.preemption import Preemption, begin, is_asked_to_stop, received_signal
 from nowag_pl.lit.progress_lines import ProgressLines
-from nowag_pl.lit.suggestions import SuggestingParser, explained, suggestion
+from nowag_pl.lit.suggestions import SuggestingParser, suggestion
 from nowag_pl.lit.trainer import check_checkpoint
 from nowag_pl.reports.compare import compare
 from nowag_pl.run.layout import CHECKPOINT
@@ -71,6 +74,7 @@ class StageCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; a command that needs no model ends here, as --help does."""
         super().parse_arguments(parser, args)
+        _check_groups(self.config[self.config.subcommand])
         if self.config.subcommand == "compare":
             compare(self.config.compare.run_dirs, self.config.compare.output)
             parser.exit()
@@ -89,6 +93,18 @@ class StageCLI(LightningCLI):
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = config.run_dir
 
+    def instantiate_classes(self) -> None:
+        """Make everything; a class that a configuration names may refuse its options in any way.
+
+        Raises:
+            ValueError: it does.
+        """
+        try:
+            super().instantiate_classes()
+        except (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
+            raise ValueError(f"Expected options of which everything can be made, but got: {reason}") from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the callback that stops a training in good order, and leave checkpoints out where none are asked for."""
         config = self.config_init[self.subcommand]
@@ -102,6 +118,22 @@ class StageCLI(LightningCLI):
             trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, ModelCheckpoint)]
         trainer.callbacks.insert(0, Preemption(Path(config.run_dir) / CHECKPOINT))
         return trainer
+
+
+def _check_groups(config: Mapping[str, Any]) -> None:
+    """Refuse what no class would: a group of options that is null, a seed that no generator takes, a remote folder.
+
+    Raises:
+        ValueError: there is one; the message names it.
+    """
+    for group in ("model", "data", "trainer", "checkpoint", "calibration", "compression", "finetuning", "report"):
+        if group in config and config[group] is None:
+            raise ValueError(f"Expected {group} to hold options, but got null.")
+    seed = config.get("seed_everything")
+    if seed is not None and not isinstance(seed, bool):
+        check_whole("seed_everything", seed, 0, 2**32 - 1)
+    if "checkpoint" in config and config["checkpoint"].dirpath is not None:
+        local_path(config["checkpoint"].dirpath, "checkpoint.dirpath to be a folder")
 
 
 def check_run_dir(run_dir: str, model_path: str, reads_only: bool = False) -> None:
@@ -185,12 +217,14 @@ def run_program(main: Callable[[], Any]) -> None:
     begin()
     try:
         main()
-    except SIGTERMException:
-        stopped_by = received_signal()
-        print(f"Stopped by {stopped_by.name}; the same command goes on from here.", file=sys.stderr)  # noqa: T201
-        sys.exit(128 + stopped_by)
-    except (ValueError, OSError, MisconfigurationException) as error:
-        if os.environ.get("NOWAG_PL_TRACEBACK"):
+    except (SIGTERMException, Exception) as error:
+        # A signal inside of compiled code may arrive here as an exception of a library.
+        if isinstance(error, SIGTERMException) or is_asked_to_stop():
+            stopped_by = received_signal()
+            print(f"Stopped by {stopped_by.name}; the same command goes on from here.", file=sys.stderr)  # noqa: T201
+            sys.exit(128 + stopped_by)
+        told = isinstance(error, ValueError | OSError | MisconfigurationException)
+        if not told or os.environ.get("NOWAG_PL_TRACEBACK"):
             raise
         sys.exit(f"error: {_message(error)}\n(NOWAG_PL_TRACEBACK=1 shows where)")
 
@@ -200,6 +234,6 @@ def _message(error: Exception) -> str:
     message = str(error)
     if isinstance(error, OSError) and error.strerror:
         message = error.strerror + (f": {error.filename}" if error.filename else "")
-    message = explained(message)
     found = suggestion(message)
+    message = explained(message)
     return f"{message}\ndid you mean {found}?" if found else message

@@ -15,7 +15,9 @@ from nowag_pl.data.expansion import named_files
 from nowag_pl.data.protocols import evaluation_windows, stream_tokens
 from nowag_pl.data.python_docs import STANDARD_LIBRARY
 from nowag_pl.data.sources import HubDataset, LocalFiles, PythonDocs, TextSource
-from nowag_pl.data.tokens import BosPlace, begin_windows, random_windows, whole_windows
+from nowag_pl.data.tables import table_kind
+from nowag_pl.data.tokens import BosPlace, begin_windows, check_variety, random_windows, whole_windows
+from nowag_pl.functional.ranges import check_whole
 from nowag_pl.lit.batches import ResumableLoader, Share, SharedBatches
 from nowag_pl.lit.phases import PhasedTrainer
 from nowag_pl.lit.text_module import TextModule
@@ -35,9 +37,9 @@ class TokenDataModule(LightningDataModule):
     machine. Calibration and training share their text; evaluation uses another text unless you give it the same.
 
     Args:
-        calibration_files: files to calibrate (and train) on: UTF-8 text, or .json, .jsonl, .ndjson, .parquet or .csv
-            with a column "text", each also as .gz, or a folder written by datasets' save_to_disk. null: the dataset,
-            or the built-in text.
+        calibration_files: files to calibrate (and train) on: UTF-8 text, or .json, .jsonl, .ndjson, .parquet, .csv or
+            .tsv with a column of texts or chats, each also as .gz, or a folder written by datasets' save_to_disk. null:
+            the dataset, or the built-in text.
         eval_files: files of the same kinds to measure perplexity on, by their name in the report. null: the datasets,
             or the built-in text.
         calibration_dataset: Hugging Face dataset to calibrate (and train) on, instead of files. null: none.
@@ -48,6 +50,8 @@ class TokenDataModule(LightningDataModule):
             as in the compression papers, or "window" in place of the first token of every window, for calibration,
             training and evaluation alike. null: "window" for the Gemma family, which predicts badly without it, and
             "stream" for others.
+        column: column of calibration_files and eval_files that holds texts, or chats, which the model's chat template
+            writes. null: "text", or else "messages", "conversations", or "instruction" and "response".
         seq_len: tokens per window. null: the model's maximum, but at most 2048.
         eval_batch_size: windows evaluated at a time on each device. null: 8, or as many as fit by the preflight's
             estimate.
@@ -67,6 +71,7 @@ class TokenDataModule(LightningDataModule):
         eval_datasets: dict[str, HubDataset] | None = None,
         python_packages: list[str] | None = None,
         bos: BosPlace | None = None,
+        column: str | None = None,
         seq_len: int | None = None,
         eval_batch_size: int | None = None,
         eval_chunk_mib: int = 256,
@@ -76,7 +81,7 @@ class TokenDataModule(LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        _check_sources(calibration_files, calibration_dataset, eval_files, eval_datasets, python_packages)
+        _check_sources(calibration_files, calibration_dataset, eval_files, eval_datasets, python_packages, column)
         for name, value in {
             "seq_len": seq_len,
             "eval_batch_size": eval_batch_size,
@@ -86,8 +91,8 @@ class TokenDataModule(LightningDataModule):
             "max_eval_windows": max_eval_windows,
         }.items():
             least = 2 if name == "seq_len" else 1
-            if value is not None and value < least:
-                raise ValueError(f"Expected data.{name} of at least {least}, but got {value}.")
+            if value is not None:
+                check_whole(f"data.{name}", value, least)
         self.calibration_files = _as_list(calibration_files)
         self.calibration_dataset = calibration_dataset
         named = (
@@ -97,6 +102,7 @@ class TokenDataModule(LightningDataModule):
         self.eval_datasets = eval_datasets or {}
         self.python_packages = python_packages or [STANDARD_LIBRARY]
         self._bos = bos
+        self.column = column
         self._seq_len = seq_len
         self.eval_batch_size = DEFAULT_BATCH if eval_batch_size is None else eval_batch_size
         self.has_free_batch = eval_batch_size is None
@@ -209,7 +215,7 @@ class TokenDataModule(LightningDataModule):
         """Return the option that gives an evaluation text, and the text."""
         if name in self.eval_files:
             option = f"data.eval_files.{name}"
-            return option, LocalFiles(_named_files(option, self.eval_files[name]))
+            return option, LocalFiles(_named_files(option, self.eval_files[name]), self.column)
         if name in self.eval_datasets:
             return f"data.eval_datasets.{name}", self.eval_datasets[name]
         return "built-in text", PythonDocs("eval")
@@ -218,7 +224,7 @@ class TokenDataModule(LightningDataModule):
         """Return the option that gives the calibration text, and the text."""
         if self.calibration_files:
             option = "data.calibration_files"
-            return option, LocalFiles(_named_files(option, self.calibration_files))
+            return option, LocalFiles(_named_files(option, self.calibration_files), self.column)
         if self.calibration_dataset is not None:
             return "data.calibration_dataset", self.calibration_dataset
         return "data.python_packages", PythonDocs("train", tuple(self.python_packages))
@@ -241,6 +247,7 @@ class TokenDataModule(LightningDataModule):
             tokenizer = self.checkpoint.tokenizer
             with _naming(option):
                 tokens = stream_tokens(source, tokenizer, self.cache_dir)
+            check_variety(tokens, option)
             self._calibration_tokens = self._known_ids(tokens)
         return self._calibration_tokens
 
@@ -316,6 +323,7 @@ def _check_sources(
     eval_files: str | dict[str, str | list[str]] | None,
     eval_datasets: dict[str, HubDataset] | None,
     python_packages: list[str] | None,
+    column: str | None,
 ) -> None:
     """Raise ValueError if the options name a text in two ways."""
     for name, texts in {
@@ -326,6 +334,17 @@ def _check_sources(
     }.items():
         if texts is not None and not texts:
             raise ValueError(f"Expected an entry in data.{name}, but got {texts}. null takes the default.")
+    of_texts = list(eval_files.values()) if isinstance(eval_files, dict) else [eval_files]
+    files = [file for each in (calibration_files, *of_texts) for file in _as_list(each)]
+    if column is not None and not any(table_kind(file) or Path(file).expanduser().is_dir() for file in files):
+        raise ValueError(
+            f"Expected a table in data.calibration_files or data.eval_files with data.column, but got {column!r} and "
+            "no table. Datasets have a column of their own."
+        )
+    if python_packages and (calibration_files or calibration_dataset):
+        raise ValueError(
+            f"Expected no data.python_packages with text of your own, but got {python_packages}: they are not used."
+        )
     if calibration_files and calibration_dataset:
         raise ValueError("Expected data.calibration_files or data.calibration_dataset, but got both.")
     if calibration_dataset and calibration_dataset.protocol != "stream":

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from math import ceil, cos, inf, pi
+from math import ceil, cos, pi
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
+from nowag_pl.functional.ranges import check_real
 from nowag_pl.lit.datamodule import data_of
 
 # What a schedule knows of its length, in its state.
@@ -37,10 +38,8 @@ class OptimizerSettings:
     lr_scheduler: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.learning_rate < inf:
-            raise ValueError(f"Expected model.learning_rate above 0, but got {self.learning_rate}.")
-        if not 0 <= self.weight_decay < inf:
-            raise ValueError(f"Expected model.weight_decay of at least 0, but got {self.weight_decay}.")
+        check_real("model.learning_rate", self.learning_rate, above=True)
+        check_real("model.weight_decay", self.weight_decay)
         if not 0 <= self.warmup_fraction < 1:
             raise ValueError(
                 f"Expected model.warmup_fraction of at least 0 and below 1, but got {self.warmup_fraction}."

@@ -8,6 +8,8 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.accelerators import Accelerator, CUDAAccelerator
 from lightning.pytorch.trainer.states import TrainerFn
 
+from nowag_pl.lit.trainer_options import check_options, naming_options
+
 Phase = Literal["one_shot", "blockwise", "finetuned"]
 BlockPrecision = Literal["auto", "32-true", "bf16-mixed"]
 
@@ -31,10 +33,13 @@ class PhasedTrainer(Trainer):
     datamodule: LightningDataModule | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        bound = signature(Trainer.__init__).bind(self, *args, **kwargs)
+        known = signature(Trainer.__init__)
+        bound = known.bind(self, *args, **kwargs)
         bound.apply_defaults()
         self.options = {name: value for name, value in bound.arguments.items() if name != "self"}
+        check_options(self.options)
+        with naming_options(self.options, known.parameters):
+            super().__init__(*args, **kwargs)
 
 
 def block_precision(accelerator: Accelerator, asked: BlockPrecision) -> BlockPrecision:

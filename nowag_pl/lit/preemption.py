@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,18 @@ def begin() -> None:
     _Request.received = 0
     install()
     signal.signal(signal.SIGINT, handle_signal)
+    sys.unraisablehook = _unraisable
+
+
+def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Say nothing of a stop that Python cannot raise in `__del__`; it comes at the next place, see `stop_if_asked`."""
+    if not isinstance(unraisable.exc_value, SIGTERMException):
+        sys.__unraisablehook__(unraisable)
+
+
+def is_asked_to_stop() -> bool:
+    """Tell whether a signal has come that stops this process."""
+    return bool(_Request.received)
 
 
 def received_signal() -> signal.Signals:

@@ -1,9 +1,12 @@
 """A model over ranks: sharded with FSDP2, compressed linears included, or whole with DDP."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -11,6 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from nowag_pl.files import flush, temporary_name
+from nowag_pl.lit.checkpoint_io import check_folder, digests_of, local_path, read_checkpoint, seal_folder
 from nowag_pl.modules import CompressedLinear
 
 
@@ -28,6 +33,62 @@ class ShardedStrategy(ModelParallelStrategy):
         """Make the process group and a mesh of all of its ranks; Lightning's own default is one rank per node."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint of all ranks beside its place, sealed with digests, and rename it; all must call.
+
+        Raises:
+            ValueError: the path is an address.
+            OSError: it cannot be written.
+        """
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        place: Path = local_path(self.broadcast(filepath))
+        stage: Path = self.broadcast(temporary_name(place))
+        super().save_checkpoint(checkpoint, stage, storage_options)
+        self.barrier()
+        digests: list[Any] = [None] * self.world_size
+        names = sorted(path.name for path in stage.iterdir())
+        # Every rank reads its share, as together they may be larger than one machine reads in a short time.
+        dist.all_gather_object(digests, digests_of(stage, names[self.global_rank :: self.world_size]))
+        if self.is_global_zero:
+            seal_folder(stage, {name: digest for part in digests for name, digest in part.items()})
+            _take_place(stage, place)
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint without running code, after a look at its digests where it is a folder.
+
+        Raises:
+            ValueError: it is not there, damaged, or holds more than tensors and plain values.
+        """
+        path, problem = local_path(self.broadcast(checkpoint_path)), None
+        if self.is_global_zero:
+            # What is wrong has to reach the other ranks, which wait for it.
+            try:
+                if path.is_dir():
+                    check_folder(path, required=False)
+                else:
+                    read_checkpoint(path)
+            except (OSError, ValueError) as error:
+                problem = str(error)
+        if problem := self.broadcast(problem):
+            raise ValueError(f"Expected {path} to be a whole checkpoint, but got: {problem}")
+        return super().load_checkpoint(path, weights_only=True)
+
+
+def _take_place(stage: Path, place: Path) -> None:
+    """Put a finished folder in the place of an earlier checkpoint."""
+    earlier = temporary_name(place)
+    if place.exists():
+        place.rename(earlier)
+    stage.rename(place)
+    flush(place.parent)
+    if earlier.is_dir():
+        shutil.rmtree(earlier)
+    else:
+        earlier.unlink(missing_ok=True)
 
 
 StrategyRegistry.register("fsdp2", ShardedStrategy, description="FSDP2 over all devices of all nodes")

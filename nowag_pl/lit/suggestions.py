@@ -13,6 +13,7 @@ from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
 
 from nowag_pl import compressors
+from nowag_pl.lit.parser_messages import explained
 
 _CONFIGS = Path("configs")
 
@@ -32,28 +33,9 @@ class SuggestingParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with the message, and with the nearest known names where it speaks of an unknown one."""
         parser = getattr(ex, "subcommand_parser", None) or self
-        message = explained(message)
         found = suggestion(message, parser._option_string_actions)
-        super().error(message + (f"\ndid you mean {found}?" if found else ""), ex)
-
-
-def explained(message: str) -> str:
-    r"""Return an error message without the words of jsonargparse around one of ours, or with a hint on YAML.
-
-    Args:
-        message: of jsonargparse, argparse, or this package.
-
-    Example:
-        >>> explained("Does not validate against any of the Union subtypes\n  - Expected top_k above 0, but got -1.")
-        'Expected top_k above 0, but got -1.'
-    """
-    if "Union subtypes" not in message:
-        return message
-    if own := re.search(r"- (Expected [\w.]+ .*, but got .*)", message):
-        return own[1]
-    if re.search(r"Expected a <class 'dict'>.*Given value: \{[^}]*\w:[^\s]", message, re.DOTALL):
-        return f"{message}\nYAML wants a space after the colon: {{name: file.txt}}"
-    return message
+        said = explained(message.partition("\ndid you mean")[0])
+        super().error(said + (f"\ndid you mean {found}?" if found else ""), ex)
 
 
 def suggestion(message: str, options: Iterable[str] = ()) -> str | None:
@@ -85,7 +67,9 @@ def _unknown(message: str, options: list[str]) -> Iterator[tuple[str, dict[str, 
     for name in re.findall(r"Option '([\w.]+)' is not accepted", message):
         yield name, _same(_parameters(class_path[1]) if class_path else [])
     for name in re.findall(r"(?:import path string: |class_path ')(?:[\w.]*\.)?(\w+)", message):
-        yield name, {known: f"nowag_pl.{known}" for known in compressors.__all__ if known != "Compressor"}
+        known = {known: f"nowag_pl.{known}" for known in compressors.__all__ if known != "Compressor"}
+        # Its options are at fault where the name is known.
+        yield from [] if name in known else [(name, known)]
     for file in map(Path, re.findall(r"File does not exist: '?([^'\n]+\.\w+)", message)):
         yield file.stem, _files(file)
     for choices, wrong in re.findall(r"\[([^\]]*)\][.,]? (?:Got value:|but got) '?([\w.-]+)", message):

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.console import Console
 
-from nowag_pl.files import write_json
+from nowag_pl.files import write_sealed_json
 from nowag_pl.lit.checkpoint_io import WholeCheckpoints, is_sharded, local_path, newest_whole
 from nowag_pl.lit.claims import ClaimsCheck
 from nowag_pl.lit.datamodule import TokenDataModule, default_seq_len
@@ -31,6 +31,7 @@ from nowag_pl.lit.phases import (
     trains_end_to_end,
     validated_phase,
 )
+from nowag_pl.lit.precision import check_precision
 from nowag_pl.lit.settings import training_settings
 from nowag_pl.lit.stage import Stage, module_of
 from nowag_pl.needs import questions
@@ -46,7 +47,8 @@ from nowag_pl.stages.sizes import ModelSizes
 
 __all__ = ["CompressionTrainer", "Phase", "check_checkpoint", "is_compressing", "validated_phase"]
 
-_KEYWORDS = ("best", "last", "hpc")  # words that Lightning resolves itself
+LAST = "last"  # the checkpoint in the run directory
+_ELSEWHERE = ("best", "hpc")  # other words of Lightning's, which mean nothing when a process begins
 
 
 class CompressionTrainer(PhasedTrainer):
@@ -83,6 +85,7 @@ class CompressionTrainer(PhasedTrainer):
                 another process writes in it.
         """
         module = module_of(model)
+        check_precision(str(self.precision))
         check_checkpoint(None if ckpt_path is None else str(ckpt_path))
         self._announce(module)
         self._check_plan(module, ckpt_path)
@@ -115,7 +118,7 @@ class CompressionTrainer(PhasedTrainer):
             return
         self.phase = "finetuned"
         self._claim_training(module)
-        ckpt_path = ckpt_path or self._last_checkpoint(module)
+        ckpt_path = self._last_checkpoint(module) if ckpt_path in (None, LAST) else ckpt_path
         super().fit(module, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only=True)
         self.validate(module, val_dataloaders, datamodule=datamodule)
 
@@ -139,6 +142,11 @@ class CompressionTrainer(PhasedTrainer):
         for name, is_wanted in wanted.items():
             if is_wanted and self.max_epochs == 0:
                 raise ValueError(f"Expected trainer.max_epochs of at least 1 with {name}, but got 0.")
+        if str(ckpt_path) == LAST and (module.run_dir is None or not (Path(module.run_dir) / CHECKPOINT).exists()):
+            raise ValueError(
+                f"Expected {CHECKPOINT} in run_dir with ckpt_path=last, but it is not there. Without ckpt_path a "
+                "training goes on where it was, or begins."
+            )
         if module.plan.finetuning is not None and module.plan.compression is None:
             raise ValueError("Expected compression.enabled with finetuning.enabled, but there is nothing to finetune.")
         if not trains_end_to_end(self):
@@ -186,14 +194,20 @@ class CompressionTrainer(PhasedTrainer):
         Args:
             model: a LitCausalLM.
             dataloaders: None; the data module gives them.
-            ckpt_path: checkpoint whose weights are measured. null: those of model.path.
+            ckpt_path: null; trained models are measured by their export.
             verbose: print Lightning's table.
             datamodule: text.
             weights_only: checkpoints are always read without running code.
 
         Raises:
-            ValueError: a part of the windows would be measured.
+            ValueError: a part of the windows would be measured, or a checkpoint is asked for.
         """
+        check_precision(str(self.precision))
+        if ckpt_path is not None:
+            raise ValueError(
+                f"Expected no ckpt_path with validate, but got {ckpt_path}: a checkpoint lacks the model around it. "
+                "Measure what the training wrote: --model.path=<run_dir>/export_finetuned."
+            )
         limit = self.limit_val_batches
         is_asked_for = self.options["limit_val_batches"] is not None
         if is_asked_for or (limit is not None and (isinstance(limit, int) or limit < 1)):
@@ -203,7 +217,7 @@ class CompressionTrainer(PhasedTrainer):
             )
         if model is not None and not self.compressing:
             self._announce(module_of(model))
-        return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only=True)
+        return super().validate(model, dataloaders, None, verbose, datamodule, weights_only=True)
 
     def evaluate(
         self,
@@ -257,7 +271,7 @@ class CompressionTrainer(PhasedTrainer):
         evaluation |= evaluate_tasks(whole, module.checkpoint.tokenizer, settings, manager)
         Console().print(evaluation_table(evaluation))
         if run_dir is not None:
-            write_json(run_dir / EVALUATION, evaluation)
+            write_sealed_json(run_dir / EVALUATION, evaluation)
             rank_zero_info(f"Figures written to {run_dir / EVALUATION}")
         return evaluation
 
@@ -268,8 +282,10 @@ def check_checkpoint(ckpt_path: str | None) -> None:
     Args:
         ckpt_path: as Lightning takes it: a file, a folder of a sharded model's checkpoint, or a word.
     """
-    if ckpt_path is None or ckpt_path in _KEYWORDS:
+    if ckpt_path is None or ckpt_path == LAST:
         return
+    if ckpt_path in _ELSEWHERE and not Path(ckpt_path).exists():
+        raise ValueError(f"Expected ckpt_path to be a file, a folder or {LAST!r}, but got {ckpt_path!r}.")
     path = local_path(ckpt_path)
     if not path.exists():
         raise ValueError(f"Expected ckpt_path to be a checkpoint of Lightning, but {path} is not there.")

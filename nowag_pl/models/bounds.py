@@ -5,19 +5,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 _MOST_BLOCKS = 10_000
 _LARGEST = 10_000_000
 _BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _SIZES = (
     "hidden_size",
     "n_embd",
-    "intermediate_size",
     "vocab_size",
     "head_dim",
     "num_attention_heads",
     "n_head",
     "num_key_value_heads",
+    "max_position_embeddings",
 )
+_MAY_BE_ZERO = ("intermediate_size",)
+_TYPES = ("dtype", "torch_dtype")
+_MAPPINGS = ("quantization_config", "rope_parameters", "rope_scaling")
 _BELOW = ("text_config", "vision_config")
 
 
@@ -46,14 +51,51 @@ def check_sizes(content: Any, file: Path) -> None:
     if not isinstance(content, Mapping):
         raise ValueError(f"Expected {file} to hold the configuration of a model, but got a {type(content).__name__}.")
     limits = dict.fromkeys(_BLOCK_COUNTS, _MOST_BLOCKS) | dict.fromkeys(_SIZES, _LARGEST)
-    for key, limit in limits.items():
-        value = content.get(key)
+    for key, limit in (limits | dict.fromkeys(_MAY_BE_ZERO, _LARGEST)).items():
+        value, least = content.get(key), 0 if key in _MAY_BE_ZERO else 1
         for size in value if isinstance(value, list) else [value]:
-            if size is not None and (type(size) is not int or not 0 <= size <= limit):
-                raise ValueError(f"Expected {key} in {file} to be a number in [0, {limit}], but got {_short(size)}.")
+            if size is not None and (type(size) is not int or not least <= size <= limit):
+                raise ValueError(
+                    f"Expected {key} in {file} to be a number in [{least}, {limit}], but got {_short(size)}."
+                )
+    _check_kinds(content, file)
     for key in _BELOW:
         if content.get(key) is not None:
             check_sizes(content[key], file)
+
+
+def _check_kinds(content: Mapping[str, Any], file: Path) -> None:
+    """Check the values of a configuration that transformers takes as they are, and stumbles over later."""
+    for key in _TYPES:
+        if (name := content.get(key)) is not None and not _is_type(name):
+            raise ValueError(f"Expected {key} in {file} to be a type such as 'bfloat16', but got {_short(name)}.")
+    for key in _MAPPINGS:
+        if content.get(key) is not None and not isinstance(content[key], Mapping):
+            raise ValueError(f"Expected {key} in {file} to be a mapping, but got {_short(content[key])}.")
+    pad, size = content.get("pad_token_id"), content.get("vocab_size")
+    if isinstance(pad, int) and isinstance(size, int) and pad >= size:
+        raise ValueError(f"Expected pad_token_id in {file} below vocab_size = {size}, but got {pad}.")
+    if not isinstance(content.get("model_type", ""), str):
+        raise ValueError(f"Expected model_type in {file} to be text, but got {_short(content['model_type'])}.")
+
+
+def _is_type(name: object) -> bool:
+    # Parts of a model may have types of their own.
+    if isinstance(name, Mapping):
+        return all(map(_is_type, name.values()))
+    return isinstance(name, str) and (name == "auto" or isinstance(vars(torch).get(name), torch.dtype))
+
+
+def key_holding(content: Any, word: object) -> str | None:
+    """Return the key under which a configuration holds a value, such as "rope_parameters.rope_type"."""
+    if not isinstance(content, Mapping):
+        return None
+    for key, value in content.items():
+        if value == word:
+            return str(key)
+        if below := key_holding(value, word):
+            return f"{key}.{below}"
+    return None
 
 
 def check_num_blocks(num_blocks: int | None, num_tensors: int, folder: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nowag_pl.files import read_json
 from nowag_pl.models import gguf
-from nowag_pl.models.bounds import check_num_blocks, check_plain_files, check_sizes
+from nowag_pl.models.bounds import check_num_blocks, check_plain_files, check_sizes, key_holding
 from nowag_pl.models.format import exl3_reading
 from nowag_pl.models.format.checksums import INDEX_FILE, SINGLE_FILE, Checksums
 from nowag_pl.models.format.descriptions import METHOD, check_stored, described_linears, empty_linears
@@ -121,11 +121,22 @@ class Checkpoint:
         try:
             config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
             config.get_text_config()
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"Could not read the configuration in {self.folder}: {_first_sentence(error)}") from error
+        except Exception as error:  # of many types, each of which the file has caused
+            raise ValueError(
+                f"Could not read the configuration in {self.folder / CONFIG_FILE}: {self._reason(error)}"
+            ) from error
         # Transformers chooses again: a name such as "org/kernel" would be fetched from the hub and run.
         config._attn_implementation = None
         return config
+
+    def _reason(self, error: Exception) -> str:
+        """Return what transformers says of a configuration, with the key of an unknown word."""
+        if isinstance(error, KeyError) and error.args:
+            key = key_holding(read_json(self.folder / CONFIG_FILE), error.args[0])
+            return f"it does not know {error.args[0]!r}{f', the value of {key}' if key else ''}."
+        if isinstance(error, ValueError | OSError):
+            return _first_sentence(error)
+        return f"{type(error).__name__}: {_first_sentence(error)}"
 
     @property
     def is_part(self) -> bool:
@@ -140,7 +151,7 @@ class Checkpoint:
         self._checksums.check_small_files()
         try:
             return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # as for the configuration
             raise ValueError(
                 f"Expected {self.folder} to hold the model's tokenizer (tokenizer.json), but it could not be read: "
                 f"{_first_sentence(error)}"
@@ -158,7 +169,7 @@ class Checkpoint:
         self._checksums.check_small_files()
         try:
             return GenerationConfig.from_pretrained(self.folder)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except Exception as error:  # as for the configuration
             raise ValueError(
                 f"Expected {self.folder / GENERATION_FILE} to hold settings of generation, but it could not be read: "
                 f"{_first_sentence(error)}"
@@ -304,10 +315,10 @@ class Checkpoint:
         try:
             with init_empty_weights(include_buffers=False) if empty else nullcontext():
                 model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=False)
-        except ValueError as error:
+        except Exception as error:  # as for the configuration
             raise ValueError(
                 f"Expected a causal language model in {self.folder}, but a model of type "
-                f"{self.config.model_type!r} could not be built as one: {_first_sentence(error)}"
+                f"{self.config.model_type!r} could not be built as one: {self._reason(error)}"
             ) from error
         if (self.folder / GENERATION_FILE).is_file():
             model.generation_config = self.generation_config
@@ -362,4 +373,8 @@ class Checkpoint:
 
 def _first_sentence(error: Exception) -> str:
     """Return the beginning of an error text of another library, which may go on for pages."""
-    return re.split(r"(?<=\w[.:!])\s|\n", str(error).strip())[0][:200].rstrip(".: ") + "."
+    text = str(error).strip()
+    # Its validation of fields says in the second line what is wrong.
+    if found := re.match(r"(?:Class v|V)alidation error[^\n]*:\n\s*\w+: (.*)", text):
+        text = found[1]
+    return re.split(r"(?<=\w[.:!])\s|\n", text)[0][:200].rstrip(".: ") + "."

@@ -62,6 +62,8 @@ def register(config: LoraConfig) -> None:
 
 
 def _check_start(config: LoraConfig) -> None:
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"Expected a LoraConfig, but got {type(config).__name__}.")
     if config.init_lora_weights not in _INITIALIZATIONS:
         raise ValueError(
             f"Expected init_lora_weights to be one of {_INITIALIZATIONS} over compressed linears, but got "

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nowag_pl.functional.moments import mean_squares
+from nowag_pl.functional.ranges import check_whole
 
 
 class RunningMean(nn.Module):
@@ -56,6 +57,7 @@ class SecondMoment(RunningMean):
     """
 
     def __init__(self, num_features: int, full: bool = False) -> None:
+        check_whole("num_features", num_features, 1)
         super().__init__(*(num_features, num_features) if full else (num_features,))
 
     @torch.no_grad()
@@ -69,8 +71,14 @@ class SecondMoment(RunningMean):
         Raises:
             ValueError: the last dimension is not `num_features`.
         """
+        if not isinstance(activations, Tensor) or activations.dim() == 0:
+            raise ValueError(f"Expected activations as a tensor with features, but got {type(activations).__name__}.")
         if activations.shape[-1] != len(self.total):
             raise ValueError(f"Expected activations of {len(self.total)} features, but got {activations.shape[-1]}.")
+        if weights is not None and weights.numel() != activations[..., 0].numel():
+            raise ValueError(
+                f"Expected a weight for each of {activations[..., 0].numel()} tokens, but got {weights.numel()}."
+            )
         if self.total.dim() == 1:
             squares = activations.reshape(-1, len(self.total)).float().square()  # [tokens, features]
             if weights is not None:

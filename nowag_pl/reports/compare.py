@@ -8,9 +8,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from nowag_pl.files import read_json, write_text
+from nowag_pl.files import read_sealed_json, write_text
 from nowag_pl.reports.build import REPORT_FILE
 from nowag_pl.run.wording import COMPRESSED_PHASES
+
+_NEEDED: dict[str, Any] = {
+    "model": str,
+    "method": str,
+    "seq_len": int,
+    "bits_per_weight": int | float,
+    "sparsity": int | float,
+    "perplexity": Mapping,
+}
+_PERHAPS: dict[str, Any] = {"protocol": Mapping, "kl_divergence": Mapping, "command": str | list | None}
+_MOST_TEXTS = 100
 
 
 @dataclass(frozen=True)
@@ -72,12 +83,36 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
                 f"Expected a finished run in {folder}, but there is no {REPORT_FILE}. "
                 f"python main.py fit --run_dir={folder} writes it at its end."
             )
-        report = read_json(path)
-        missing = {"model", "method", "seq_len", "bits_per_weight", "perplexity"} - set(report)
-        if missing:
-            raise ValueError(f"Expected {path} to be a report, but it lacks {sorted(missing)}.")
+        report = read_sealed_json(path, required=False)
+        _check_report(path, report)
         runs.append(Run(name, report))
     return runs
+
+
+def _check_report(path: Path, report: Any) -> None:
+    """Check what is read of a report, which may be of another version or program.
+
+    Raises:
+        ValueError: it lacks something, or holds something else.
+    """
+    missing = _NEEDED.keys() - report.keys()
+    if missing:
+        raise ValueError(f"Expected {path} to be a report, but it lacks {sorted(missing)}.")
+    for key, kind in (_NEEDED | _PERHAPS).items():
+        if key in report and not isinstance(report[key], kind):
+            raise ValueError(f"Expected {path} to be a report, but {key} is {str(report[key])[:40]!r}.")
+    for key, kind in {
+        "protocol": object,
+        "perplexity": int | float | None,
+        "kl_divergence": int | float | None,
+    }.items():
+        for text, figures in report.get(key, {}).items():
+            if not isinstance(figures, Mapping) or not all(isinstance(figure, kind) for figure in figures.values()):
+                raise ValueError(
+                    f"Expected {path} to be a report, but {key} of {text[:40]!r} is no mapping of figures."
+                )
+    if len(report["perplexity"]) > _MOST_TEXTS:
+        raise ValueError(f"Expected {path} to have at most {_MOST_TEXTS} texts, but got {len(report['perplexity'])}.")
 
 
 def protocols(runs: Sequence[Run]) -> list[Protocol]:

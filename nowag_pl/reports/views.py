@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nowag_pl.functional.normalization import normalize
 from nowag_pl.functional.pruning import nowag_scores
+from nowag_pl.functional.ranges import check_whole
 from nowag_pl.functional.thumbnails import downsample, even_indices, log_scale, principal_axes, sample
 from nowag_pl.models.selection import find_linears
 from nowag_pl.models.streaming import StreamedModel
@@ -40,8 +41,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in ("max_blocks", "max_image_size", "num_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Expected inspection.{name} of at least 1, but got {getattr(self, name)}.")
+            check_whole(f"inspection.{name}", getattr(self, name), 1)
 
 
 @dataclass(frozen=True)

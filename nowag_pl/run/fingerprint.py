@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from nowag_pl.digests import file_key
-from nowag_pl.files import read_json, write_json
+from nowag_pl.files import read_sealed_json, write_sealed_json
 from nowag_pl.functional.chunks import row_chunks
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.format.checksums import INDEX_FILE, file_digest
@@ -84,8 +84,8 @@ def _remembered(file: Path, question: str, find: Callable[[Path], str]) -> str:
         return find(file)
     record = _cache() / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.json"
     known: dict[str, Any] = {}
-    with suppress(ValueError):
-        content = read_json(record)
+    with suppress(ValueError, KeyError):
+        content = read_sealed_json(record)["known"]
         known = content if isinstance(content, dict) else {}
     if not isinstance(known.get(question), str):
         if key[1] >= _LONG:
@@ -93,7 +93,7 @@ def _remembered(file: Path, question: str, find: Callable[[Path], str]) -> str:
         known[question] = find(file)
         # A cache that cannot be written only costs time.
         with suppress(OSError):
-            write_json(record, known)
+            write_sealed_json(record, {"known": known})
     return known[question]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nowag_pl.files import read_json, write_json
+from nowag_pl.files import read_sealed_json, write_sealed_json
 from nowag_pl.run.layout import FINETUNED, MANIFEST, TRAINING
 
 FORMAT = 1
@@ -50,7 +50,7 @@ def enter(folder: Path, claims: Iterable[Claim], write: bool) -> str | None:
         if (problem := _enter(folder, manifest, claim)) is not None:
             return problem
     if write and json.dumps(manifest) != before:
-        write_json(folder / MANIFEST, manifest)
+        write_sealed_json(folder / MANIFEST, manifest)
     return None
 
 
@@ -80,10 +80,10 @@ def _is_artefact(path: Path) -> bool:
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if path.is_file():
-        content = read_json(path)
-        if not isinstance(content, dict):
-            raise ValueError(f"Expected {path} to hold the settings of a run, but it is damaged: choose another.")
-        return content
+        try:
+            return read_sealed_json(path, required=False)
+        except ValueError as error:
+            raise ValueError(f"{error} It holds the settings of the run: choose another run_dir.") from error
     strays = sorted(folder.glob("*/block_*.safetensors"))
     if strays:
         raise ValueError(f"Expected {path} beside {strays[0]}, but it is not there. Choose another run_dir.")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nowag_pl.compressors.budget import Budget, settings_of, titles
 from nowag_pl.data.tokens import BosPlace, tokens_digest
-from nowag_pl.files import read_json
+from nowag_pl.files import read_sealed_json
 from nowag_pl.models.assembly import assemble
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.format.exl3 import save_streamed_exl3
@@ -267,7 +267,13 @@ class CompressionRun:
     @property
     def _decision(self) -> dict[str, Any] | None:
         has_budget = "budget" in self._settings.get("compression", {})
-        return read_json(self.store.folder / DECISION) if has_budget else None
+        if not has_budget:
+            return None
+        try:
+            return read_sealed_json(self.store.folder / DECISION)
+        except ValueError as error:
+            folders = f"{self.store.folder / BUDGET} and {self.store.folder / COMPRESSED}"
+            raise ValueError(f"{error} Delete {folders}, and run the same command again.") from error
 
     def measuring(self, stage: str) -> AbstractContextManager[None]:
         """Return a context in which the peak memory of a stage is measured."""

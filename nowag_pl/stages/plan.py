@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from nowag_pl.compressors import Compressor
 from nowag_pl.compressors.budget import Budget
+from nowag_pl.functional.ranges import check_real, check_whole
 
 # Sequences that pass through a block together where nothing else is asked for.
 DEFAULT_BATCH = 8
@@ -27,8 +28,7 @@ class GuidanceSettings:
     power: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.power <= 2:
-            raise ValueError(f"Expected calibration.guidance.power above 0 and at most 2, but got {self.power}.")
+        check_real("calibration.guidance.power", self.power, most=2, above=True)
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,8 @@ class CalibrationSettings:
     guidance: GuidanceSettings | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_sequences", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Expected calibration.{name} of at least 1, but got {getattr(self, name)}.")
+        for name, least in {"num_sequences": 1, "batch_size": 1, "seed": 0}.items():
+            check_whole(f"calibration.{name}", getattr(self, name), least)
 
 
 @dataclass(frozen=True)
@@ -111,13 +110,11 @@ class FinetuningSettings:
 
     def __post_init__(self) -> None:
         least_of = dict.fromkeys(("num_sequences", "num_held_out", "max_epochs", "batch_size"), 1)
-        least_of |= {"accumulate_grad_batches": 1, "stop_patience": 1, "plateau_patience": 0}
+        least_of |= {"accumulate_grad_batches": 1, "stop_patience": 1, "plateau_patience": 0, "seed": 0}
         for name, least in least_of.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"Expected finetuning.{name} of at least {least}, but got {getattr(self, name)}.")
+            check_whole(f"finetuning.{name}", getattr(self, name), least)
         for name in ("learning_rate", "gradient_clip_val"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"Expected finetuning.{name} above 0, but got {getattr(self, name)}.")
+            check_real(f"finetuning.{name}", getattr(self, name), above=True)
 
     @property
     def num_streams(self) -> int:
@@ -176,8 +173,7 @@ class ReportSettings:
     samples: PromptSettings = field(default_factory=PromptSettings)
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"Expected report.batch_size of at least 1, but got {self.batch_size}.")
+        check_whole("report.batch_size", self.batch_size, 1)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nowag_pl.data.tokens import tokens_digest
 from nowag_pl.functional.predictions.distillation import distillation_loss, top_distillation_loss, top_log_probabilities
+from nowag_pl.functional.ranges import check_real, check_whole
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.run.arrays import ArrayFolder, SequenceArray
 from nowag_pl.run.layout import REFERENCE
@@ -40,12 +41,10 @@ class TeacherSettings:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"Expected model.objective.temperature above 0, but got {self.temperature}.")
-        for name in ("top_k", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"Expected model.objective.{name} of at least 1, but got {value}.")
+        check_real("model.objective.temperature", self.temperature, above=True)
+        check_whole("model.objective.batch_size", self.batch_size, 1)
+        if self.top_k is not None:
+            check_whole("model.objective.top_k", self.top_k, 1)
 
     def check(self, vocab_size: int) -> None:
         """Raise ValueError where more of the dense model's tokens are to be kept than there are."""

@@ -163,7 +163,9 @@ def test_column_of_other_things_than_text_is_refused(value, kind, tmp_path):
     from datasets import Dataset
 
     rows = Dataset.from_list([{"text": value}])
-    with pytest.raises(ValueError, match=f"Expected text in column 'text' of mine, but row 0 holds {kind}"):
+    with pytest.raises(
+        ValueError, match=f"Expected text, or a chat of messages, in column 'text' of mine, but row 0 holds {kind}"
+    ):
         rows_to_documents(rows, "text", "mine")
 
 
@@ -209,3 +211,18 @@ def test_text_file_that_is_no_gzip_is_refused(tmp_path):
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"text" * 99)[:-9])
     with pytest.raises(ValueError, match=r"Expected .*cut\.txt\.gz to be a readable UTF-8 text file"):
         read_text_file(tmp_path / "cut.txt.gz")
+
+
+def test_line_ends_are_those_of_plain_text(tmp_path):
+    for name in ("a.txt", "a.txt.gz"):
+        content = "one\r\ntwo\rthree\n".encode("utf-8-sig")
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        assert read_text_file(tmp_path / name) == "one\ntwo\nthree\n"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.csv", "a.tsv.gz"])
+def test_undecodable_text_names_file_and_offset(name, tmp_path):
+    content = "\ufefftext\nd".encode() + b"\xe9j\xe0 vu\n"
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(ValueError, match=rf"{name} to be .*byte 0xe9 at offset 9, which is no UTF-8"):
+        read_documents(tmp_path / name)

@@ -34,7 +34,7 @@ def test_text_builder(tmp_path):
 
 @pytest.mark.usefixtures("offline")
 def test_missing_column_is_refused(json_file):
-    with pytest.raises(ValueError, match=r"'json' to have a column 'body', but got \['text', 'title'\]"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl to have a column 'body', but got \['text', 'title'\]"):
         HubDataset("json", data_files=json_file, column="body").documents()
 
 
@@ -252,3 +252,17 @@ def test_text_file_that_cannot_be_read_is_refused(tmp_path):
     for name in ("missing.txt", "latin.txt", "folder"):
         with pytest.raises(ValueError, match=f"Expected .*{name} to be a readable UTF-8 text file"):
             read_text_file(tmp_path / name)
+
+
+@pytest.mark.usefixtures("offline")
+def test_other_columns_of_local_files_need_not_agree(tmp_path):
+    rows = [{"text": "a", "meta": None}, {"text": "b", "meta": {"n": 1}}, {"text": "c", "meta": "x", "late": [1]}]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    for path_, files in (("json", str(path)), (str(path), None), ("a/b", str(path))):
+        source = HubDataset(path_, data_files=files)
+        assert source.documents() == ["a", "b", "c"]
+        assert replace(source, split="train[1:]+train[:1]").documents() == ["b", "c", "a"]
+        drawn = replace(source, shuffle_seed=3, max_documents=2).documents()
+        assert drawn == replace(source, shuffle_seed=3, max_documents=2).documents()
+        assert len(set(drawn)) == 2

@@ -6,7 +6,14 @@ import zipfile
 import pytest
 import torch
 
-from nowag_pl.lit.checkpoint_io import WholeCheckpoints, newest_whole, read_checkpoint, whole_checkpoint
+from nowag_pl.lit.checkpoint_io import (
+    WholeCheckpoints,
+    digests_of,
+    newest_whole,
+    read_checkpoint,
+    seal_folder,
+    whole_checkpoint,
+)
 from nowag_pl.lit.trainer import check_checkpoint
 
 CONTENT = {"state_dict": {"w": torch.arange(5000.0)}, "loops": {}, "epoch": 3}
@@ -107,3 +114,27 @@ def test_training_goes_on_from_the_one_before_a_damaged_one(tmp_path, caplog):
     assert len([record for record in caplog.records if "is damaged" in record.getMessage()]) == 1
     earlier.unlink()
     assert newest_whole(tmp_path, "last.ckpt") is None
+
+
+def sharded(folder):
+    folder.mkdir()
+    for name in (".metadata", "meta.pt", "__0_0.distcp"):
+        (folder / name).write_bytes(name.encode() * 50)
+    seal_folder(folder, digests_of(folder, [path.name for path in folder.iterdir()]))
+    return folder
+
+
+def test_sharded_checkpoint_is_whole_with_its_digests_alone(tmp_path):
+    assert whole_checkpoint(sharded(tmp_path / "whole"))
+    changes = {
+        "flipped": lambda folder: (folder / "__0_0.distcp").write_bytes(b"x" * 600),
+        "cut": lambda folder: (folder / "meta.pt").write_bytes(b""),
+        "lacks": lambda folder: (folder / "__0_0.distcp").unlink(),
+        "more": lambda folder: (folder / "__1_0.distcp").touch(),
+        "unsealed": lambda folder: (folder / "digests.json").unlink(),
+        "other digests": lambda folder: (folder / "digests.json").write_text("{}"),
+    }
+    for name, change in changes.items():
+        change(sharded(tmp_path / name))
+        assert not whole_checkpoint(tmp_path / name), name
+        assert (tmp_path / f"{name}.damaged").is_dir()

@@ -6,7 +6,7 @@ from jsonargparse import ArgumentParser
 
 from callbacks.compression import ModelCompression
 from nowag_pl import compressors
-from nowag_pl.lit.suggestions import HelpFormatter, explained, suggestion
+from nowag_pl.lit.suggestions import HelpFormatter, suggestion
 
 OPTIONS = ["--calibration.num_sequences", "--data.eval_files", "--run_dir", "--trainer.accelerator"]
 
@@ -35,12 +35,6 @@ OPTIONS = ["--calibration.num_sequences", "--data.eval_files", "--run_dir", "--t
 )
 def test_nearest_name_is_found(message, expected):
     assert suggestion(message, OPTIONS) == expected
-
-
-def test_yaml_without_a_space_is_explained():
-    said = "Union subtypes\n - Expected a <class 'dict'>\nGiven value type: <class 'str'>\nGiven value: {mine:a.txt}"
-    assert "a space after the colon" in explained(said)
-    assert explained(said.replace("mine:", "mine: ")) == said.replace("mine:", "mine: ")
 
 
 def test_missing_file_is_looked_for_beside_it_and_among_the_configurations(tmp_path, monkeypatch):

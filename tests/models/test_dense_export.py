@@ -1,6 +1,7 @@
 """A dense export is an ordinary model, which transformers opens without this package."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_assembly import COMPRESSORS, FAMILY_METHODS, compressed_linears, logits
-from tiny_models import load_whole, subprocess_environment
+from tiny_models import FAMILIES, load_whole, subprocess_environment
 
 from nowag_pl import save_compressed, save_dense
 from nowag_pl.models.assembly import assemble
@@ -94,6 +95,39 @@ def test_it_is_opened_where_the_package_is_not_installed(models, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-4, atol=1e-4)
+
+
+READ_BY_ANOTHER = """
+import sys, torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+assert transformers.__version__.startswith("4."), transformers.__version__
+for folder in sys.argv[1:]:
+    # In version 4 the other way to compute attention leaves Gemma 2's soft cap out.
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    AutoTokenizer.from_pretrained(folder)("a word")
+    torch.save(model.eval()(torch.tensor([list(range(5, 25))])).logits.detach(), folder + ".pt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("NOWAG_PL_TRANSFORMERS_4" not in os.environ, reason="needs a Python that has transformers 4.57")
+def test_transformers_4_reads_every_family_with_the_same_logits(models, tmp_path):
+    expected = {}
+    for family in FAMILIES:
+        model, source = models("pruned", family)
+        folder = tmp_path / family
+        save_dense(model, folder, source=str(source))
+        expected[family] = model(torch.tensor([list(range(5, 25))])).logits.detach()
+    done = subprocess.run(
+        [os.environ["NOWAG_PL_TRANSFORMERS_4"], "-c", READ_BY_ANOTHER, *(str(tmp_path / name) for name in expected)],
+        capture_output=True, text=True, cwd=tmp_path, timeout=280, env=subprocess_environment(), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for family, wanted in expected.items():
+        torch.testing.assert_close(torch.load(tmp_path / f"{family}.pt"), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

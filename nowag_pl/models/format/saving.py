@@ -59,9 +59,10 @@ def save_compressed(
         max_shard_bytes: tensors in one file take no more, unless a single one is larger.
 
     Raises:
-        ValueError: `max_shard_bytes` is below 1.
+        ValueError: it is no model of transformers, or `max_shard_bytes` is below 1.
         OSError: the folder cannot be written. What it held before is then as it was.
     """
+    _require_model(model)
     shards = sharded(packed_tensors(model), max_shard_bytes)
     write_folder(Path(folder), model, shards, source, FolderConfig(_dtype(model), _described(model)))
 
@@ -80,9 +81,10 @@ def save_dense(
         max_shard_bytes: as for :func:`save_compressed`; so much memory is needed beside the model.
 
     Raises:
-        ValueError: `max_shard_bytes` is below 1.
+        ValueError: it is no model of transformers, or `max_shard_bytes` is below 1.
         OSError: the folder cannot be written. What it held before is then as it was.
     """
+    _require_model(model)
     shards = sharded(dense_tensors(model, _dtype(model)), max_shard_bytes)
     write_folder(Path(folder), model, shards, source, FolderConfig(_dtype(model), _described(model), dense=True))
 
@@ -137,6 +139,10 @@ def load_compressed(
     Raises:
         ValueError: the folder holds no compressed model, one of a newer format, or a damaged one.
     """
+    if not isinstance(folder, str | Path):
+        raise ValueError(f"Expected the folder of a compressed model, but got {folder!r}.")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"Expected dtype to be a floating type of torch or None, but got {dtype!r}.")
     checkpoint = Checkpoint(str(folder), verify=verify)
     if not is_compressed(checkpoint.folder):
         raise ValueError(
@@ -153,6 +159,13 @@ def load_compressed(
 
     attach(model, checkpoint.compressed_linears, packed)
     return model.eval()
+
+
+def _require_model(model: object) -> None:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"Expected a model of transformers to save, but got {type(model).__name__}.")
 
 
 def _described(model: "PreTrainedModel") -> dict[str, Any]:

@@ -146,4 +146,10 @@ def _for_older_readers(content: dict[str, Any]) -> dict[str, Any]:
         old["partial_rotary_factor"] = rope["partial_rotary_factor"]
     if rope.get("rope_type", "default") != "default":
         old["rope_scaling"] = {key: value for key, value in rope.items() if key not in old}
+    if rope.get("rope_type") == "longrope":
+        # Phi-3's configuration takes these three fields alone, and the length beside them.
+        factors = {key: rope[key] for key in ("short_factor", "long_factor") if key in rope}
+        old["rope_scaling"] = {"type": "longrope", **factors}
+        if "original_max_position_embeddings" in rope:
+            old["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     return old | content

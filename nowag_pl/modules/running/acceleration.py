@@ -52,8 +52,11 @@ def accelerate(model: Model) -> Model:
         The model itself.
 
     Raises:
+        ValueError: it is no module.
         RuntimeError: the model is in training mode.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"Expected an nn.Module with compressed linears, but got {type(model).__name__}.")
     if model.training:
         raise RuntimeError(
             "Expected a model in evaluation mode, but got one in training mode. Call model.eval() first."

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from nowag_pl.compressors.budget import Budget, titles
-from nowag_pl.files import read_json, write_json
+from nowag_pl.files import read_sealed_json, set_aside, write_sealed_json
 from nowag_pl.functional.allocation import allocate
 from nowag_pl.functional.chunks import position_chunks
 from nowag_pl.functional.predictions.divergence import kl_divergence
@@ -123,7 +123,7 @@ def _decide(budgeted: Budgeted, store: ArtefactStore) -> dict[str, Any]:
     )
     _log_decision(decision, store)
     if store.ranks.is_zero:
-        write_json(store.folder / DECISION, decision)
+        write_sealed_json(store.folder / DECISION, decision)
         _move(trials[decision["taken"]], store, len(model))
     store.ranks.broadcast(None)
     return decision
@@ -157,9 +157,14 @@ def _move(trial: ArtefactStore, store: ArtefactStore, num_blocks: int) -> None:
 
 
 def read_decision(store: ArtefactStore) -> dict[str, Any] | None:
-    """Return the budget's decision, the same on every rank, or None before it."""
-    path = store.folder / DECISION
-    return store.ranks.broadcast(read_json(path) if store.ranks.is_zero and path.is_file() else None)
+    """Return the budget's decision, the same on every rank, or None before it; a damaged one is set aside."""
+    path, decision = store.folder / DECISION, None
+    if store.ranks.is_zero and path.is_file():
+        try:
+            decision = read_sealed_json(path)
+        except ValueError:
+            _log.warning("%s is damaged: it is kept as %s and made anew.", path, set_aside(path).name)
+    return store.ranks.broadcast(decision)
 
 
 def divergences(model: StreamedModel, stores: Sequence[ArtefactStore], windows: Tensor, batch_size: int) -> list[float]:
