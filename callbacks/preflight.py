@@ -42,6 +42,8 @@ class ModelPreflight(Stage):
         data, holding = _data_shape(trainer), _holding(trainer, module)
         if is_compressing(trainer, stage):
             _check_export(module)
+            if module.plan.rotation is not None:
+                module.run.check_rotation()
             methods = None if module.plan.compression is None else methods_of(module.run)
             sizes = ModelSizes.of(module.checkpoint, methods)
             stages = stages_of_fit(sizes, module.plan, data, holding, _training(trainer, module))

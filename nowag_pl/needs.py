@@ -80,6 +80,8 @@ def stages_of_fit(
     """Return the needs of every stage of a fit, in their order; with a training end to end, if there is one."""
     stages = []
     if plan.calibration is not None and plan.compression is not None:
+        if plan.rotation is not None:
+            stages.append(rotation(sizes, plan.calibration, data.seq_len))
         stages += [guidance(sizes, plan.calibration, data.seq_len)] * (plan.calibration.guidance is not None)
         stages += compression(sizes, plan.calibration, data.seq_len)
         if plan.compression.budget is not None:
@@ -97,6 +99,28 @@ def stages_of_fit(
             stages.append(teacher(sizes, training.teacher, training.num_windows, data.seq_len))
         stages.append(end_to_end(sizes, data, training, holding))
     return stages
+
+
+def rotation(sizes: ModelSizes, settings: CalibrationSettings, seq_len: int) -> StageNeeds:
+    """Return the needs of rotating the model: one block and its second moments, and gradients of one matrix.
+
+    On disk is the rotated model, with a head of its own, and for a time the second moments of all blocks.
+    """
+    # Before attention and MLP, and after the attention.
+    pairs = 4 * 3 * sizes.hidden**2
+    weights = sizes.dense_block // sizes.itemsize
+    # In float32: the weights, rotated ones, their squares and shares, and a gradient of each; six of the matrix.
+    learning = 28 * weights + pairs + 24 * sizes.hidden**2
+    gathering = sizes.activations(settings.batch_size * seq_len) + 3 * pairs
+    return StageNeeds(
+        "rotation",
+        device=2 * sizes.skeleton + sizes.dense_block + max(learning, gathering),
+        host=sizes.skeleton + 4 * weights,
+        shared_host=sizes.hidden_states(settings.num_sequences, seq_len),
+        disk=2 * sizes.skeleton + sizes.dense_blocks + sizes.num_blocks * pairs,
+        device_option="calibration.batch_size, data.seq_len or rotation.kind",
+        host_option="calibration.num_sequences or data.seq_len",
+    )
 
 
 def guidance(sizes: ModelSizes, settings: CalibrationSettings, seq_len: int) -> StageNeeds:
