@@ -42,8 +42,9 @@ class ModelPreflight(Stage):
         data, holding = _data_shape(trainer), _holding(trainer, module)
         if is_compressing(trainer, stage):
             _check_export(module)
-            if module.plan.rotation is not None:
+            if module.plan.compression is not None:
                 module.run.check_rotation()
+                module.run.check_guidance()
             methods = None if module.plan.compression is None else methods_of(module.run)
             sizes = ModelSizes.of(module.checkpoint, methods)
             stages = stages_of_fit(sizes, module.plan, data, holding, _training(trainer, module))

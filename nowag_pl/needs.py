@@ -124,14 +124,18 @@ def rotation(sizes: ModelSizes, settings: CalibrationSettings, seq_len: int) -> 
 
 
 def guidance(sizes: ModelSizes, settings: CalibrationSettings, seq_len: int) -> StageNeeds:
-    """Return the needs of weighting tokens: hidden states before all blocks, and one block with its gradients."""
+    """Return the needs of weighting tokens: hidden states before all blocks, and one block with its gradients.
+
+    Second moments of gradients, where a method needs them, are summed in float64, and stored in float32.
+    """
     tokens = settings.batch_size * seq_len
-    block = sizes.dense_block + 4 * sizes.activations(tokens)
+    block = sizes.dense_block + 4 * sizes.activations(tokens) + 8 * sizes.block.output_pairs
     return StageNeeds(
         "guidance",
         device=sizes.skeleton + max(block, 2 * sizes.measuring(tokens)),
         shared_host=(sizes.num_blocks + 2) * sizes.hidden_states(settings.num_sequences, seq_len),
-        disk=4 * sizes.total.num_linears * settings.num_sequences * seq_len,
+        host=4 * sizes.block.output_pairs,
+        disk=4 * (sizes.total.num_linears * settings.num_sequences * seq_len + sizes.total.output_pairs),
         device_option="calibration.batch_size or data.seq_len",
         host_option="calibration.num_sequences or data.seq_len",
     )

@@ -4,6 +4,7 @@ from pathlib import Path
 
 # Stages that write one artefact per block, by the name of their folder.
 GUIDANCE = "guidance"
+OUTPUT_MOMENTS = "output_moments"  # of gradients, for feedback along both sides
 MOMENTS = "moments"
 COMPRESSED = "compressed"
 FINETUNED = "finetuned"
@@ -44,7 +45,10 @@ def artefact(folder: Path, stage: str, index: int) -> Path:
 
 def written_folders(folder: Path) -> list[Path]:
     """Return the folders of a run directory in which its process writes, those that are there."""
-    folders = [folder, *(folder / name for name in (GUIDANCE, MOMENTS, COMPRESSED, FINETUNED, HIDDEN, REFERENCE))]
+    folders = [
+        folder,
+        *(folder / name for name in (GUIDANCE, OUTPUT_MOMENTS, MOMENTS, COMPRESSED, FINETUNED, HIDDEN, REFERENCE)),
+    ]
     folders += [folder / ROTATION, folder / ROTATION_MOMENTS, folder / ROTATED_MODEL]
     folders += [folder / TRAINING, folder / BUDGET, *(folder / BUDGET).rglob("*")]
     folders += (folder / BLOCK_CHECKPOINTS).glob("block_*")

@@ -28,7 +28,17 @@ from nowag_pl.models.selection import Selection, find_linears
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear
 from nowag_pl.run.fingerprint import check_finite, fingerprint
-from nowag_pl.run.layout import BUDGET, COMPRESSED, DECISION, FINETUNED, GUIDANCE, MOMENTS, ROTATION, TRAINING
+from nowag_pl.run.layout import (
+    BUDGET,
+    COMPRESSED,
+    DECISION,
+    FINETUNED,
+    GUIDANCE,
+    MOMENTS,
+    OUTPUT_MOMENTS,
+    ROTATION,
+    TRAINING,
+)
 from nowag_pl.run.manifest import Claim
 from nowag_pl.run.memory import measured_memory
 from nowag_pl.run.places import check_apart
@@ -40,9 +50,9 @@ from nowag_pl.stages.budget.candidates import Choices
 from nowag_pl.stages.budget.spread import Budgeted, compress_within_budget
 from nowag_pl.stages.calibration import calibrate, moment_source
 from nowag_pl.stages.compression import compress, read_block
-from nowag_pl.stages.guidance import write_guidance
+from nowag_pl.stages.guidance import read_guidance, write_guidance
 from nowag_pl.stages.plan import CalibrationSettings, CompressionSettings, ExportFormat, FinetuningSettings, Plan
-from nowag_pl.stages.rotation import write_rotated
+from nowag_pl.stages.rotation import Tokens, write_rotated
 from nowag_pl.stages.teacher import DenseReference, Teacher, TeacherSettings
 
 
@@ -163,7 +173,9 @@ class CompressionRun:
     def _rotation_claims(self, windows: Tensor) -> list[Claim]:
         if self.plan.rotation is None:
             return []
-        described = {**dataclasses.asdict(self.plan.rotation), "tokens_sha256": tokens_digest(windows)}
+        described: dict[str, Any] = {**dataclasses.asdict(self.plan.rotation), "tokens_sha256": tokens_digest(windows)}
+        if self._calibration.guidance is not None:
+            described["guidance"] = dataclasses.asdict(self._calibration.guidance)
         return [Claim("rotation", described, ROTATION)]
 
     def check_rotation(self) -> None:
@@ -180,15 +192,19 @@ class CompressionRun:
         Raises:
             ValueError: the model is built in a way that does not allow it.
         """
-        settings = self.plan.rotation
+        settings, calibration = self.plan.rotation, self._calibration
         if settings is None:
             return
         self.check_finite()
         self.check_rotation()
-        for claim in self._rotation_claims(windows):
+        for claim in (*self._rotation_claims(windows), *self._calibration_claims(self._describe_calibration(windows))):
             self.store.claim(*claim)
         with self.measuring("rotation"):
-            folder = write_rotated(self.dense, self.store, windows, settings, self._calibration.batch_size)
+            # Orthogonal matrices change no squared gradient, averaged over outputs: the compression takes the same.
+            write_guidance(self.dense, self.store, windows, calibration)
+            weights = read_guidance(self.store, calibration.guidance)
+            tokens = Tokens(windows, calibration.batch_size, weights)
+            folder = write_rotated(self.dense, self.store, tokens, settings)
         dtype = str(self.checkpoint.dtype).removeprefix("torch.")
         selection = selection_of(self.plan.compression)
         self._rotated = StreamedModel(Checkpoint(str(folder), dtype), self.device, selection)
@@ -214,7 +230,10 @@ class CompressionRun:
         if (guidance := described.get("guidance")) is not None:
             # Gradients are those of the dense model, and their power is taken when they are used.
             of_gradients = {name: value for name, value in described.items() if name not in ("mode", "guidance")}
-            claims.insert(0, Claim("guidance", {**of_gradients, "labels": guidance["labels"]}, GUIDANCE))
+            of_gradients["labels"] = guidance["labels"]
+            claims.insert(0, Claim("guidance", of_gradients, GUIDANCE))
+            if self._needs_output_moment:
+                claims.insert(1, Claim("output_moments", of_gradients, OUTPUT_MOMENTS))
         return claims
 
     def _describe_compression(self) -> dict[str, Any]:
@@ -237,6 +256,7 @@ class CompressionRun:
             windows: calibration sequences `[num_sequences, seq_len]`, the same on every rank.
         """
         settings = self._calibration
+        self.check_guidance()
         self.check_finite()
         described = self._describe_calibration(windows)
         self.calibration = {
@@ -250,7 +270,7 @@ class CompressionRun:
         self._windows = windows
         if settings.guidance is not None:
             with self.measuring("calibration"):
-                write_guidance(self.model, self.store, windows, settings)
+                write_guidance(self.model, self.store, windows, settings, self._needs_output_moment)
         if settings.mode == "dense" and not self._needs_full_second_moment:
             with self.measuring("calibration"):
                 calibrate(self.model, self.store, windows, settings)
@@ -259,6 +279,15 @@ class CompressionRun:
     def _needs_full_second_moment(self) -> bool:
         methods = [*self.assignment.methods, *self._budget_settings]
         return any(method.full_second_moment for method in methods)
+
+    @property
+    def _needs_output_moment(self) -> bool:
+        return any(method.output_moment for method in [*self.assignment.methods, *self._budget_settings])
+
+    def check_guidance(self) -> None:
+        """Raise ValueError if a method needs gradients of the final loss and the plan has no guidance."""
+        if self._needs_output_moment and self._calibration.guidance is None:
+            raise ValueError("Expected calibration.guidance with update 'two_sided', but got none.")
 
     @property
     def _budget_settings(self) -> list[Any]:

@@ -8,6 +8,7 @@ dense model.
 
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +25,13 @@ from nowag_pl.functional.rotation_learning import (
     stream_entropy,
     value_entropy,
 )
-from nowag_pl.models.checkpoint import CONFIG_FILE
+from nowag_pl.models.checkpoint import CONFIG_FILE, Checkpoint
 from nowag_pl.models.rotation import (
     DOWN,
     OUTPUT,
     READERS,
     WRITERS,
+    check_rotatable,
     folded_state,
     readers_of,
     rotated_stream,
@@ -46,21 +48,59 @@ from nowag_pl.run.ranks import Ranks
 from nowag_pl.run.store import ArtefactStore
 from nowag_pl.stages.correction import Point, captured
 from nowag_pl.stages.hidden import HiddenStates, forward
-from nowag_pl.stages.moments import naming
+from nowag_pl.stages.moments import TokenWeights, Weights, naming
 from nowag_pl.stages.plan import RotationSettings
 
+# The linears that share the inputs of each norm or linear.
+_PLACES = {**READERS, **{name: (name,) for name in WRITERS}}
 
-def write_rotated(
-    model: StreamedModel, store: ArtefactStore, windows: Tensor, settings: RotationSettings, batch_size: int
-) -> Path:
+
+class Tokens(NamedTuple):
+    """The calibration text.
+
+    Attributes:
+        windows: sequences `[num_sequences, seq_len]`, the same on every rank; each takes its share.
+        batch_size: sequences that pass through a block together.
+        weights: weight of each token for each linear; None: equal weights.
+    """
+
+    windows: Tensor
+    batch_size: int
+    weights: TokenWeights | None = None
+
+    def of(self, index: int, names: tuple[str, ...]) -> Weights | None:
+        """Return the mean weights of this rank's tokens for some linears of a block."""
+        if self.weights is None:
+            return None
+        return Weights(torch.stack([self.weights(index, name) for name in names]).mean(dim=0))
+
+
+def rotate(path: str, run_dir: str | Path, windows: Tensor, settings: RotationSettings, batch_size: int = 8) -> Path:
+    """Rotate a dense model outside of a fit, and return the folder of the rotated one.
+
+    Args:
+        path: a local folder, or whatever else `model.path` takes.
+        run_dir: folder to write into: `rotation/model` is the result.
+        windows: calibration sequences `[num_sequences, seq_len]`.
+        settings: kind of rotation, and how it is learned.
+        batch_size: sequences that pass through a block together.
+
+    Raises:
+        ValueError: the model is built in a way that does not allow it.
+    """
+    model = StreamedModel(Checkpoint(path))
+    check_rotatable(model)
+    return write_rotated(model, ArtefactStore(Path(run_dir), Ranks.current()), Tokens(windows, batch_size), settings)
+
+
+def write_rotated(model: StreamedModel, store: ArtefactStore, tokens: Tokens, settings: RotationSettings) -> Path:
     """Write the rotated model, unless it is there, and return its folder.
 
     Args:
         model: dense model.
         store: run directory.
-        windows: calibration sequences `[num_sequences, seq_len]`, the same on every rank; each takes its share.
+        tokens: calibration text.
         settings: kind of rotation, and how it is learned.
-        batch_size: sequences that pass through a block together.
 
     Raises:
         ValueError: an activation is NaN or infinite; the message names block and linear.
@@ -69,7 +109,7 @@ def write_rotated(
     if store.ranks.broadcast((folder / CONFIG_FILE).is_file()):
         return folder
     if settings.kind == "learned":
-        gather_moments(model, store, windows, batch_size)
+        gather_moments(model, store, tokens)
     if store.ranks.is_zero:
         _write(model, store, settings, folder)
     store.remove(ROTATION_MOMENTS)
@@ -77,14 +117,13 @@ def write_rotated(
 
 
 @torch.no_grad()
-def gather_moments(model: StreamedModel, store: ArtefactStore, windows: Tensor, batch_size: int) -> None:
+def gather_moments(model: StreamedModel, store: ArtefactStore, tokens: Tokens) -> None:
     """Write the second moments of normalised hidden states, and of the inputs of linears that write to the stream.
 
     Args:
         model: dense model.
         store: run directory.
-        windows: calibration sequences, the same on every rank; each takes its share.
-        batch_size: sequences that pass through a block together.
+        tokens: calibration text.
 
     Raises:
         ValueError: an activation is NaN or infinite; the message names block and linear.
@@ -92,42 +131,48 @@ def gather_moments(model: StreamedModel, store: ArtefactStore, windows: Tensor, 
     missing = store.missing(ROTATION_MOMENTS, len(model))
     if not missing:
         return
-    states = HiddenStates(model, store.ranks.share(windows), batch_size)
+    states = HiddenStates(model, store.ranks.share(tokens.windows), tokens.batch_size)
     with block_progress("Rotation: moments", max(missing) + 1, store.ranks.is_zero, model.device) as report:
         for index in range(max(missing) + 1):
             started, block = time.perf_counter(), model.load_block(index)
             if index in missing:
-                moments = _moments(model, block, index, states, store.ranks)
-                store.write(ROTATION_MOMENTS, index, moments, {"seconds": time.perf_counter() - started})
+                weights = {name: tokens.of(index, linears) for name, linears in _PLACES.items()}
+                moments = _moments(model, block, index, states, weights)
+                for moment in moments.values():
+                    moment.all_reduce()
+                store.write(
+                    ROTATION_MOMENTS,
+                    index,
+                    _computed(model, index, moments),
+                    {"seconds": time.perf_counter() - started},
+                )
             states.run(block, index)
             report("")
 
 
 def _moments(
-    model: StreamedModel, block: nn.Module, index: int, states: HiddenStates, ranks: Ranks
-) -> dict[str, Tensor]:
-    """Return the second moments of a block by the name of the norm or linear whose inputs they are those of."""
-    sizes = {name: (block.get_submodule(name).get_parameter("weight").shape[-1], name != DOWN) for name in _places()}
-    moments = {name: SecondMoment(*size).to(model.device) for name, size in sizes.items()}
+    model: StreamedModel, block: nn.Module, index: int, states: HiddenStates, weights: dict[str, Weights | None]
+) -> dict[str, SecondMoment]:
+    """Return this rank's second moments of a block by the name of the norm or linear whose inputs they are those of."""
+    sizes = {name: block.get_submodule(name).get_parameter("weight").shape[-1] for name in _PLACES}
+    moments = {name: SecondMoment(size, full=name != DOWN).to(model.device) for name, size in sizes.items()}
     for hidden in states.batches():
         with captured(block, [Point(name, "input") for name in moments]) as seen:
             forward(model, block, index, hidden)
         for name, moment in moments.items():
-            inputs = seen[Point(name, "input")].float()
-            moment.update(F.rms_norm(inputs, inputs.shape[-1:]) if name in READERS else inputs)
-    for moment in moments.values():
-        moment.all_reduce()
+            inputs, of_tokens = seen[Point(name, "input")].float(), weights[name]
+            inputs = F.rms_norm(inputs, inputs.shape[-1:]) if name in READERS else inputs
+            moment.update(inputs, None if of_tokens is None else of_tokens.of(inputs))
+    return moments
+
+
+def _computed(model: StreamedModel, index: int, moments: dict[str, SecondMoment]) -> dict[str, Tensor]:
+    """Return the means in host memory; those of the attention's output head by head."""
     found = {}
     for name, moment in moments.items():
         with naming(f"{model.block_name(index)}.{name}"):
             found[name] = moment.compute().cpu()
-    heads = model.checkpoint.config.num_attention_heads
-    found[OUTPUT] = _of_heads(found[OUTPUT], heads)
-    return found
-
-
-def _places() -> tuple[str, ...]:
-    return (*READERS, *WRITERS)
+    return {**found, OUTPUT: _of_heads(found[OUTPUT], model.checkpoint.config.num_attention_heads)}
 
 
 def _of_heads(matrix: Tensor, heads: int) -> Tensor:
@@ -206,7 +251,12 @@ def _mean_moment(model: StreamedModel, store: ArtefactStore) -> Tensor:
 
 
 def _value_rotation(
-    model: StreamedModel, store: ArtefactStore, settings: RotationSettings, index: int, stream: Tensor, state: dict
+    model: StreamedModel,
+    store: ArtefactStore,
+    settings: RotationSettings,
+    index: int,
+    stream: Tensor,
+    state: dict[str, Tensor],
 ) -> Tensor:
     """Return the matrices of the values of a block whose stream is rotated."""
     heads = model.checkpoint.config.num_attention_heads

@@ -8,9 +8,9 @@ from tiny_models import artefacts, load_whole, random_tokens
 from nowag_pl.files import read_json
 from nowag_pl.models.rotation import folded_state, values_of
 from nowag_pl.models.streaming import StreamedModel
-from nowag_pl.run.layout import ROTATED_MODEL, ROTATION_MOMENTS
+from nowag_pl.run.layout import GUIDANCE, ROTATED_MODEL, ROTATION_MOMENTS
 from nowag_pl.stages import rotation as stage
-from nowag_pl.stages.plan import RotationSettings
+from nowag_pl.stages.plan import GuidanceSettings, RotationSettings
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -94,7 +94,7 @@ def test_a_run_resumes_and_refuses_another_rotation(model_folder, tmp_path, monk
 
 def test_moments_are_those_of_normalised_hidden_states(model_folder, tmp_path):
     run = rotating(model_folder(), tmp_path / "run")
-    stage.gather_moments(run.dense, run.store, WINDOWS, 3)
+    stage.gather_moments(run.dense, run.store, stage.Tokens(WINDOWS, 3))
     found = run.store.read(ROTATION_MOMENTS, 1)[0]
     seen = {}
     model = load_whole(model_folder())
@@ -110,6 +110,22 @@ def test_moments_are_those_of_normalised_hidden_states(model_folder, tmp_path):
     torch.testing.assert_close(found["self_attn.o_proj"], expected, rtol=1e-4, atol=1e-5)
     values = values_of(folded_state(run.dense.load_block(1)), hidden.square().mean(0), found["self_attn.o_proj"])
     assert values.value.shape == (2, 8, 32)
+
+
+def test_guidance_weights_the_tokens_of_a_rotation_and_stays_as_it_is(model_folder, tmp_path):
+    run = rotating(model_folder(), tmp_path / "run", guidance=GuidanceSettings())
+    run.rotate(WINDOWS)
+    before = artefacts(tmp_path / "run" / GUIDANCE)
+    plain = rotating(model_folder(), tmp_path / "plain")
+    plain.rotate(WINDOWS)
+    guided, unguided = (each.model.load_block(1).mlp.up_proj.weight for each in (run, plain))
+    assert not torch.allclose(guided, unguided)
+    run.calibrate(WINDOWS)
+    assert artefacts(tmp_path / "run" / GUIDANCE) == before
+    of_rotated = run_of(tmp_path / "run" / ROTATED_MODEL, tmp_path / "again", guidance=GuidanceSettings())
+    of_rotated.calibrate(WINDOWS)
+    for name, weights in run.store.read(GUIDANCE, 1)[0].items():
+        torch.testing.assert_close(of_rotated.store.read(GUIDANCE, 1)[0][name], weights, rtol=1e-2, atol=1e-8)
 
 
 @pytest.mark.parametrize(("family", "found"), [("gemma2", "feedforward"), ("phi3", "missing"), ("olmo2", "norm")])
