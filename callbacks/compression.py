@@ -20,8 +20,9 @@ class ModelCompression(Stage):
     and a regular expression, or `blocks:` and numbers as Python counts them (`blocks:0`, `blocks:-1`, `blocks:2:10`).
 
     Args:
-        compressor: the method, by class_path and init_args: NoWagPruner, NoWagQuantizer, ArmorCompressor, WandaPruner,
-            MagnitudePruner, NoWagTrellis, or a class of your own that derives from nowag_pl.compressors.Compressor.
+        compressor: the method, by class_path and init_args: NoWagPruner, NoWagQuantizer, NoWagTrellis, ArmorCompressor,
+            SparseGPTPruner, WandaPruner, MagnitudePruner, or a class of your own that derives from
+            nowag_pl.compressors.Compressor.
         budget: spread the bits that the compressor needs over the linears by measured sensitivity. null: the same
             settings for every linear.
         targets: patterns of the linears to compress, such as [mlp.*]. null: all.

@@ -1,12 +1,14 @@
 """When the dense model is recorded, and when the report is written and shown."""
 
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from nowag_pl.files import read_json, write_json, write_text
@@ -17,7 +19,8 @@ from nowag_pl.lit.stage import Stage, data_of, module_of
 from nowag_pl.reports.averages import mean_over_weights
 from nowag_pl.reports.build import PAGE_FILE, REPORT_FILE, build_report, with_earlier
 from nowag_pl.run.wording import PHASES, readable
-from nowag_pl.stages.plan import Plan, ReportSettings
+from nowag_pl.stages.plan import PROMPTS, Plan, PromptSettings, ReportSettings
+from nowag_pl.stages.samples import fits_whole, written_by
 
 
 class ModelReport(Stage):
@@ -26,16 +29,22 @@ class ModelReport(Stage):
     Args:
         batch_size: windows of the evaluation texts that pass through a block of the dense model together.
         html: also write report.html, one file with tables and figures.
+        prompts: texts that the dense and the compressed model continue, side by side; a user's turn where the model has
+            a chat template. They are left out where the model does not fit in memory. []: none.
+        max_new_tokens: tokens of the longest continuation.
     """
 
-    def __init__(self, batch_size: int = 8, html: bool = True) -> None:
-        self.settings = ReportSettings(batch_size)
+    def __init__(
+        self, batch_size: int = 8, html: bool = True, prompts: Sequence[str] = PROMPTS, max_new_tokens: int = 48
+    ) -> None:
+        self.settings = ReportSettings(batch_size, PromptSettings(tuple(prompts), max_new_tokens))
         self.html = html
         self._metrics: dict[str, dict[str, dict[str, float]]] = {}
         self._evaluation_seconds = 0.0
         self._training_seconds = 0.0
         self._validation_started = 0.0
         self._training_started = 0.0
+        self._written: dict[str, list[str]] = {}  # continuations by phase
         self._tables: list[Table] = []
         self._path: Path | None = None
         self._memory = ExitStack()
@@ -79,6 +88,7 @@ class ModelReport(Stage):
             seconds = {"finetuning": self._training_seconds, "evaluation": self._evaluation_seconds}
             path = module.run.store.folder / REPORT_FILE
             report = build_report(module.run, data.eval_windows, self._metrics, seconds)
+            report["samples"] = self._samples(phase, module)
             report = with_earlier(report, _earlier(path), module.run.later_phases())
             write_json(path, report)
             if self.html:
@@ -86,6 +96,8 @@ class ModelReport(Stage):
 
                 write_text(path.with_name(PAGE_FILE), report_page(report))
             self._tables.append(_summary_table(report))
+            if report["samples"]:
+                self._tables.append(_samples_table(report["samples"]))
             self._path = path
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -120,6 +132,22 @@ class ModelReport(Stage):
         if self._path is not None:
             beside = f" and {PAGE_FILE}" if self.html else ""
             console.print(f"Report written to {self._path}{beside}", soft_wrap=True)
+
+    def _samples(self, phase: str, module: LitCausalLM) -> list[dict[str, str]]:
+        """Return each prompt and its continuations, by the dense model and by the compressed one in each phase."""
+        run, settings = module.run, self.settings.samples
+        # The parts of a sharded model are with other processes.
+        if not settings.prompts or module.is_sharded or not fits_whole(run):
+            return []
+        if not self._written:
+            self._written["dense"] = written_by(run, None, settings)
+        model = module.model
+        if model is None:
+            assert module.compressed is not None
+            model = module.compressed.assemble()
+        self._written[phase] = written_by(run, model, settings)
+        columns = {"prompt": list(settings.prompts), **self._written}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def _keep(self, phase: str, module: LitCausalLM, data: TokenDataModule) -> None:
         figures: dict[str, dict[str, float]] = {}
@@ -181,4 +209,17 @@ def _summary_table(report: dict[str, Any]) -> Table:
         )
     for name, value in rows.items():
         table.add_row(name, value)
+    return table
+
+
+def _samples_table(samples: Sequence[Mapping[str, str]]) -> Table:
+    """Lay out each prompt and its continuations, one below the other, without their line breaks."""
+    table = Table(title="Greedy continuations")
+    for column in ("prompt", "model", "text"):
+        table.add_column(column)
+    for sample in samples:
+        for number, phase in enumerate(phase for phase in PHASES if phase in sample):
+            text = " ".join(sample[phase].split())
+            table.add_row("" if number else escape(sample["prompt"]), PHASES[phase], escape(text))
+        table.add_section()
     return table

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         NoWagPruner,
         NoWagQuantizer,
         NoWagTrellis,
+        SparseGPTPruner,
         WandaPruner,
     )
     from nowag_pl.models.format.saving import load_compressed, save_compressed, save_dense
@@ -27,6 +28,7 @@ _HOMES = {
     "NoWagQuantizer": "nowag_pl.compressors",
     "NoWagTrellis": "nowag_pl.compressors",
     "SecondMoment": "nowag_pl.modules",
+    "SparseGPTPruner": "nowag_pl.compressors",
     "WandaPruner": "nowag_pl.compressors",
     "accelerate": "nowag_pl.modules",
     "load_compressed": "nowag_pl.models.format.saving",
@@ -41,6 +43,7 @@ __all__ = [
     "NoWagQuantizer",
     "NoWagTrellis",
     "SecondMoment",
+    "SparseGPTPruner",
     "WandaPruner",
     "accelerate",
     "load_compressed",

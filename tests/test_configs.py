@@ -13,7 +13,16 @@ from torch import nn
 from transformers import LlamaConfig
 
 import main as command_line
-from nowag_pl import ArmorCompressor, MagnitudePruner, NoWagPruner, NoWagQuantizer, NoWagTrellis, WandaPruner, needs
+from nowag_pl import (
+    ArmorCompressor,
+    MagnitudePruner,
+    NoWagPruner,
+    NoWagQuantizer,
+    NoWagTrellis,
+    SparseGPTPruner,
+    WandaPruner,
+    needs,
+)
 from nowag_pl.compressors.budget import Budget
 from nowag_pl.data.sources import HubDataset
 from nowag_pl.lit.stage import Stage
@@ -24,8 +33,11 @@ from nowag_pl.stages.sizes import Holding, ModelSizes
 CONFIGS = ROOT / "configs"
 PLUS = {"weighting": "output", "update": "alternating", "refit_scales": True, "damping": 0.03}
 METHODS = {
-    **{f"nowag_trellis_{bits}bit": NoWagTrellis(bits=bits) for bits in (2, 3, 4)},
+    **{f"nowag_trellis_{bits}bit{end}": NoWagTrellis(bits=bits) for bits in (2, 3, 4) for end in ("", "_plus")},
     "armor_2_4": ArmorCompressor(pattern=(2, 4), block_size=32),
+    "armor_2_4_full": ArmorCompressor(
+        pattern=(2, 4), block_size=32, max_iters=20000, learning_rate=1e-3, schedule="constant", tolerance=0.0
+    ),
     "nowag_p_50": NoWagPruner(sparsity=0.5),
     "nowag_p_50_plus": NoWagPruner(sparsity=0.5, update="alternating"),
     "nowag_p_2_4_plus": NoWagPruner(pattern=(2, 4), update="alternating"),
@@ -38,6 +50,7 @@ METHODS = {
     "nowag_vq_2bit_small": NoWagQuantizer(subvector_dim=4, codebook_size=256),
     **{f"nowag_trellis_{bits}bit": NoWagTrellis(bits=bits) for bits in (2, 3, 4)},
     "wanda_50": WandaPruner(sparsity=0.5),
+    "sparsegpt_50": SparseGPTPruner(sparsity=0.5),
     "magnitude_50": MagnitudePruner(sparsity=0.5),
 }
 RECIPES = {  # hub id, hidden, intermediate, key and value size, blocks, vocabulary, context
@@ -58,7 +71,8 @@ FOLDERS = {  # groups of the files in a folder
 DATA = ["local_text", "wikitext2_c4", "redpajama", "slimpajama"]
 SHIPPED = sorted(path.relative_to(ROOT).as_posix() for path in CONFIGS.rglob("*.yaml"))
 GROUPS = {path: FOLDERS[path.split("/")[1]] for path in SHIPPED}
-GROUPS |= {path: {"calibration", "compression"} for path in SHIPPED if path.endswith("_plus.yaml")}
+MODES = {method: "corrected" for method in METHODS if method.endswith("_plus")} | {"sparsegpt_50": "propagated"}
+GROUPS |= {f"configs/method/{method}.yaml": {"calibration", "compression"} for method in MODES}
 GROUPS |= {path: {"model", "trainer"} for path in SHIPPED if path.endswith("distillation.yaml")}
 GROUPS["configs/recipes/embedded_model.yaml"] = {"seed_everything", "model", "compression", "data", "trainer"}
 
@@ -111,7 +125,9 @@ def test_method_means_what_it_says_beside_any_data(method, parse):
     assert type(parsed.compressor) is type(METHODS[method])
     assert parsed.cli.model.checkpoint.path == "embedded"
     assert parsed.cli.trainer.max_epochs == 0
-    assert parsed.plan.calibration.mode == ("corrected" if method.endswith("_plus") else "dense")
+    assert parsed.plan.calibration.mode == MODES.get(method, "dense")
+    guided = method.startswith("nowag_trellis") and method.endswith("_plus")
+    assert (parsed.plan.calibration.guidance is not None) == guided
     assert (parsed.plan.compression.budget is not None) == (method == "nowag_vq_2bit_small_plus")
 
 

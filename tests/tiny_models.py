@@ -197,6 +197,7 @@ def _arguments(command: str, workplace: Path, model: Path, run_dir: Path, *more:
         "--trainer.enable_model_summary=false",
         "--inspection.enabled=false",  # seconds that only their own tests need
         "--report.html=false",
+        "--report.prompts=[]",
         *more,
     ]
 

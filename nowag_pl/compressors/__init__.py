@@ -2,7 +2,7 @@
 
 from nowag_pl.compressors.armor import ArmorCompressor
 from nowag_pl.compressors.base import Compressor
-from nowag_pl.compressors.baselines import MagnitudePruner, WandaPruner
+from nowag_pl.compressors.baselines import MagnitudePruner, SparseGPTPruner, WandaPruner
 from nowag_pl.compressors.nowag import NoWagPruner, NoWagQuantizer
 from nowag_pl.compressors.trellis import NoWagTrellis
 
@@ -13,5 +13,6 @@ __all__ = [
     "NoWagPruner",
     "NoWagQuantizer",
     "NoWagTrellis",
+    "SparseGPTPruner",
     "WandaPruner",
 ]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nowag_pl.compressors.base import Compressor, check_inputs, empty_settings
 from nowag_pl.functional.armor.block_diagonal import largest_block
-from nowag_pl.functional.armor.fit import ArmorSettings, Selection, fit_armor
+from nowag_pl.functional.armor.fit import ArmorSettings, Schedule, Selection, fit_armor
 from nowag_pl.functional.armor.groups import supports_of
 from nowag_pl.functional.armor.objective import ArmorTarget, identity_factors
 from nowag_pl.functional.normalization import Normalized, normalize
@@ -24,12 +24,14 @@ class ArmorCompressor(Compressor):
 
     Args:
         pattern: (N, M): the core S keeps N of every M consecutive weights of a row.
-        block_size: largest size of the blocks of A and B; the largest divisor of the number of features up to this is
-            used (for B, a multiple of M). A and B cost 16 (block / in + block / out) bits per weight.
+        block_size: largest size of the blocks of A and B, or one size for each, such as [64, 128]; the largest divisor
+            of the number of features up to this is used (for B, a multiple of M). A and B cost
+            16 (block of A / in + block of B / out) bits per weight.
         max_iters: largest number of iterations, each a step of Adam and a choice of supports.
-        learning_rate: first learning rate of Adam on A and B; it falls to zero over max_iters. The rate of S is scaled
-            by the size of its values.
-        tolerance: stop when 50 iterations lower the loss by less than this fraction; 0 to continue while it falls.
+        learning_rate: first learning rate of Adam on A and B. The rate of S is scaled by the size of its values.
+        schedule: "cosine" for a rate that falls to zero over max_iters, which is best for some hundred iterations;
+            "constant" for ten thousand and more, with a small rate.
+        tolerance: stop when a tenth of max_iters lowers the loss by less than this fraction.
         selection: choice of the group in each pair of blocks that may get a new support: "gradient", with a probability
             proportional to the squared gradient of the loss, or "random".
         weighting: weight of an error of the normalised weight. "normalized": the paper's `h_j`; "output": its effect on
@@ -38,9 +40,10 @@ class ArmorCompressor(Compressor):
     """
 
     pattern: tuple[int, int] = (2, 4)
-    block_size: int = 128
+    block_size: int | tuple[int, int] = 128
     max_iters: int = 500
-    learning_rate: float = 1e-2
+    learning_rate: float = 2e-2
+    schedule: Schedule = "cosine"
     tolerance: float = 1e-3
     selection: Selection = "gradient"
     weighting: Literal["normalized", "output"] = "normalized"
@@ -55,12 +58,22 @@ class ArmorCompressor(Compressor):
         object.__setattr__(self, "pattern", tuple(self.pattern))
         check_pattern(self.pattern)
         supports_of(self.pattern)
-        for name, least in {"block_size": self.pattern[1], "max_iters": 0, "learning_rate": 0, "tolerance": 0}.items():
+        if not isinstance(self.block_size, int):
+            object.__setattr__(self, "block_size", tuple(self.block_size))
+        if min(self._largest_blocks) < self.pattern[1]:
+            raise ValueError(f"Expected block_size of at least {self.pattern[1]}, but got {self.block_size}.")
+        for name, least in {"max_iters": 0, "learning_rate": 0, "tolerance": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"Expected {name} of at least {least}, but got {getattr(self, name)}.")
-        for name, choices in {"selection": ("gradient", "random"), "weighting": ("normalized", "output")}.items():
+        words = {"selection": ("gradient", "random"), "schedule": ("cosine", "constant")}
+        for name, choices in (words | {"weighting": ("normalized", "output")}).items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"Expected {name} to be one of {choices}, but got {getattr(self, name)!r}.")
+
+    @property
+    def _largest_blocks(self) -> tuple[int, int]:
+        """Largest size of the blocks of A and of B."""
+        return (self.block_size, self.block_size) if isinstance(self.block_size, int) else self.block_size
 
     def block_sizes(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Return the size of the blocks of A and of B for a linear `(out, in)`.
@@ -69,10 +82,8 @@ class ArmorCompressor(Compressor):
             ValueError: M does not divide the input features.
         """
         check_row(shape[1], self.pattern)
-        return (
-            largest_block(shape[0], self.block_size),
-            largest_block(shape[1], self.block_size, multiple_of=self.pattern[1]),
-        )
+        of_out, of_in = self._largest_blocks
+        return (largest_block(shape[0], of_out), largest_block(shape[1], of_in, multiple_of=self.pattern[1]))
 
     def empty(self, shape: tuple[int, int], dtype: torch.dtype, bias: bool = False) -> ArmorLinear:
         """Return the fitted linear without values; see :class:`~nowag_pl.compressors.base.Compressor`."""
@@ -93,7 +104,9 @@ class ArmorCompressor(Compressor):
         normalized = normalize(linear.weight)
         second_moment = second_moment.to(linear.weight.device)
         keep = keep_n_of_m(nowag_scores(normalized.weight, second_moment), self.pattern)
-        settings = ArmorSettings(self.pattern, self.max_iters, self.learning_rate, self.tolerance, self.selection)
+        settings = ArmorSettings(
+            self.pattern, self.max_iters, self.learning_rate, self.tolerance, self.selection, self.schedule
+        )
         generator = torch.Generator().manual_seed(self.seed)
         start = identity_factors(normalized.weight, keep, *sizes)
         fit = fit_armor(self._target(normalized, second_moment), start, settings, generator)

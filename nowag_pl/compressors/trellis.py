@@ -1,7 +1,7 @@
 """NoWag on a trellis: NoWag's normalisation (arXiv:2504.14569), then trellis coded quantization (arXiv:2406.11235)."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from nowag_pl.compressors.base import (
 from nowag_pl.functional.moments import mean_squares
 from nowag_pl.functional.trellis.codes import Code
 from nowag_pl.functional.trellis.quantize import TrellisSettings, quantize_trellis
+from nowag_pl.functional.trellis.rotation import Rotation
 from nowag_pl.modules.compressed.trellis import TrellisLinear
 
 _WORKING_BYTES = 40  # per weight: target, rotated weight, tiles, states, and copies for the scales
@@ -29,22 +30,22 @@ class NoWagTrellis(Compressor):
         bits: bits per weight, 1 to 8. In addition, each row and column takes 16 bits.
         state_bits: bits of a state of the trellis: 12, or 16 for a few percent less error in 16 times the time.
         code: numbers of the states: "mul1", "mcg", "3inst" or "1mad".
-        rotation: "both" for random signs and Hadamard blocks on both sides, "none" for NoWag's normalised weight as it
-            is.
+        rotation: rotation of rows and columns, after random signs: "full" mixes all of them, "both" only those in a
+            Hadamard block, as the EXL3 format does, "none" leaves NoWag's normalised weight as it is.
         feedback: whether later columns make up for the errors of those before them, by the full second moments.
         update: with feedback, "two_sided" to make up for errors along the rows as well, tile by tile, which needs
             calibration.guidance. null: along the columns alone.
         damping: with feedback, what is added to the diagonal of the second moments, as a share of its mean.
         refit_rounds: how often both scales are fitted to the linear's output by least squares.
-        multiple: what sizes are padded to: 16, or 128, which `export.format=exl3` asks for beside 16 state bits; at
-            128, all Hadamard blocks have that size as well.
+        multiple: what sizes are padded to: 16, or 128, which `export.format=exl3` asks for beside 16 state bits and the
+            rotation "both"; at 128, all Hadamard blocks have that size as well.
         seed: seed of the signs.
     """
 
     bits: int = 2
     state_bits: int = 12
     code: Code = "mul1"
-    rotation: Literal["both", "none"] = "both"
+    rotation: Rotation = "full"
     feedback: bool = True
     damping: float = 0.025
     refit_rounds: int = 1
@@ -61,7 +62,10 @@ class NoWagTrellis(Compressor):
         for name, (least, most) in {"bits": (1, 8), "state_bits": (8, 16), "refit_rounds": (0, 100)}.items():
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"Expected {name} from {least} to {most}, but got {getattr(self, name)}.")
-        words: dict[str, tuple[object, ...]] = {"code": ("mul1", "mcg", "3inst", "1mad"), "rotation": ("both", "none")}
+        words: dict[str, tuple[object, ...]] = {
+            "code": ("mul1", "mcg", "3inst", "1mad"),
+            "rotation": get_args(Rotation),
+        }
         words |= {"multiple": (16, 128), "update": (None, "two_sided")}
         for name, choices in words.items():
             if getattr(self, name) not in choices:

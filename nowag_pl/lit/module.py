@@ -83,7 +83,8 @@ class LitCausalLM(TextModule):
         return self.compressed is not None
 
     @property
-    def _is_sharded(self) -> bool:
+    def is_sharded(self) -> bool:
+        """Whether every process holds a part of the parameters."""
         return self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     def setup(self, stage: str) -> None:
@@ -103,10 +104,10 @@ class LitCausalLM(TextModule):
     def configure_model(self) -> None:
         """Build the model for training, or sharded; otherwise a validation reads a block at a time."""
         function = self.trainer.state.fn if self._trainer is not None else None
-        streams = function == TrainerFn.VALIDATING and not self._is_sharded and not self.random_init
+        streams = function == TrainerFn.VALIDATING and not self.is_sharded and not self.random_init
         if self.model is None and not streams:
             self.model = self._build()
-            if self._is_sharded:
+            if self.is_sharded:
                 if self.trainer.max_epochs != 0:
                     self._widen(self.model)
                 assert self.device_mesh is not None
@@ -124,7 +125,7 @@ class LitCausalLM(TextModule):
     def whole_model(self) -> nn.Module:
         """Return the model with whole parameters, those of a sharded one on rank zero only; all ranks must call."""
         assert self.model is not None
-        return gathered(self.model, self._build, self.trainer.is_global_zero) if self._is_sharded else self.model
+        return gathered(self.model, self._build, self.trainer.is_global_zero) if self.is_sharded else self.model
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits `[batch, seq_len, vocabulary]` for tokens `[batch, seq_len]`."""
@@ -166,7 +167,7 @@ class LitCausalLM(TextModule):
     def on_fit_end(self) -> None:
         """Round trained values to the types in which they are stored."""
         assert self.model is not None
-        narrow(self.model, self._types, self._is_sharded)
+        narrow(self.model, self._types, self.is_sharded)
         self._types = {}
 
     def _diverged(self, found: str) -> ValueError:

@@ -1,5 +1,8 @@
 """Means over tokens: of x_j^2 or x x^T (second moments), and of products a b^T of two activations."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -75,7 +78,8 @@ class SecondMoment(RunningMean):
             self.total += squares.sum(dim=0, dtype=torch.float64)
         else:
             for number, sequence in enumerate(activations.reshape(-1, *activations.shape[-2:])):  # [seq_len, features]
-                self.total += weighted(sequence.float(), weights, number).T @ sequence.float()
+                with bfloat16_products(sequence):
+                    self.total += weighted(sequence.float(), weights, number).T @ sequence.float()
         self.num_tokens += activations[..., 0].numel()
 
     @torch.no_grad()
@@ -144,7 +148,8 @@ class CrossMoment(RunningMean):
         """
         sequences = (part.reshape(-1, *part.shape[-2:]) for part in (rows, columns))
         for number, (left, right) in enumerate(zip(*sequences, strict=True)):  # [seq_len, features]
-            self.total += weighted(left.float(), weights, number).T @ right.float()
+            with bfloat16_products(right):
+                self.total += weighted(left.float(), weights, number).T @ right.float()
         self.num_tokens += columns[..., 0].numel()
 
 
@@ -176,10 +181,32 @@ class GradientMoment(RunningMean):
             inputs: of the linear, `[batch, seq_len, in]`.
             gradients: of each sequence's loss in the outputs, `[batch, seq_len, out]`.
         """
-        for entering, gradient in zip(inputs.float(), gradients.float(), strict=True):
-            of_weight = gradient.T @ entering  # [out, in]
+        for entering, gradient in zip(inputs, gradients, strict=True):
+            with bfloat16_products(entering):
+                of_weight = gradient.float().T @ entering.float()  # [out, in]
             self.total += of_weight @ of_weight.T / of_weight.shape[1]
         self.num_tokens += len(inputs)
+
+
+@contextmanager
+def bfloat16_products(activations: Tensor) -> Iterator[None]:
+    """Let a CPU multiply float32 matrices in its bfloat16 units while the context is open, if it has them.
+
+    Products of two bfloat16 numbers are exact in these units, and sums are float32 as elsewhere; weights of tokens and
+    differences of activations are rounded to the precision that the activations have themselves.
+
+    Args:
+        activations: what is multiplied; the context makes no difference unless they are bfloat16, on a CPU.
+    """
+    if activations.dtype != torch.bfloat16 or activations.device.type != "cpu":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def weighted(sequence: Tensor, weights: Tensor | None, number: int) -> Tensor:

@@ -122,6 +122,7 @@ def with_earlier(report: Mapping[str, Any], earlier: Any, later_phases: Iterable
         merged["settings"] = {**earlier["settings"], **report["settings"]}
         merged["finetuned_blocks"] = report["finetuned_blocks"] or earlier["finetuned_blocks"]
     seconds = {name: value for name, value in earlier["seconds"].items() if kept or name != "finetuning"}
+    merged["samples"] = _samples(report.get("samples", []), earlier.get("samples", []), kept)
     names = [*report["seconds"], *(name for name in seconds if name not in report["seconds"])]
     merged["seconds"] = {name: max(report["seconds"].get(name, 0.0), seconds.get(name, 0.0)) for name in names}
     return merged
@@ -138,6 +139,13 @@ def _is_same_run(report: Mapping[str, Any], earlier: Mapping[str, Any]) -> bool:
 
 def _same_text(report: Mapping[str, Any], earlier: Mapping[str, Any], text: str) -> bool:
     return earlier["protocol"].get(text) == report["protocol"][text]
+
+
+def _samples(written: Any, before: Any, kept: set[str]) -> list[dict[str, str]]:
+    """Return continuations by phase, those that were not written now as they were before."""
+    rows = {row["prompt"]: row for row in before}
+    found = [{**{phase: rows.get(row["prompt"], {}).get(phase) for phase in kept}, **row} for row in written]
+    return [{phase: text for phase, text in row.items() if text is not None} for row in found]
 
 
 def _figures(measured: Mapping[str, float | None], before: Mapping[str, Any], kept: set[str]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ def report_page(report: Mapping[str, Any]) -> str:
         linears_figure=to_svg(linears_drawing(report["linears"])),
         finetuning_figure=figure and to_svg(figure),
         readable=readable,
+        phases=PHASES,
     )
 
 

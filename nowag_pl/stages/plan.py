@@ -169,15 +169,39 @@ class ExportSettings:
         return self.format == "dense"
 
 
+PROMPTS = ("The capital of France is", "Explain in two sentences why the sky is blue.", "Write a haiku about the sea.")
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """The prompts that the dense and the compressed model continue in the report.
+
+    Attributes:
+        prompts: plain texts; a user's turn where the model has a chat template.
+        max_new_tokens: longest continuation.
+    """
+
+    prompts: tuple[str, ...] = PROMPTS
+    max_new_tokens: int = 48
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"Expected report.max_new_tokens of at least 1, but got {self.max_new_tokens}.")
+        if not all(prompt.strip() for prompt in self.prompts):
+            raise ValueError("Expected report.prompts that are not empty; [] leaves them out.")
+
+
 @dataclass(frozen=True)
 class ReportSettings:
     """Settings for recording the dense model's predictions.
 
     Attributes:
         batch_size: windows of the evaluation texts that pass through a block together.
+        samples: the prompts to continue.
     """
 
     batch_size: int = 8
+    samples: PromptSettings = field(default_factory=PromptSettings)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

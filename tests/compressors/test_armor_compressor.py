@@ -69,6 +69,13 @@ def test_output_weighting_lowers_the_error_of_the_output():
     assert output_error("output") < 0.95 * output_error("normalized")
 
 
+def test_both_factors_have_sizes_of_their_own():
+    linear, second_moment = make_linear(32, 24)
+    compressed = ArmorCompressor(block_size=[16, 8], max_iters=1).compress(linear, second_moment)
+    assert compressed.out_factor.shape == (2, 16, 16)
+    assert compressed.in_factor.shape == (3, 8, 8)
+
+
 @pytest.mark.parametrize("factor", [0.0, 1e-12, 1e6])
 def test_size_of_the_second_moments_does_not_matter(factor):
     linear, second_moment = make_linear(8, 16)

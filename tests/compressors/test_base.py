@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nowag_pl import ArmorCompressor, MagnitudePruner, NoWagPruner, NoWagQuantizer, WandaPruner
+from nowag_pl import ArmorCompressor, MagnitudePruner, NoWagPruner, NoWagQuantizer, SparseGPTPruner, WandaPruner
 from nowag_pl.compressors import Compressor
 from nowag_pl.modules import MaskedLinear
 
@@ -17,6 +17,8 @@ COMPRESSORS = [
     WandaPruner(sparsity=0.37),
     NoWagQuantizer(subvector_dim=5, codebook_size=12, max_iters=1),
     ArmorCompressor(block_size=4, max_iters=1),
+    SparseGPTPruner(sparsity=0.37),
+    SparseGPTPruner(pattern=(2, 4)),
 ]
 
 

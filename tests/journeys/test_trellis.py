@@ -14,7 +14,8 @@ from nowag_pl.models.state import compressed_linears
 pytest_plugins = ["tiny_fixtures"]
 
 METHOD = ["--compression.compressor=nowag_pl.NoWagTrellis", "--compression.compressor.state_bits=8"]
-EXL3 = [METHOD[0], "--compression.compressor.state_bits=16", "--export.format=exl3"]
+BLOCKS = "--compression.compressor.rotation=both"
+EXL3 = [METHOD[0], "--compression.compressor.state_bits=16", BLOCKS, "--export.format=exl3"]
 BLOCKWISE = [
     "--finetuning.enabled=true",
     "--finetuning.num_sequences=8",
@@ -113,7 +114,7 @@ def test_exl3_folder_is_written(command_line, model_folder, workplace, tmp_path)
 def test_methods_that_do_not_fit_exl3_are_refused_at_once(
     more, message, command_line, model_folder, workplace, tmp_path
 ):
-    method = EXL3 if "NoWagPruner" not in "".join(more) else EXL3[2:]
+    method = EXL3 if "NoWagPruner" not in "".join(more) else EXL3[3:]
     outcome = command_line(fit_arguments(workplace, model_folder(), tmp_path / "run", *method, *more))
     assert outcome.code != 0
     assert "Expected, with export.format=exl3" in outcome.message

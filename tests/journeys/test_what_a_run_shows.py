@@ -96,8 +96,15 @@ def test_limits_of_inspection_are_checked(setting, least, fit):
 
 def test_two_runs_are_compared(fit, command_line, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    assert fit("--report.html=true").code == 0
-    assert "<svg" in (tmp_path / "run" / "report.html").read_text()
+    outcome = fit("--report.html=true", "--report.prompts=[the model]", "--report.max_new_tokens=4")
+    assert outcome.code == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<svg" in page
+    (sample,) = json.loads((tmp_path / "run" / "report.json").read_text())["samples"]
+    assert sample.keys() == {"prompt", "dense", "one_shot"}
+    assert sample["prompt"] == "the model"
+    assert "<h2>Continuations</h2>" in page
+    assert "Greedy continuations" in outcome.output
     assert fit(*QUANTIZER, "--data.seq_len=16", name="second").code == 0
     page = tmp_path / "compare.html"
     runs = [str(tmp_path / name) for name in ("run", "second")]

@@ -21,7 +21,7 @@ from nowag_pl.models.state import compressed_linears
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import MaskedLinear
 
-METHOD = NoWagTrellis(bits=2, state_bits=16, multiple=128)
+METHOD = NoWagTrellis(bits=2, state_bits=16, multiple=128, rotation="both")
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +101,12 @@ def test_streamed_folder_is_the_same(exported, tmp_path):
     [
         ({"state_bits": 12}, "state_bits 16, but got 12"),
         ({"multiple": 16}, "sizes that 128 divides or that are padded to it .* but got 48 x 32"),
-        ({"rotation": "none"}, "rotation 'both', but got 'none'"),
+        ({"rotation": "full"}, "rotation 'both', but got 'full'"),
         ({"code": "1mad"}, "code among mul1, mcg, 3inst, but got '1mad'"),
     ],
 )
 def test_what_does_not_fit_is_refused(settings, message):
-    method = NoWagTrellis(**{"state_bits": 16, "multiple": 128} | settings)
+    method = NoWagTrellis(**{"state_bits": 16, "multiple": 128, "rotation": "both"} | settings)
     with pytest.raises(ValueError, match=f"layers.0: Expected, with export.format=exl3, .*{message}"):
         check_exl3({"layers.0": method.empty((48, 32), torch.float32)})
     pruned = MaskedLinear(torch.ones(4, 8), torch.ones(4, 8, dtype=torch.bool), None, None)
@@ -171,7 +171,7 @@ def reader_class():
 def test_independent_reader_restores_every_weight(bits, code, exported, tmp_path):
     reader = reader_class()
     model, source, _ = exported
-    method, linears = NoWagTrellis(bits=bits, state_bits=16, multiple=128, code=code), {}
+    method, linears = NoWagTrellis(bits=bits, state_bits=16, multiple=128, rotation="both", code=code), {}
     for name, linear in compressed_linears(model).items():
         made = method.empty((linear.out_features, linear.in_features), torch.float32, linear.bias is not None)
         linears[name] = with_random_values(made, linear, len(linears))

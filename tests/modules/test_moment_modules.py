@@ -163,3 +163,16 @@ def test_products_of_tokens_without_a_batch_are_one_sequence():
 def test_products_of_different_tokens_are_refused():
     with pytest.raises(ValueError, match="zip"):
         CrossMoment(2, 3).update(torch.ones(2, 5, 2), torch.ones(3, 5, 3))
+
+
+def test_products_of_bfloat16_numbers_are_exact():
+    generator = torch.Generator().manual_seed(0)
+    activations = torch.randn(2, 64, 96, generator=generator).bfloat16()
+    moment, cross = SecondMoment(96, full=True), CrossMoment(96, 96)
+    moment.update(activations)
+    cross.update(activations, activations)
+    flat = activations.flatten(0, 1).double()
+    expected = (flat.T @ flat / len(flat)).float()
+    torch.testing.assert_close(moment.compute(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cross.compute(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.get_float32_matmul_precision() == "highest"

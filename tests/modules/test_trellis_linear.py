@@ -56,7 +56,7 @@ def test_storage_restores_the_module(shape):
     torch.testing.assert_close(made(inputs), inputs @ made.weight.T + made.bias)
 
 
-@pytest.mark.parametrize("rotation", ["both", "none"])
+@pytest.mark.parametrize("rotation", ["full", "both", "none"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bits", [1, 2, 3, 5])
 def test_few_tokens_are_multiplied_by_packed_tiles(bits, shape, rotation, monkeypatch):
@@ -91,7 +91,7 @@ def test_accelerate_says_how_it_runs(caplog):
         assert f"run from packed codes for up to {CPU_MAX_TOKENS} tokens" in caplog.text
 
 
-@pytest.mark.parametrize("rotation", ["both", "none"])
+@pytest.mark.parametrize("rotation", ["full", "both", "none"])
 def test_gradients_reach_the_scales_and_nothing_else(rotation):
     _, _, made = compressed(rotation=rotation)
     inputs = torch.randn(4, 48, dtype=torch.float64)

@@ -2,7 +2,10 @@
 
 Block coordinate descent on the objective of :mod:`nowag_pl.functional.armor.objective`. One iteration is a *continuous*
 step, Adam on A, B and the kept values of S, and a *discrete* step (:mod:`nowag_pl.functional.armor.groups`), which
-gives one group of every pair of an A-block and a B-block its best support. Neither raises the objective.
+gives one group of every pair of an A-block and a B-block its best support, which never raises the objective.
+
+A continuous step may raise it. Refusing such steps costs quality: the noise of Adam lets supports be chosen again, and
+the fit ends 30 % higher without it. The best factors on the way are the result.
 """
 
 from dataclasses import dataclass
@@ -10,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler
 
 from nowag_pl.functional.armor.groups import choose_groups, improve_groups, supports_of
 from nowag_pl.functional.armor.objective import (
@@ -21,9 +24,12 @@ from nowag_pl.functional.armor.objective import (
     reconstruct,
 )
 
-# Iterations over which the gain is compared with the tolerance.
-CHECK_ITERS = 50
+# Share of the iterations over which the gain is compared with the tolerance.
+CHECKS = 10
+# A step is taken back where it leads to an objective this many times the best one.
+WORST = 2.0
 Selection = Literal["gradient", "random"]
+Schedule = Literal["cosine", "constant"]
 
 
 class ArmorFit(NamedTuple):
@@ -41,8 +47,9 @@ class ArmorSettings:
         pattern: (N, M) of the core; M divides the blocks of B.
         max_iters: largest number of iterations.
         learning_rate: rate of Adam on A and B; that of S is scaled, see :class:`_Descent`.
-        tolerance: stop when 50 iterations lower the objective by less than this fraction; 0 to continue while it falls.
+        tolerance: stop when a tenth of the iterations lowers the objective by less than this fraction.
         selection: draw groups in proportion to the squared gradient of the objective, or evenly.
+        schedule: let the rate fall to zero along a cosine, or keep it.
     """
 
     pattern: tuple[int, int]
@@ -50,6 +57,7 @@ class ArmorSettings:
     learning_rate: float
     tolerance: float = 0.0
     selection: Selection = "gradient"
+    schedule: Schedule = "cosine"
 
 
 @torch.no_grad()
@@ -58,8 +66,8 @@ def fit_armor(
 ) -> ArmorFit:
     """Lower the objective from a start.
 
-    The learning rate falls to zero along a cosine. A continuous step that would raise the objective is not taken: Adam
-    forgets its moments and continues with half of the rate.
+    After a continuous step to twice the best objective, the fit goes back to the best factors; Adam forgets its moments
+    and continues with half of the rate.
 
     Args:
         target: the weight to approximate, and the weights of its errors.
@@ -75,16 +83,20 @@ def fit_armor(
     """
     group_size = settings.pattern[1]
     supports = supports_of(settings.pattern).to(target.weight.device)
-    descent = _Descent(start, settings.learning_rate, settings.max_iters)
+    descent = _Descent(start, settings)
     factors, residual = start, target.weight - reconstruct(start)
-    losses = [loss := target.loss(residual)]
+    losses = [target.loss(residual)]
+    # The factors with the least objective, and the least one after every iteration.
+    best, least = start, losses[:]
+    window = max(settings.max_iters // CHECKS, 1)
     for iteration in range(1, settings.max_iters + 1):
         gradients = gradients_of(target, factors, residual)
         moved = descent.step(factors, gradients)
         moved_residual = target.weight - reconstruct(moved)
-        if target.loss(moved_residual) <= loss:
+        if target.loss(moved_residual) <= WORST * least[-1]:
             factors, residual = moved, moved_residual
         else:
+            factors, residual = best, target.weight - reconstruct(best)
             descent.slow_down()
         by_gradient = gradients.core if settings.selection == "gradient" else None
         groups = choose_groups(factors, group_size, generator, by_gradient)
@@ -92,9 +104,12 @@ def fit_armor(
         del gradients, moved, moved_residual, by_gradient
         factors, residual = improve_groups(target, factors, residual, groups, supports, group_size)
         losses.append(loss := target.loss(residual))
-        if iteration % CHECK_ITERS == 0 and loss >= (1 - settings.tolerance) * losses[-1 - CHECK_ITERS]:
+        if loss < least[-1]:
+            best = factors
+        least.append(min(loss, least[-1]))
+        if iteration % window == 0 and least[-1] >= (1 - settings.tolerance) * least[-1 - window]:
             break
-    return ArmorFit(factors, losses)
+    return ArmorFit(best, losses)
 
 
 class _Descent:
@@ -106,20 +121,21 @@ class _Descent:
 
     Args:
         start: factors with the shapes of those to move.
-        learning_rate: of A and B at the start.
-        max_iters: steps over which the rate falls to zero.
+        settings: learning rate of A and B at the start, and its schedule.
     """
 
-    def __init__(self, start: ArmorFactors, learning_rate: float, max_iters: int) -> None:
+    def __init__(self, start: ArmorFactors, settings: ArmorSettings) -> None:
         out_factor, core, _, in_factor = (tensor.clone() for tensor in start)
         self._parameters = [out_factor, core, in_factor]
         core_scale = float(core.square().mean().sqrt() / start.out_factor.square().mean().sqrt())
         groups = [
-            {"params": [out_factor, in_factor], "lr": learning_rate},
-            {"params": [core], "lr": learning_rate * core_scale},
+            {"params": [out_factor, in_factor], "lr": settings.learning_rate},
+            {"params": [core], "lr": settings.learning_rate * core_scale},
         ]
         self._optimizer = torch.optim.Adam(groups, fused=True)
-        self._schedule = CosineAnnealingLR(self._optimizer, T_max=max_iters)
+        self._schedule: LRScheduler = CosineAnnealingLR(self._optimizer, T_max=settings.max_iters)
+        if settings.schedule == "constant":
+            self._schedule = ConstantLR(self._optimizer, factor=1.0)
 
     def step(self, factors: ArmorFactors, gradients: ArmorGradients) -> ArmorFactors:
         """Return factors after a step from the given ones; removed weights of the core stay zero."""

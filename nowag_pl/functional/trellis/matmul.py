@@ -1,10 +1,8 @@
 """Multiply a few tokens by a weight on a trellis without reconstructing it.
 
-With Q the numbers of the tiles, `y = r2 Had Q Had (r1 x)`: scales and rotations go to the activations and to the
+With Q the numbers of the tiles, `y = r2 R Q R (r1 x)`: scales and rotations go to the activations and to the
 result, and Q is multiplied while it is cut from the streams (:mod:`nowag_pl.kernels.cpu.trellis_matmul`).
 """
-
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -13,7 +11,7 @@ from torch.nn.functional import pad
 
 from nowag_pl.functional.trellis.codes import Code
 from nowag_pl.functional.trellis.quantize import TrellisWeight
-from nowag_pl.functional.trellis.rotation import hadamard
+from nowag_pl.functional.trellis.rotation import Rotation, mixed
 from nowag_pl.kernels.dispatch import is_for_numba
 
 # It is faster beyond that, too (docs/trellis.md), but perplexities are measured with the exact weight.
@@ -43,7 +41,7 @@ def tiles_matmul(
     activations: Float[Tensor, "*batch in"],
     weight: TrellisWeight,
     state_bits: int,
-    rotation: Literal["both", "none"],
+    rotation: Rotation,
 ) -> Float[Tensor, "*batch out"]:
     """Multiply activations by the transposed weight, on a CPU with Numba. Gives no gradients.
 
@@ -61,7 +59,6 @@ def tiles_matmul(
     num_out, num_in = weight.shape
     tokens = activations.detach().reshape(-1, num_in).float()
     inputs = pad(tokens, (0, len(weight.in_scale) - num_in)) * weight.in_scale.detach()
-    rotated = rotation == "both"
-    outputs = multiply(hadamard(inputs) if rotated else inputs, weight.packed, state_bits)
-    outputs = (hadamard(outputs) if rotated else outputs) * weight.out_scale.detach()
+    outputs = multiply(mixed(inputs, rotation), weight.packed, state_bits)
+    outputs = mixed(outputs, rotation) * weight.out_scale.detach()
     return outputs[:, :num_out].to(activations.dtype).reshape(*activations.shape[:-1], num_out)

@@ -1,10 +1,10 @@
 """A linear's weight on a trellis: NoWag's normalisation, rotation, error feedback, and scales fitted at the end.
 
 1. Columns and rows are divided by their norms (NoWag, arXiv:2504.14569), which leaves two vectors of scales.
-2. Random signs and Hadamard blocks on both sides make the entries nearly Gaussian, as the code's values are.
+2. Random signs and a rotation R on both sides make the entries nearly Gaussian, as the code's values are.
 3. Blocks of 16 columns are put on the trellis (QTIP, arXiv:2406.11235), each tile of 16 x 16 as a sequence; the errors
    of each block are fed into those after it. Errors are weighted by their effect on the output: with D the scales of
-   the columns and Had S the rotation, `E Had S D H D S Had E^T`. The scales of the rows cancel.
+   the columns and S the signs, `E R S D H D S R E^T`. The scales of the rows cancel.
 4. Both vectors of scales are fitted to the output by least squares.
 
 Where the final loss couples outputs, the errors of each tile are fed into those below it as well (YAQA,
@@ -14,7 +14,7 @@ Signs, levels and scales end in two vectors, so that only k bits a weight and 16
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int16
@@ -26,7 +26,14 @@ from nowag_pl.functional.normalization import denormalize, normalize
 from nowag_pl.functional.scale_fits import fit_in_scale, fit_out_scale
 from nowag_pl.functional.trellis.codes import Code, code_values
 from nowag_pl.functional.trellis.paths import MEMORY, tail_biting_path
-from nowag_pl.functional.trellis.rotation import hadamard_block, random_signs, rotate, rotate_back, rotate_metric
+from nowag_pl.functional.trellis.rotation import (
+    Rotation,
+    hadamard_block,
+    random_signs,
+    rotate,
+    rotate_back,
+    rotate_metric,
+)
 from nowag_pl.functional.trellis.tiles import TILE, from_tiles, pack_states, pad_to_tiles, to_tiles, unpack_states
 from nowag_pl.kernels.dispatch import has_module
 
@@ -43,7 +50,7 @@ class TrellisSettings:
         bits: k, bits of a weight, 1 to 8.
         state_bits: L, bits of a state, at most 16.
         code: code that gives the value of a state.
-        rotation: "both" sides, or "none" as in the paper of NoWag.
+        rotation: "full" for all rows and columns, "both" for blocks of them, or "none" as in the paper of NoWag.
         feedback: let columns compensate for the errors of those before them. Without it, and without rotation, NoWag's
             importance weights the squared errors.
         damping: addition to the diagonal of the metric, as a share of its mean.
@@ -55,7 +62,7 @@ class TrellisSettings:
     bits: int = 2
     state_bits: int = 12
     code: Code = "mul1"
-    rotation: Literal["both", "none"] = "both"
+    rotation: Rotation = "full"
     feedback: bool = True
     damping: float = 0.025
     refit_rounds: int = 1
@@ -104,7 +111,7 @@ def quantize_trellis(
     else:
         out_moment = _padded(output_moment, -weight.shape[0] % settings.multiple)
         factors = [
-            damped_inverse_factor(_metric(each, scale, settings), settings.damping)[1]
+            damped_inverse_factor(rotate_metric(each, scale, settings.rotation), settings.damping)[1]
             for each, scale in ((out_moment, out_scale), (moment, in_scale))
         ]
         packed = _search_two_sided(
@@ -116,9 +123,9 @@ def quantize_trellis(
 
 
 def reconstruct(
-    weight: TrellisWeight, values: Float[Tensor, " states"], bits: int, rotation: Literal["both", "none"]
+    weight: TrellisWeight, values: Float[Tensor, " states"], bits: int, rotation: Rotation
 ) -> Float[Tensor, "out in"]:
-    """Return the weight that a packed one stands for, float32: `diag(r2) Had Q Had diag(r1)`.
+    """Return the weight that a packed one stands for, float32: `diag(r2) R Q R diag(r1)`.
 
     Args:
         weight: packed states and scales.
@@ -127,10 +134,7 @@ def reconstruct(
         rotation: as it was quantized.
     """
     numbers = decode_tiles(weight.packed, values, bits)
-    if rotation == "both":
-        restored = rotate_back(numbers, weight.out_scale.float(), weight.in_scale.float())
-    else:
-        restored = denormalize(numbers, weight.in_scale.float(), weight.out_scale.float())
+    restored = rotate_back(numbers, weight.out_scale.float(), weight.in_scale.float(), rotation)
     return restored[: weight.shape[0], : weight.shape[1]]
 
 
@@ -160,10 +164,11 @@ def _padded(moment: Tensor, padding: int) -> Tensor:
 def _prepare(padded: Tensor, settings: TrellisSettings, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Return the weight for the trellis, with a mean square of 1, and the column and row scales that restore it."""
     target, in_scale, out_scale = normalize(padded)
-    if settings.rotation == "both":
+    if settings.rotation != "none":
         out_signs, in_signs = (random_signs(size, generator, padded.device) for size in padded.shape)
-        target = rotate(target, out_signs, in_signs)
+        target = rotate(target, out_signs, in_signs, settings.rotation)
         in_scale, out_scale = in_scale * in_signs, out_scale * out_signs
+    if settings.rotation == "both":
         # A factor of a whole Hadamard block commutes with the rotation; padding makes them differ.
         in_level = _levels(target, hadamard_block(padded.shape[1]))
         target = target / in_level
@@ -194,19 +199,13 @@ def _search(target: Tensor, moment: Tensor, in_scale: Tensor, values: Tensor, se
         return from_tiles(values[path.long()][None])
 
     if settings.feedback:
-        factor = damped_inverse_factor(_metric(moment, in_scale, settings), settings.damping)[1]
+        metric = rotate_metric(moment, in_scale, settings.rotation)
+        factor = damped_inverse_factor(metric, settings.damping)[1]
     else:
-        rotated = settings.rotation == "both"
+        rotated = settings.rotation != "none"
         factor = torch.diag(torch.ones_like(in_scale) if rotated else _nonzero(mean_squares(moment)).rsqrt())
     quantize_with_feedback(target, factor, TILE, quantize)
     return pack_states(torch.stack(states), settings.bits)
-
-
-def _metric(moment: Tensor, scale: Tensor, settings: TrellisSettings) -> Tensor:
-    """Return second moments as the metric of errors of the normalised and rotated weight along one side."""
-    if settings.rotation == "both":
-        return rotate_metric(moment, scale)
-    return moment * scale * scale[:, None]
 
 
 def _search_two_sided(

@@ -1,7 +1,7 @@
 """A linear on a trellis: k bits a weight and two vectors of scales, with no codebook to store."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from nowag_pl.functional.trellis.codes import STATE_BITS, Code, code_values
 from nowag_pl.functional.trellis.matmul import CPU_MAX_TOKENS, reason_against_tiles, tiles_matmul
 from nowag_pl.functional.trellis.quantize import TrellisWeight, reconstruct
+from nowag_pl.functional.trellis.rotation import Rotation
 from nowag_pl.functional.trellis.tiles import STEPS, TILE
 from nowag_pl.modules.compressed.base import dtype_name, rounded_to
 from nowag_pl.modules.compressed.coded import CodedLinear
@@ -30,7 +31,7 @@ class TrellisLinear(CodedLinear):
         bits: k, bits of a weight.
         state_bits: L, bits of a state.
         code: code that gives the value of a state.
-        rotation: "both" sides or "none".
+        rotation: "full", "both" or "none".
         bias: bias `[out]`, or None.
         dtype: type of the reconstructed weight.
     """
@@ -43,7 +44,7 @@ class TrellisLinear(CodedLinear):
         bits: int,
         state_bits: int,
         code: Code,
-        rotation: Literal["both", "none"],
+        rotation: Rotation,
         bias: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -117,9 +118,10 @@ class TrellisLinear(CodedLinear):
             ValueError: one of them is damaged.
         """
         super().check_settings(settings)
-        if settings["code"] not in get_args(Code) or settings["rotation"] not in ("both", "none"):
+        if settings["code"] not in get_args(Code) or settings["rotation"] not in get_args(Rotation):
             raise ValueError(
-                f"Expected a code among {', '.join(get_args(Code))} and a rotation of 'both' or 'none', but got "
+                f"Expected a code among {', '.join(get_args(Code))} and a rotation among "
+                f"{', '.join(get_args(Rotation))}, but got "
                 f"{settings['code']!r} and {settings['rotation']!r}."
             )
         if settings["state_bits"] not in STATE_BITS or settings["bits"] > settings["state_bits"]:

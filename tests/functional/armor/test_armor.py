@@ -1,4 +1,4 @@
-from itertools import pairwise
+from itertools import accumulate
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from armor_problems import random_problem, scalar_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nowag_pl.functional.armor.fit import CHECK_ITERS, ArmorSettings, fit_armor
+from nowag_pl.functional.armor.fit import CHECKS, ArmorSettings, fit_armor
 from nowag_pl.functional.armor.groups import choose_groups, improve_groups, supports_of
 from nowag_pl.functional.armor.objective import gradients_of, identity_factors, reconstruct
 
@@ -29,14 +29,13 @@ def start_of(target, pattern=(2, 4), out_block=3, in_block=8):
     seed=st.integers(0, 99),
 )
 @settings(max_examples=15)
-def test_loss_never_rises_and_is_that_of_the_factors(learning_rate, pattern, selection, seed):
+def test_result_is_the_best_on_the_way(learning_rate, pattern, selection, seed):
     target, _ = random_problem(seed=seed)
     start = start_of(target, pattern)
     before = [tensor.clone() for tensor in start]
     fit = fit_armor(target, start, ArmorSettings(pattern, 12, learning_rate, selection=selection), seeded(seed))
-    assert all(after <= loss * (1 + 1e-6) for loss, after in pairwise(fit.losses))
     assert fit.losses[0] == pytest.approx(scalar_loss(target, target.weight * start.keep), rel=1e-5)
-    assert fit.losses[-1] == pytest.approx(scalar_loss(target, reconstruct(fit.factors)), rel=1e-3)
+    assert min(fit.losses) == pytest.approx(scalar_loss(target, reconstruct(fit.factors)), rel=1e-3)
     assert (fit.factors.keep.view(-1, 4).sum(dim=1) == pattern[0]).all()
     assert (fit.factors.core[~fit.factors.keep] == 0).all()
     assert all(torch.equal(tensor, kept) for tensor, kept in zip(start, before, strict=True))
@@ -74,10 +73,21 @@ def test_both_steps_help():
 def test_rate_that_is_too_high_recovers():
     target, _ = random_problem(24, 32, seed=1)
     losses = fit_armor(target, start_of(target), ArmorSettings((2, 4), 200, 10.0), seeded()).losses
-    assert losses[-1] < 0.7 * losses[0]
+    assert min(losses) < 0.7 * losses[0]
+    assert max(losses) < 3 * losses[0]
 
 
-@pytest.mark.parametrize(("tolerance", "num_iters"), [(0.0, 400), (0.999, CHECK_ITERS)])
+def test_constant_rate_reaches_lower_in_the_end():
+    """Steps that raise the objective are taken: without them, supports stay what they were."""
+    target, _ = random_problem(24, 32, seed=1)
+    cosine, constant = (
+        min(fit_armor(target, start_of(target), ArmorSettings((2, 4), 2000, *rest), seeded()).losses)
+        for rest in ((2e-2, 0.0, "gradient", "cosine"), (4e-3, 0.0, "gradient", "constant"))
+    )
+    assert constant < cosine
+
+
+@pytest.mark.parametrize(("tolerance", "num_iters"), [(0.0, 400), (0.999, 400 // CHECKS)])
 def test_small_gain_stops(tolerance, num_iters):
     target, _ = random_problem(24, 32)
     fit = fit_armor(target, start_of(target), ArmorSettings((2, 4), 400, 1e-3, tolerance), seeded())
@@ -86,12 +96,13 @@ def test_small_gain_stops(tolerance, num_iters):
 
 def test_gain_is_that_of_the_last_iterations():
     target, _ = random_problem(24, 32)
-    losses = fit_armor(target, start_of(target), ArmorSettings((2, 4), 2000, 2e-2, 0.05), seeded()).losses
-    gains = [1 - losses[n] / losses[n - CHECK_ITERS] for n in range(CHECK_ITERS, len(losses), CHECK_ITERS)]
-    assert gains[-1] <= 0.05
-    assert all(gain > 0.05 for gain in gains[:-1])
-    assert len(gains) > 1
-    assert len(losses) == len(gains) * CHECK_ITERS + 1
+    losses = fit_armor(target, start_of(target), ArmorSettings((2, 4), 2000, 2e-2, 0.2), seeded()).losses
+    least, window = list(accumulate(losses, min)), 2000 // CHECKS
+    gains = [1 - least[n] / least[n - window] for n in range(window, len(losses), window)]
+    assert gains[-1] <= 0.2
+    assert all(gain > 0.2 for gain in gains[:-1])
+    assert 1 < len(gains) < CHECKS
+    assert len(losses) == len(gains) * window + 1
 
 
 def test_no_iterations_give_the_start():
@@ -117,5 +128,5 @@ def test_nothing_to_approximate_costs_nothing(dead):
     target, _ = random_problem()
     target = target._replace(**{dead: torch.zeros_like(getattr(target, dead))})
     fit = fit_armor(target, start_of(target), ArmorSettings((2, 4), 100, 1e-2), seeded())
-    assert fit.losses == [0.0] * (CHECK_ITERS + 1)
+    assert fit.losses == [0.0] * (100 // CHECKS + 1)
     assert all(tensor.isfinite().all() for tensor in fit.factors)

@@ -30,7 +30,7 @@ def relative_error(settings, weight, moment, seed=0):
     return errors.item(), found
 
 
-@pytest.mark.parametrize("rotation", ["both", "none"])
+@pytest.mark.parametrize("rotation", ["full", "both", "none"])
 @pytest.mark.parametrize("feedback", [True, False])
 @pytest.mark.parametrize("shape", [(48, 80), (17, 35)])
 def test_bits_buy_precision(rotation, feedback, shape):
@@ -45,7 +45,7 @@ def test_bits_buy_precision(rotation, feedback, shape):
     assert errors[2] < 0.3 * errors[1]
 
 
-@pytest.mark.parametrize("rotation", ["both", "none"])
+@pytest.mark.parametrize("rotation", ["full", "both", "none"])
 def test_feedback_and_fits_lower_the_error(rotation):
     weight, moment = problem()
     plain = replace(SETTINGS, rotation=rotation, feedback=False, refit_rounds=0)
@@ -55,6 +55,15 @@ def test_feedback_and_fits_lower_the_error(rotation):
     ]
     assert errors[0] > 1.2 * errors[1]
     assert errors[1] > errors[2]
+
+
+def test_full_rotation_helps_where_blocks_are_unequal():
+    """Heads of unequal importance are blocks: what is rounded then costs the same everywhere."""
+    weight, moment = problem(64, 96)
+    importance = torch.tensor([0.03, 0.3, 3.0]).repeat_interleave(32)
+    moment = moment * importance * importance[:, None]
+    errors = {kind: relative_error(replace(SETTINGS, rotation=kind), weight, moment)[0] for kind in ("full", "both")}
+    assert errors["full"] < 0.9 * errors["both"]
 
 
 def test_padding_for_the_format_costs_no_precision():
