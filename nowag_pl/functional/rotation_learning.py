@@ -184,13 +184,17 @@ def learn_rotation(
     return holder.matrix.detach()
 
 
-def principal_axes(second_moment: Float[Tensor, "*b n n"]) -> Float[Tensor, "*b n n"]:
-    """Return the eigenvectors of second moments as columns, the largest first, from which to start.
+def principal_axes(second_moment: Float[Tensor, "*b n n"], generator: torch.Generator) -> Float[Tensor, "*b n n"]:
+    """Return the eigenvectors of second moments as columns, from which to start.
+
+    They are in random order: among the M neighbours of an N:M pattern there should be large axes and small ones.
 
     Args:
         second_moment: H, or several.
+        generator: source of randomness, on the CPU.
     """
-    return torch.linalg.eigh(second_moment.double())[1].flip(-1).to(second_moment.dtype)
+    axes = torch.linalg.eigh(second_moment.double())[1].to(second_moment.dtype)
+    return axes[..., torch.randperm(axes.shape[-1], generator=generator).to(axes.device)]
 
 
 def random_hadamard(size: int, generator: torch.Generator) -> Float[Tensor, "size size"]:

@@ -206,7 +206,7 @@ def _stream_rotation(model: StreamedModel, store: ArtefactStore, settings: Rotat
     if settings.kind == "hadamard":
         return random_hadamard(model.hidden_size, torch.Generator().manual_seed(settings.seed)).to(model.device)
     generator = torch.Generator().manual_seed(settings.seed)
-    start = principal_axes(_mean_moment(model, store))
+    start = principal_axes(_mean_moment(model, store), generator)
     num_blocks = min(settings.blocks_per_step, len(model))
     with block_progress("Rotation: learning", settings.num_steps, True, model.device) as report:
 
@@ -262,13 +262,13 @@ def _value_rotation(
     heads = model.checkpoint.config.num_attention_heads
     head_dim = state[f"{OUTPUT}.weight"].shape[1] // heads
     num_kv = state["self_attn.v_proj.weight"].shape[0] // head_dim
+    generator = torch.Generator().manual_seed(settings.seed + index)
     if settings.kind == "hadamard":
-        generator = torch.Generator().manual_seed(settings.seed + index)
         return torch.stack([random_hadamard(head_dim, generator) for _ in range(num_kv)]).to(model.device)
     moments = _read_moments(model, store, index)
     squares = rotated_squares(moments["input_layernorm"], stream)
     values = values_of(state, squares, moments[OUTPUT])
-    start = principal_axes(moments[OUTPUT].unflatten(0, (num_kv, -1)).mean(dim=1))
+    start = principal_axes(moments[OUTPUT].unflatten(0, (num_kv, -1)).mean(dim=1), generator)
 
     def gradient(step: int, rotation: Tensor) -> tuple[float, Tensor]:
         with torch.enable_grad():

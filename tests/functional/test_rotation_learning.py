@@ -62,7 +62,7 @@ def test_stream_entropy_is_that_of_rotated_linears(generator):
 
 def test_learning_lowers_the_entropy_and_stays_orthogonal(generator):
     readers, writer, _ = stream(generator)
-    start = principal_axes(readers[0].second_moment)
+    start = principal_axes(readers[0].second_moment, generator)
     before = start.clone()
 
     def gradient(step, rotation):
@@ -76,6 +76,15 @@ def test_learning_lowers_the_entropy_and_stays_orthogonal(generator):
     torch.testing.assert_close(learned.T @ learned, torch.eye(8), rtol=0, atol=1e-5)
     entropies = [float(stream_entropy(each, readers, [writer])) for each in (torch.eye(8), start, learned)]
     assert entropies[2] < min(entropies[:2]) - 0.05
+
+
+def test_principal_axes_are_eigenvectors_in_random_order(generator):
+    moment = torch.diag(torch.arange(1.0, 7))
+    axes = principal_axes(torch.stack([moment, 2 * moment]), generator)
+    torch.testing.assert_close(axes.abs().sum(dim=1), torch.ones(2, 6))
+    order = axes[0].abs().argmax(dim=0).tolist()
+    assert sorted(order) == list(range(6))
+    assert order not in ([0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0])
 
 
 def test_values_of_grouped_heads_keep_the_attention(generator):
