@@ -22,6 +22,7 @@ from callbacks.finetuning import ModelFinetuning
 from callbacks.inspection import ModelInspection
 from callbacks.preflight import ModelPreflight
 from callbacks.report import ModelReport
+from callbacks.rotation import ModelRotation
 from nowag_pl.lit.command_line import StageCLI, as_plain, quiet_libraries, run_program
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
@@ -31,6 +32,7 @@ from nowag_pl.run.layout import CHECKPOINT
 
 CALLBACKS = {
     "preflight": ModelPreflight,
+    "rotation": ModelRotation,
     "calibration": ModelCalibration,
     "compression": ModelCompression,
     "finetuning": ModelFinetuning,
@@ -76,6 +78,7 @@ class CompressionCLI(StageCLI):
         )
         parser.link_arguments("run_dir", "model.run_dir")
         parser.link_arguments("compression.enabled", "calibration.enabled")
+        parser.link_arguments("compression.enabled", "rotation.enabled")
 
     def after_fit(self) -> None:
         """Show the figures after the progress bars."""

@@ -62,6 +62,9 @@ class ModelPreflight(Stage):
         compressing = is_compressing(trainer, stage)
         if compressing:
             _check_export(module)
+            if module.plan.compression is not None:
+                module.run.check_rotation()
+                module.run.check_guidance()
             methods = None if module.plan.compression is None else methods_of(module.run)
             sizes = ModelSizes.of(module.checkpoint, methods)
             data = _choose_batches(trainer, module, sizes, data, holding)

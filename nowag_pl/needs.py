@@ -110,22 +110,49 @@ def calibration_stages(sizes: ModelSizes, plan: Plan, seq_len: int, batch_size: 
     assert plan.calibration is not None
     assert plan.compression is not None
     settings = replace(plan.calibration, batch_size=batch_size)
-    stages = [guidance(sizes, settings, seq_len)] * (settings.guidance is not None)
+    stages = [rotation(sizes, settings, seq_len)] * (plan.rotation is not None)
+    stages += [guidance(sizes, settings, seq_len)] * (settings.guidance is not None)
     stages += compression(sizes, settings, seq_len)
     if plan.compression.budget is not None:
         stages.append(budget(sizes, settings, plan.compression.budget.num_sequences, seq_len))
     return stages
 
 
+def rotation(sizes: ModelSizes, settings: CalibrationSettings, seq_len: int) -> StageNeeds:
+    """Return the needs of rotating the model: one block and its second moments, and gradients of one matrix.
+
+    On disk is the rotated model, with a head of its own, and for a time the second moments of all blocks.
+    """
+    # Before attention and MLP, and after the attention.
+    pairs = 4 * 3 * sizes.hidden**2
+    weights = sizes.dense_block // sizes.itemsize
+    # In float32: the weights, rotated ones, their squares and shares, and a gradient of each; six of the matrix.
+    learning = 28 * weights + pairs + 24 * sizes.hidden**2
+    gathering = sizes.activations(settings.batch_size * seq_len) + 3 * pairs
+    return StageNeeds(
+        "rotation",
+        device=2 * sizes.skeleton + sizes.dense_block + max(learning, gathering),
+        host=sizes.skeleton + 4 * weights,
+        shared_host=sizes.hidden_states(settings.num_sequences, seq_len),
+        disk=2 * sizes.skeleton + sizes.dense_blocks + sizes.num_blocks * pairs,
+        device_option="calibration.batch_size, data.seq_len or rotation.kind",
+        host_option="calibration.num_sequences or data.seq_len",
+    )
+
+
 def guidance(sizes: ModelSizes, settings: CalibrationSettings, seq_len: int) -> StageNeeds:
-    """Return the needs of weighting tokens: hidden states before all blocks, and one block with its gradients."""
+    """Return the needs of weighting tokens: hidden states before all blocks, and one block with its gradients.
+
+    Second moments of gradients, where a method needs them, are summed in float64, and stored in float32.
+    """
     tokens = settings.batch_size * seq_len
-    block = sizes.dense_block + 4 * sizes.activations(tokens)
+    block = sizes.dense_block + 4 * sizes.activations(tokens) + 8 * sizes.block.output_pairs
     return StageNeeds(
         "guidance",
         device=sizes.skeleton + max(block, 2 * sizes.measuring(tokens)),
         shared_host=(sizes.num_blocks + 2) * sizes.hidden_states(settings.num_sequences, seq_len),
-        disk=4 * sizes.total.num_linears * settings.num_sequences * seq_len,
+        host=4 * sizes.block.output_pairs,
+        disk=4 * (sizes.total.num_linears * settings.num_sequences * seq_len + sizes.total.output_pairs),
         device_option="calibration.batch_size or data.seq_len",
         host_option="calibration.num_sequences or data.seq_len",
     )

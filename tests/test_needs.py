@@ -10,7 +10,7 @@ from tiny_models import fit_arguments, load_whole, random_tokens, validate_argum
 from torch import nn
 
 import callbacks.preflight
-from nowag_pl import ArmorCompressor, MagnitudePruner, NoWagPruner, NoWagQuantizer, needs
+from nowag_pl import ArmorCompressor, MagnitudePruner, NoWagPruner, NoWagQuantizer, NoWagTrellis, needs
 from nowag_pl.compressors import Compressor
 from nowag_pl.compressors.budget import Budget
 from nowag_pl.files import read_tensors
@@ -19,7 +19,15 @@ from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.needs import DataShape, StageNeeds, Training, stages_of_fit
 from nowag_pl.reports.needs_table import Available
-from nowag_pl.stages.plan import CalibrationSettings, ExportSettings, FinetuningSettings, ReportSettings
+from nowag_pl.run.store import ArtefactStore
+from nowag_pl.stages.plan import (
+    CalibrationSettings,
+    ExportSettings,
+    FinetuningSettings,
+    GuidanceSettings,
+    ReportSettings,
+    RotationSettings,
+)
 from nowag_pl.stages.sizes import Holding, LinearSizes, ModelSizes, methods_of
 from nowag_pl.stages.teacher import TeacherSettings
 
@@ -398,3 +406,28 @@ def test_validate_shows_its_needs_and_warns(enabled, shown, command_line, model_
     assert outcome.code == 0, outcome.message
     assert [stage.stage for stage in shown] == ["validation"] * enabled
     assert ("data.eval_batch_size" in caplog.text) == enabled
+
+
+def test_guidance_along_both_sides_writes_what_is_expected(model_folder, tmp_path):
+    method = NoWagTrellis(state_bits=8, update="two_sided")
+    run = run_of(model_folder(), tmp_path / "run", method, guidance=GuidanceSettings())
+    sizes = ModelSizes.of(run.checkpoint, methods_of(run))
+    run.calibrate(WINDOWS)
+    files = [*(tmp_path / "run").glob("guidance/*"), *(tmp_path / "run").glob("output_moments/*")]
+    written = sum(tensor.nbytes for file in files for tensor in read_tensors(file)[0].values())
+    settings = CalibrationSettings(len(WINDOWS), guidance=GuidanceSettings())
+    assert needs.guidance(sizes, settings, 24).disk == written
+    one_sided = ModelSizes.of(run.checkpoint, {name: [NoWagTrellis(state_bits=8)] for name in methods_of(run)})
+    assert needs.guidance(one_sided, settings, 24).disk == 4 * 21 * WINDOWS.numel()
+
+
+def test_rotation_writes_no_more_than_is_expected(model_folder, tmp_path, monkeypatch):
+    run = run_of(model_folder(tied=True), tmp_path / "run")
+    run.plan.rotation = RotationSettings(num_steps=1)
+    monkeypatch.setattr(ArtefactStore, "remove", lambda *_: None)
+    run.rotate(WINDOWS)
+    written = sum(file.stat().st_size for file in (tmp_path / "run" / "rotation").rglob("*.safetensors"))
+    sizes = ModelSizes.of(run.checkpoint, methods_of(run))
+    names = [stage.stage for stage in stages_of_fit(sizes, run.plan, DATA, Holding())]
+    assert names[0] == "rotation"
+    assert 0.6 * written < needs.rotation(sizes, run.plan.calibration, 24).disk < 1.2 * written

@@ -43,6 +43,25 @@ class Compressor(ABC):
             ValueError: a weight or moment is not finite, or the settings do not fit the shape.
         """
 
+    @property
+    def output_moment(self) -> bool:
+        """Whether linears are given to :meth:`compress_coupled`, with second moments of gradients at their outputs."""
+        return False
+
+    def compress_coupled(self, linear: nn.Linear, second_moment: Tensor, output_moment: Tensor) -> CompressedLinear:
+        """Do as :meth:`compress` with outputs that the final loss couples.
+
+        Args:
+            linear: dense linear `[out, in]`, with or without bias.
+            second_moment: as for :meth:`compress`.
+            output_moment: mean of G G^T over sequences, `[out, out]`, float32, with G the gradient of the final loss in
+                the weight.
+
+        Raises:
+            ValueError: as :meth:`compress`.
+        """
+        return self.compress(linear, second_moment)
+
     def empty(self, shape: tuple[int, int], dtype: torch.dtype, bias: bool = False) -> CompressedLinear | None:
         """Return the result of :meth:`compress` on the meta device, without values.
 
@@ -76,7 +95,8 @@ class Compressor(ABC):
             shape: (out, in).
         """
         rows, columns = shape
-        return self.full_second_moment * (_FULL_BYTES_PER_PAIR * columns**2 + _FULL_BYTES_PER_WEIGHT * rows * columns)
+        pairs = self.full_second_moment * columns**2 + self.output_moment * rows**2
+        return _FULL_BYTES_PER_PAIR * pairs + self.full_second_moment * _FULL_BYTES_PER_WEIGHT * rows * columns
 
     def alternatives(self) -> list[dict[str, Any]]:
         """Return other settings that a budget may choose, each as the fields that differ from this compressor's."""
@@ -98,6 +118,29 @@ def empty_settings(shape: tuple[int, int], dtype: torch.dtype, bias: bool) -> di
     """
     name = dtype_name(dtype)
     return {"in_features": shape[1], "out_features": shape[0], "bias": name if bias else None, "dtype": name}
+
+
+def check_output_moment(linear: nn.Linear, output_moment: Tensor) -> None:
+    """Raise ValueError if second moments of gradients do not fit a linear or are not finite.
+
+    Args:
+        linear: dense linear `[out, in]`.
+        output_moment: `[out, out]`.
+    """
+    expected = (linear.out_features, linear.out_features)
+    if output_moment.shape != expected or not output_moment.isfinite().all():
+        raise ValueError(
+            f"Expected finite second moments of gradients of shape {expected}, but got shape "
+            f"{tuple(output_moment.shape)} with {int((~output_moment.isfinite()).sum())} NaN or infinite values."
+        )
+
+
+def missing_output_moment() -> ValueError:
+    """Return the error of a method that couples outputs and is not told how."""
+    return ValueError(
+        "Expected, with update 'two_sided', second moments of gradients at the outputs: set calibration.guidance, or "
+        "call compress_coupled with them."
+    )
 
 
 def check_inputs(linear: nn.Linear, second_moment: Tensor, full: bool = False) -> None:

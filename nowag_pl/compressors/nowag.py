@@ -7,7 +7,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nowag_pl.compressors.base import Compressor, check_inputs, empty_settings
+from nowag_pl.compressors.base import (
+    Compressor,
+    check_inputs,
+    check_output_moment,
+    empty_settings,
+    missing_output_moment,
+)
 from nowag_pl.compressors.pruner import Pruner
 from nowag_pl.functional.alternating import alternating_keep
 from nowag_pl.functional.least_squares import refit_kept
@@ -114,9 +120,10 @@ class NoWagQuantizer(Compressor):
         restarts: number of k-means runs from different starts; the one with the smallest loss is used.
         update: compensation of errors among codes, by the full second moments. null: none, as in the paper;
             "feedback": each column of subvectors compensates for the errors of those before it; "alternating": codes
-            and codebook are chosen by alternating directions (ADMM). In both, least squares fit the codebook.
+            and codebook are chosen by alternating directions (ADMM); "two_sided": each subvector compensates for the
+            errors to its left and above it, which needs calibration.guidance. In all, least squares fit the codebook.
         rounds: with an update, number of rounds of choosing codes and fitting the codebook; after the first round, each
-            column compensates for the errors of all others.
+            column compensates for the errors of all others, except with "two_sided".
         refit_scales: fit the scales to the linear's output by least squares, by the full second moments.
         damping: for both, the addition to the diagonal of the second moments, as a share of its mean.
     """
@@ -128,7 +135,7 @@ class NoWagQuantizer(Compressor):
     tolerance: float = 5e-4
     weighting: Literal["output", "normalized"] = "normalized"
     restarts: int = 1
-    update: Literal["feedback", "alternating"] | None = None
+    update: Literal["feedback", "alternating", "two_sided"] | None = None
     rounds: int = 4
     refit_scales: bool = False
     damping: float = DAMPING
@@ -145,14 +152,21 @@ class NoWagQuantizer(Compressor):
         check_real("tolerance", self.tolerance)
         if self.weighting not in ("output", "normalized"):
             raise ValueError(f"Expected weighting to be 'output' or 'normalized', but got {self.weighting!r}.")
-        if self.update not in (None, "feedback", "alternating"):
-            raise ValueError(f"Expected update to be 'feedback', 'alternating' or null, but got {self.update!r}.")
+        if self.update not in (None, "feedback", "alternating", "two_sided"):
+            raise ValueError(
+                f"Expected update to be 'feedback', 'alternating', 'two_sided' or null, but got {self.update!r}."
+            )
         check_real("damping", self.damping, above=True)
 
     @property
     def full_second_moment(self) -> bool:
         """Whether the matrix of x x^T is needed."""
         return self.update is not None or self.refit_scales
+
+    @property
+    def output_moment(self) -> bool:
+        """Whether second moments of gradients at the outputs are needed."""
+        return self.update == "two_sided"
 
     def empty(self, shape: tuple[int, int], dtype: torch.dtype, bias: bool = False) -> VQLinear:
         """Return the quantized linear without values; see :class:`~nowag_pl.compressors.base.Compressor`."""
@@ -178,15 +192,25 @@ class NoWagQuantizer(Compressor):
             others += [{"subvector_dim": dim, "codebook_size": 2**each} for each in range(most, max(most - 3, 0), -1)]
         return [each for each in others if replace(self, **each) != self]
 
-    @torch.no_grad()
     def compress(self, linear: nn.Linear, second_moment: Tensor) -> VQLinear:
         """Quantize one linear; see :class:`~nowag_pl.compressors.base.Compressor`."""
+        if self.output_moment:
+            raise missing_output_moment()
+        return self._compress(linear, second_moment)
+
+    def compress_coupled(self, linear: nn.Linear, second_moment: Tensor, output_moment: Tensor) -> VQLinear:
+        """Quantize one linear by both of its sides; see :class:`~nowag_pl.compressors.base.Compressor`."""
+        check_output_moment(linear, output_moment)
+        return self._compress(linear, second_moment, output_moment.to(linear.weight.device))
+
+    @torch.no_grad()
+    def _compress(self, linear: nn.Linear, second_moment: Tensor, output_moment: Tensor | None = None) -> VQLinear:
         check_inputs(linear, second_moment, self.full_second_moment)
         quantized = self._quantize(linear, mean_squares(second_moment))
         if self.full_second_moment:
             matrix = second_moment.to(linear.weight.device)
             settings = Refinement(self.update, self.rounds, self.refit_scales, self.damping)
-            quantized = refine(linear.weight, quantized, matrix, settings)
+            quantized = refine(linear.weight, quantized, matrix, settings, output_moment)
         return VQLinear(*quantized, linear.bias, linear.weight.dtype)
 
     def _quantize(self, linear: nn.Linear, second_moment: Tensor) -> Quantized:

@@ -38,6 +38,24 @@ def output_error(
     return ((error @ second_moment) * error).sum(dim=1)
 
 
+def two_sided_error(
+    weight: Float[Tensor, "out in"],
+    reconstruction: Float[Tensor, "out in"],
+    second_moment: Float[Tensor, "in in"],
+    output_moment: Float[Tensor, "out out"],
+) -> Float[Tensor, ""]:
+    """Return `tr(H_O E H E^T)`, the change of the final loss to second order, up to a factor; summed in float64.
+
+    Args:
+        weight: W.
+        reconstruction: W_hat; E is their difference.
+        second_moment: H, mean of x x^T.
+        output_moment: H_O, mean of G G^T over sequences, G the gradient of the final loss in the weight.
+    """
+    error = weight.float() - reconstruction.float()
+    return ((error @ second_moment) * (output_moment @ error)).sum(dtype=torch.float64)
+
+
 def damp(second_moment: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
     """Return `H + damping * mean(diagonal) * I`; the identity where all inputs are zero.
 

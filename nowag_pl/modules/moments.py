@@ -161,6 +161,41 @@ class CrossMoment(RunningMean):
         self.num_tokens += columns[..., 0].numel()
 
 
+class GradientMoment(RunningMean):
+    """Running mean over sequences of `G G^T / in`, G the gradient of a sequence's loss in a linear's weight.
+
+    The output side of the Kronecker factors of the final loss's curvature in the weight (YAQA, arXiv:2505.22988). The
+    number of tokens of the mean is one for each sequence.
+
+    Args:
+        num_outputs: outputs of the linear.
+
+    Example:
+        >>> import torch
+        >>> moment = GradientMoment(1)
+        >>> moment.update(torch.tensor([[[1.0, 2.0], [0.0, 1.0]]]), torch.tensor([[[2.0], [1.0]]]))
+        >>> moment.compute().tolist()  # G = [2, 5]
+        [[14.5]]
+    """
+
+    def __init__(self, num_outputs: int) -> None:
+        super().__init__(num_outputs, num_outputs)
+
+    @torch.no_grad()
+    def update(self, inputs: Tensor, gradients: Tensor) -> None:
+        """Add sequences.
+
+        Args:
+            inputs: of the linear, `[batch, seq_len, in]`.
+            gradients: of each sequence's loss in the outputs, `[batch, seq_len, out]`.
+        """
+        for entering, gradient in zip(inputs, gradients, strict=True):
+            with bfloat16_products(entering):
+                of_weight = gradient.float().T @ entering.float()  # [out, in]
+            self.total += of_weight @ of_weight.T / of_weight.shape[1]
+        self.num_tokens += len(inputs)
+
+
 @contextmanager
 def bfloat16_products(activations: Tensor) -> Iterator[None]:
     """Let a CPU multiply float32 matrices in its bfloat16 units while the context is open, if it has them.

@@ -4,15 +4,20 @@ from pathlib import Path
 
 # Stages that write one artefact per block, by the name of their folder.
 GUIDANCE = "guidance"
+OUTPUT_MOMENTS = "output_moments"  # of gradients, for feedback along both sides
 MOMENTS = "moments"
 COMPRESSED = "compressed"
 FINETUNED = "finetuned"
 BUDGET = "budget"
+ROTATION = "rotation"
+ROTATION_MOMENTS = f"{ROTATION}/moments"
 CANDIDATES = f"{BUDGET}/candidates"
 SENSITIVITIES = f"{BUDGET}/sensitivity"
 
 TRIALS = f"{BUDGET}/trials"  # whole models that the budget compares
 DECISION = f"{BUDGET}/decision.json"
+ROTATION_MATRIX = f"{ROTATION}/stream.safetensors"
+ROTATED_MODEL = f"{ROTATION}/model"  # what is compressed in the place of the dense model
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 REFERENCE = "reference"  # the dense model's predictions
@@ -40,7 +45,11 @@ def artefact(folder: Path, stage: str, index: int) -> Path:
 
 def written_folders(folder: Path) -> list[Path]:
     """Return the folders of a run directory in which its process writes, those that are there."""
-    folders = [folder, *(folder / name for name in (GUIDANCE, MOMENTS, COMPRESSED, FINETUNED, HIDDEN, REFERENCE))]
+    folders = [
+        folder,
+        *(folder / name for name in (GUIDANCE, OUTPUT_MOMENTS, MOMENTS, COMPRESSED, FINETUNED, HIDDEN, REFERENCE)),
+    ]
+    folders += [folder / ROTATION, folder / ROTATION_MOMENTS, folder / ROTATED_MODEL]
     folders += [folder / TRAINING, folder / BUDGET, *(folder / BUDGET).rglob("*")]
     folders += (folder / BLOCK_CHECKPOINTS).glob("block_*")
     return [each for each in folders if each.is_dir()]

@@ -33,6 +33,11 @@ class Assignment:
         """Whether a method needs the matrices of x x^T."""
         return any(method.full_second_moment for method in self.methods)
 
+    @property
+    def output_moment(self) -> bool:
+        """Whether a method needs second moments of gradients at the outputs."""
+        return any(method.output_moment for method in self.methods)
+
 
 def assignment_of(settings: CompressionSettings, names: Sequence[Sequence[str]]) -> Assignment:
     """Return the method of every linear by the settings, before a budget chooses among candidates.

@@ -13,7 +13,7 @@ from nowag_pl.functional.objective import reconstruction_loss
 from nowag_pl.models.state import held_state
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear, VQLinear
-from nowag_pl.run.layout import COMPRESSED
+from nowag_pl.run.layout import COMPRESSED, OUTPUT_MOMENTS
 from nowag_pl.run.progress import Report
 from nowag_pl.run.ranks import Ranks
 from nowag_pl.run.store import ArtefactStore
@@ -52,12 +52,22 @@ class Compression(NamedTuple):
         assignment: the method of every linear.
         ranks: the processes of the run.
         report: reports the progress.
+        output_moments: second moments of gradients at the outputs of a block's linears, for methods that need them.
     """
 
     model: StreamedModel
     assignment: Assignment
     ranks: Ranks
     report: Report
+    output_moments: Mapping[str, Tensor]
+
+    @classmethod
+    def of_block(
+        cls, model: StreamedModel, store: ArtefactStore, assignment: Assignment, index: int, report: Report
+    ) -> "Compression":
+        """Return the compression of a block; second moments of gradients are read where a method needs them."""
+        outputs = store.read(OUTPUT_MOMENTS, index)[0] if assignment.output_moment else {}
+        return cls(model, assignment, store.ranks, report, outputs)
 
 
 def compress(model: StreamedModel, store: ArtefactStore, source: MomentSource, assignment: Assignment) -> None:
@@ -75,7 +85,7 @@ def compress(model: StreamedModel, store: ArtefactStore, source: MomentSource, a
 
     def work(index: int, block: nn.Module, report: Report) -> str:
         order = list(model.linears(index, block))
-        compression = Compression(model, assignment, store.ranks, report)
+        compression = Compression.of_block(model, store, assignment, index, report)
         results, seconds = compress_block(compression, source, block, index)
         write_moments(model, store, index, source.gathered())
         _write(store, index, order, results, seconds)
@@ -111,7 +121,7 @@ def compress_linears(compression: Compression, index: int, group: LinearGroup) -
     Raises:
         ValueError: one of them cannot be compressed, on any rank; the message names it.
     """
-    model, assignment, ranks, report = compression
+    model, assignment, ranks, report, output_moments = compression
     mine = _share(group.linears, ranks)
     results: Results = {}
     problem = None
@@ -120,7 +130,11 @@ def compress_linears(compression: Compression, index: int, group: LinearGroup) -
         linear, full_name = group.linears.pop(name), f"{model.block_name(index)}.{name}"
         try:
             method = assignment.method(full_name)
-            compressed = method.compress(group.target(name, linear), group.moments[name].to(model.device))
+            target, moment = group.target(name, linear), group.moments[name].to(model.device)
+            if method.output_moment:
+                compressed = method.compress_coupled(target, moment, output_moments[name].to(model.device))
+            else:
+                compressed = method.compress(target, moment)
         except ValueError as error:
             # All ranks are told, so that none waits for one that has gone.
             problem = f"{full_name}: {error}"

@@ -23,11 +23,22 @@ from nowag_pl.models.assembly import assemble
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.format.exl3 import save_streamed_exl3
 from nowag_pl.models.format.saving import save_streamed
+from nowag_pl.models.rotation import check_rotatable
 from nowag_pl.models.selection import Selection, find_linears
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear
 from nowag_pl.run.fingerprint import check_finite, fingerprint
-from nowag_pl.run.layout import BUDGET, COMPRESSED, DECISION, FINETUNED, GUIDANCE, MOMENTS, TRAINING
+from nowag_pl.run.layout import (
+    BUDGET,
+    COMPRESSED,
+    DECISION,
+    FINETUNED,
+    GUIDANCE,
+    MOMENTS,
+    OUTPUT_MOMENTS,
+    ROTATION,
+    TRAINING,
+)
 from nowag_pl.run.manifest import Claim
 from nowag_pl.run.memory import measured_memory
 from nowag_pl.run.places import check_apart
@@ -39,8 +50,9 @@ from nowag_pl.stages.budget.candidates import Choices
 from nowag_pl.stages.budget.spread import Budgeted, compress_within_budget
 from nowag_pl.stages.calibration import calibrate, moment_source
 from nowag_pl.stages.compression import compress, read_block
-from nowag_pl.stages.guidance import write_guidance
+from nowag_pl.stages.guidance import read_guidance, write_guidance
 from nowag_pl.stages.plan import CalibrationSettings, CompressionSettings, ExportFormat, FinetuningSettings, Plan
+from nowag_pl.stages.rotation import Tokens, write_rotated
 from nowag_pl.stages.teacher import DenseReference, Teacher, TeacherSettings
 
 
@@ -77,19 +89,25 @@ class CompressionRun:
         self.peak_memory: dict[str, int] = {}  # bytes, by stage, in this process
         self._settings: dict[str, dict[str, Any]] = {}  # of the stages so far
         self._windows: Tensor | None = None
+        self._rotated: StreamedModel | None = None
         places = {checkpoint.folder, *(file.resolve().parent for file in checkpoint.weight_map.values())}
         check_apart(Path(folder), [("model.path", place) for place in sorted(places)])
         dtype = str(checkpoint.dtype).removeprefix("torch.")
         self.store.claim("model", {"fingerprint": fingerprint(checkpoint), "dtype": dtype})
 
     @cached_property
-    def model(self) -> StreamedModel:
-        """The dense model, streamed.
+    def dense(self) -> StreamedModel:
+        """The dense model as it was given, streamed.
 
         Raises:
             ValueError: a pattern of the plan matches no linear.
         """
         return StreamedModel(self.checkpoint, self.device, selection_of(self.plan.compression))
+
+    @property
+    def model(self) -> StreamedModel:
+        """The dense model that is compressed, streamed: the one that was given, until :meth:`rotate` rotates it."""
+        return self._rotated or self.dense
 
     @property
     def assignment(self) -> Assignment:
@@ -115,7 +133,7 @@ class CompressionRun:
     @property
     def num_parameters(self) -> int:
         """Parameters of the dense model, tied ones once."""
-        return sum(p.numel() for module in (self.model.skeleton, *self.model.blocks) for p in module.parameters())
+        return sum(p.numel() for module in (self.dense.skeleton, *self.dense.blocks) for p in module.parameters())
 
     def check_finite(self) -> None:
         """Raise ValueError that names the first tensor of the dense model that holds NaN or infinity."""
@@ -144,7 +162,8 @@ class CompressionRun:
             self._describe_compression(),
         )
         sections = {"calibration": calibration, "compression": compression}
-        claims = [*self._calibration_claims(calibration), Claim("compression", compression, COMPRESSED)]
+        claims = [*self._rotation_claims(texts.calibration), *self._calibration_claims(calibration)]
+        claims.append(Claim("compression", compression, COMPRESSED))
         if "budget" in compression:
             claims.append(Claim("budget", calibration | compression, BUDGET))
         if self.plan.finetuning is not None and texts.finetuning is not None:
@@ -155,12 +174,55 @@ class CompressionRun:
             claims.append(training_claim(training, flat(sections)))
         self.store.check(claims)
 
+    def _rotation_claims(self, windows: Tensor) -> list[Claim]:
+        if self.plan.rotation is None:
+            return []
+        described: dict[str, Any] = {**dataclasses.asdict(self.plan.rotation), "tokens_sha256": tokens_digest(windows)}
+        if self._calibration.guidance is not None:
+            described["guidance"] = dataclasses.asdict(self._calibration.guidance)
+        return [Claim("rotation", described, ROTATION)]
+
+    def check_rotation(self) -> None:
+        """Raise ValueError if the plan has a rotation and the model is built in a way that does not allow one."""
+        if self.plan.rotation is not None:
+            check_rotatable(self.dense)
+
+    def rotate(self, windows: Tensor, bos: BosPlace = "stream") -> None:
+        """Rotate the model, if the plan says so, before it is calibrated and compressed.
+
+        Args:
+            windows: calibration sequences `[num_sequences, seq_len]`, the same on every rank.
+            bos: place of the beginning-of-sequence token in all texts of the run.
+
+        Raises:
+            ValueError: the model is built in a way that does not allow it.
+        """
+        settings, calibration = self.plan.rotation, self._calibration
+        if settings is None:
+            return
+        self.check_finite()
+        self.check_rotation()
+        described = self._describe_calibration(windows, bos)
+        for claim in (*self._rotation_claims(windows), *self._calibration_claims(described)):
+            self.store.claim(*claim)
+        with self.measuring("rotation"):
+            # Orthogonal matrices change no squared gradient, averaged over outputs: the compression takes the same.
+            write_guidance(self.dense, self.store, windows, calibration)
+            weights = read_guidance(self.store, calibration.guidance)
+            tokens = Tokens(windows, calibration.batch_size, weights)
+            folder = write_rotated(self.dense, self.store, tokens, settings)
+        dtype = str(self.checkpoint.dtype).removeprefix("torch.")
+        selection = selection_of(self.plan.compression)
+        self._rotated = StreamedModel(Checkpoint(str(folder), dtype), self.device, selection)
+
     def _describe_calibration(self, windows: Tensor, bos: BosPlace) -> dict[str, Any]:
         """Return all that reaches second moments, but for the batch size, which makes no difference."""
         described = dataclasses.asdict(self._calibration)
         del described["batch_size"]
         if described["guidance"] is None:
             del described["guidance"]
+        if self.plan.rotation is not None:
+            described["rotation"] = dataclasses.asdict(self.plan.rotation)
         described |= {"num_sequences": len(windows), "seq_len": windows.shape[1], "bos": bos}
         described["tokens_sha256"] = tokens_digest(windows)
         selection = selection_of(self.plan.compression)
@@ -174,7 +236,10 @@ class CompressionRun:
         if (guidance := described.get("guidance")) is not None:
             # Gradients are those of the dense model, and their power is taken when they are used.
             of_gradients = {name: value for name, value in described.items() if name not in ("mode", "guidance")}
-            claims.insert(0, Claim("guidance", {**of_gradients, "labels": guidance["labels"]}, GUIDANCE))
+            of_gradients["labels"] = guidance["labels"]
+            claims.insert(0, Claim("guidance", of_gradients, GUIDANCE))
+            if self._needs_output_moment:
+                claims.insert(1, Claim("output_moments", of_gradients, OUTPUT_MOMENTS))
         return claims
 
     def _describe_compression(self) -> dict[str, Any]:
@@ -198,6 +263,7 @@ class CompressionRun:
             bos: place of the beginning-of-sequence token in all texts of the run.
         """
         settings = self._calibration
+        self.check_guidance()
         self.check_finite()
         described = self._describe_calibration(windows, bos)
         self.bos = bos
@@ -212,7 +278,7 @@ class CompressionRun:
         self._windows = windows
         if settings.guidance is not None:
             with self.measuring("calibration"):
-                write_guidance(self.model, self.store, windows, settings)
+                write_guidance(self.model, self.store, windows, settings, self._needs_output_moment)
         if settings.mode == "dense" and not self._needs_full_second_moment:
             with self.measuring("calibration"):
                 calibrate(self.model, self.store, windows, settings)
@@ -221,6 +287,15 @@ class CompressionRun:
     def _needs_full_second_moment(self) -> bool:
         methods = [*self.assignment.methods, *self._budget_settings]
         return any(method.full_second_moment for method in methods)
+
+    @property
+    def _needs_output_moment(self) -> bool:
+        return any(method.output_moment for method in [*self.assignment.methods, *self._budget_settings])
+
+    def check_guidance(self) -> None:
+        """Raise ValueError if a method needs gradients of the final loss and the plan has no guidance."""
+        if self._needs_output_moment and self._calibration.guidance is None:
+            raise ValueError("Expected calibration.guidance with update 'two_sided', but got none.")
 
     @property
     def _budget_settings(self) -> list[Any]:
@@ -308,11 +383,11 @@ class CompressionRun:
 
     def reference(self, windows: Mapping[str, Tensor], batch_size: int) -> DenseReference:
         """Return the dense model's predictions on evaluation windows, computing those that are not there."""
-        return DenseReference(self.model, self.store, windows, batch_size)
+        return DenseReference(self.dense, self.store, windows, batch_size)
 
     def teacher(self, windows: Tensor, settings: TeacherSettings) -> Teacher:
         """Return the dense predictions on training windows for distillation, computing those not stored yet."""
-        return Teacher(self.model, self.store, windows, settings)
+        return Teacher(self.dense, self.store, windows, settings)
 
     def statistics(self) -> list[dict[str, Any]]:
         """Return loss, bits and sparsity of every linear, in the model's order; those that stayed dense are exact."""
@@ -417,7 +492,7 @@ class CompressedModel:
         for index in range(len(run.model)):
             block = read_block(run.store, index)
             linears |= {f"{run.model.block_name(index)}.{name}": linear for name, linear in block.items()}
-        model = assemble(run.checkpoint, linears)
+        model = assemble(run.model.checkpoint, linears)
         for index in range(len(run.model)) if self._finetuned else ():
             state, _ = run.store.read(FINETUNED, index)
             model.get_submodule(run.model.block_name(index)).load_state_dict(state)

@@ -55,6 +55,36 @@ class CalibrationSettings:
 
 
 @dataclass(frozen=True)
+class RotationSettings:
+    """Settings for rotating the model before it is compressed.
+
+    Attributes:
+        kind: as for :class:`~callbacks.rotation.ModelRotation`, but for "none".
+        stream: whether the residual stream is rotated, by one matrix for the whole model.
+        values: whether the values of attentions are rotated, head by head.
+        num_steps: steps of learning each matrix.
+        learning_rate: learning rate of Adam at the first step.
+        blocks_per_step: blocks on which the matrix of the stream is learned at each step.
+        seed: seed of the signs of "hadamard", and of the blocks of each step.
+    """
+
+    kind: Literal["learned", "hadamard"] = "learned"
+    stream: bool = True
+    values: bool = True
+    num_steps: int = 100
+    learning_rate: float = 1e-2
+    blocks_per_step: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in {"num_steps": 0, "blocks_per_step": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"Expected rotation.{name} of at least {least}, but got {getattr(self, name)}.")
+        if not self.learning_rate > 0:
+            raise ValueError(f"Expected rotation.learning_rate above 0, but got {self.learning_rate}.")
+
+
+@dataclass(frozen=True)
 class CompressionSettings:
     """The linears to compress, and their methods.
 
@@ -187,6 +217,7 @@ class Plan:
         export: model folders.
         report: comparison with the dense model.
         free_batches: names of the stages whose batch size was not given, so that a smaller one may take its place.
+        rotation: of the model before anything else; None to compress the model as it is.
     """
 
     calibration: CalibrationSettings | None = None
@@ -195,3 +226,4 @@ class Plan:
     export: ExportSettings | None = None
     report: ReportSettings | None = None
     free_batches: set[str] = field(default_factory=set)
+    rotation: RotationSettings | None = None

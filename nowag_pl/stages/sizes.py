@@ -38,6 +38,7 @@ class LinearSizes(NamedTuple):
         keeping: bytes kept of the weight for gradients.
         compressing: bytes while it is compressed.
         pairs: pairs of inputs in its full second moment; 0 if none is gathered.
+        output_pairs: pairs of outputs in its second moment of gradients; 0 if none is gathered.
         num_linears: number of linears.
     """
 
@@ -52,6 +53,7 @@ class LinearSizes(NamedTuple):
     keeping: int = 0
     compressing: int = 0
     pairs: int = 0
+    output_pairs: int = 0
     num_linears: int = 0
 
     @classmethod
@@ -263,6 +265,7 @@ def _linears(block_name: str, block: nn.Module, methods: Methods, itemsize: int)
     """Return the sizes of the compressed linears of a block by their name in it."""
     found = {}
     full = any(method.full_second_moment for each in methods.values() for method in each)
+    coupled = any(method.output_moment for each in methods.values() for method in each)
     for name, module in block.named_modules():
         of_linear = methods.get(f"{block_name}.{name}", ())
         if isinstance(module, CompressedLinear) or of_linear:
@@ -271,7 +274,9 @@ def _linears(block_name: str, block: nn.Module, methods: Methods, itemsize: int)
             except ValueError as error:
                 raise ValueError(f"{block_name}.{name}: {error}") from error
             # Linears may share a second moment, which shapes do not show.
-            found[name] = sizes._replace(pairs=sizes.inputs**2 * full)
+            found[name] = sizes._replace(
+                pairs=sizes.inputs**2 * full, output_pairs=(sizes.weights // sizes.inputs) ** 2 * coupled
+            )
     return found
 
 

@@ -7,6 +7,9 @@
    the columns and S the signs, `E R S D H D S R E^T`. The scales of the rows cancel.
 4. Both vectors of scales are fitted to the output by least squares.
 
+Where the final loss couples outputs, the errors of each tile are fed into those below it as well (YAQA,
+arXiv:2505.22988).
+
 Signs, levels and scales end in two vectors, so that only k bits a weight and 16 bits a row and column are stored.
 """
 
@@ -17,8 +20,8 @@ import torch
 from jaxtyping import Float, Int16
 from torch import Tensor
 
-from nowag_pl.functional.feedback import quantize_with_feedback
-from nowag_pl.functional.moments import damp, damped_inverse_factor, mean_squares, output_error
+from nowag_pl.functional.feedback import Side, quantize_two_sided, quantize_with_feedback
+from nowag_pl.functional.moments import damp, damped_inverse_factor, mean_squares, output_error, two_sided_error
 from nowag_pl.functional.normalization import denormalize, normalize
 from nowag_pl.functional.scale_fits import fit_in_scale, fit_out_scale
 from nowag_pl.functional.trellis.codes import Code, code_values
@@ -82,6 +85,7 @@ def quantize_trellis(
     settings: TrellisSettings,
     generator: torch.Generator,
     table: Float[Tensor, " entries"] | None = None,
+    output_moment: Float[Tensor, "out out"] | None = None,
 ) -> TrellisWeight:
     """Put a weight on a trellis.
 
@@ -91,20 +95,31 @@ def quantize_trellis(
         settings: settings of the method.
         generator: generator of the signs.
         table: numbers of the code `table`.
+        output_moment: H_O, for feedback along both sides; None for outputs that are not coupled.
 
     Raises:
-        ValueError: H cannot be inverted, or bits, state bits or code are out of range.
+        ValueError: H or H_O cannot be inverted, or bits, state bits or code are out of range.
     """
     values = code_values(settings.code, settings.state_bits, table).to(weight.device)
     padded, padding = pad_to_tiles(weight.float(), settings.multiple), -weight.shape[1] % settings.multiple
-    moment = torch.diag(second_moment) if second_moment.dim() == 1 else second_moment
-    moment = torch.nn.functional.pad(moment.float(), (0, padding, 0, padding))
+    moment = _padded(torch.diag(second_moment) if second_moment.dim() == 1 else second_moment, padding)
     target, in_scale, out_scale = _prepare(padded, settings, generator)
     # Stored values stand for numbers that are `step` times larger.
     step = SPREAD[settings.bits - 1] / float(values.std())
-    packed = _search(target / step, moment, in_scale, values, settings)
+    if output_moment is None:
+        packed = _search(target / step, moment, in_scale, values, settings)
+    else:
+        out_moment = _padded(output_moment, -weight.shape[0] % settings.multiple)
+        factors = [
+            damped_inverse_factor(rotate_metric(each, scale, settings.rotation), settings.damping)[1]
+            for each, scale in ((out_moment, out_scale), (moment, in_scale))
+        ]
+        packed = _search_two_sided(
+            target / step, Side.of(factors[0], TILE), Side.of(factors[1], TILE), values, settings
+        )
     found = TrellisWeight(packed, in_scale, out_scale * step, (weight.shape[0], weight.shape[1]))
-    return _refit(weight.float(), found, moment[: weight.shape[1], : weight.shape[1]], values, settings)
+    metrics = moment[: weight.shape[1], : weight.shape[1]], output_moment
+    return _refit(weight.float(), found, metrics, values, settings)
 
 
 def reconstruct(
@@ -139,6 +154,11 @@ def decode_tiles(
         return decode(packed, values, bits)
     states = unpack_states(packed, bits, (len(values) - 1).bit_length())
     return from_tiles(values[states.long()])
+
+
+def _padded(moment: Tensor, padding: int) -> Tensor:
+    """Return second moments, float32, with zeros for what the weight is padded with."""
+    return torch.nn.functional.pad(moment.float(), (0, padding, 0, padding))
 
 
 def _prepare(padded: Tensor, settings: TrellisSettings, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,21 +208,52 @@ def _search(target: Tensor, moment: Tensor, in_scale: Tensor, values: Tensor, se
     return pack_states(torch.stack(states), settings.bits)
 
 
+def _search_two_sided(
+    target: Tensor, rows: Side, columns: Side, values: Tensor, settings: TrellisSettings
+) -> Int16[Tensor, "in_tiles out_tiles words"]:
+    """Return the packed states of a normalised and rotated weight whose outputs are coupled."""
+    states = torch.empty(len(columns.feed), len(rows.feed), TILE * TILE, dtype=torch.int32, device=target.device)
+    squares = [side.metrics.diagonal(dim1=1, dim2=2) for side in (rows, columns)]  # [blocks, 16]
+
+    def quantize(row: Tensor, column: Tensor, targets: Tensor) -> Tensor:
+        weights = to_tiles((squares[0][row, :, None] * squares[1][column, None]).flatten(0, 1))[0]
+        weights = weights / weights.mean(dim=1, keepdim=True)
+        tiles = to_tiles(targets.flatten(0, 1))[0]
+        path = tail_biting_path(tiles, values, settings.bits, weights, settings.memory)
+        states[column, row] = path
+        return from_tiles(values[path.long()][None]).view_as(targets)
+
+    quantize_two_sided(target, rows, columns, quantize)
+    return pack_states(states, settings.bits)
+
+
 def _refit(
-    weight: Tensor, found: TrellisWeight, moment: Tensor, values: Tensor, settings: TrellisSettings
+    weight: Tensor,
+    found: TrellisWeight,
+    metrics: tuple[Tensor, Tensor | None],
+    values: Tensor,
+    settings: TrellisSettings,
 ) -> TrellisWeight:
-    """Fit the scales; keep the old ones if the fit is no better."""
+    """Fit the scales by the second moments of inputs and outputs; keep the old ones if the fit is no better."""
     num_out, num_in = found.shape
-    damped = damp(moment, settings.damping)
+    damped, coupled = (None if each is None else damp(each, settings.damping) for each in metrics)
+    assert damped is not None
+
+    def error_of(in_scale: Tensor, out_scale: Tensor) -> Tensor:
+        restored = denormalize(direction, in_scale, out_scale)
+        if coupled is not None:
+            return two_sided_error(weight, restored, damped, coupled)
+        return output_error(weight, restored, damped).sum(dtype=torch.float64)
+
     ones = found._replace(in_scale=torch.ones_like(found.in_scale), out_scale=torch.ones_like(found.out_scale))
     direction = reconstruct(ones, values, settings.bits, settings.rotation)
     in_scale, out_scale = found.in_scale[:num_in], found.out_scale[:num_out]
-    least = output_error(weight, denormalize(direction, in_scale, out_scale), damped).sum(dtype=torch.float64)
+    least = error_of(in_scale, out_scale)
     best = found
     for _ in range(settings.refit_rounds):
-        in_scale = fit_in_scale(weight, direction, in_scale, out_scale, damped)
-        out_scale = fit_out_scale(weight, direction, in_scale, out_scale, damped)
-        error = output_error(weight, denormalize(direction, in_scale, out_scale), damped).sum(dtype=torch.float64)
+        in_scale = fit_in_scale(weight, direction, in_scale, out_scale, damped, coupled)
+        out_scale = fit_out_scale(weight, direction, in_scale, out_scale, damped, coupled)
+        error = error_of(in_scale, out_scale)
         if error < least:
             all_scales = (
                 torch.cat([in_scale, found.in_scale[num_in:]]),

@@ -6,18 +6,20 @@ row of the reconstruction `r2_i codebook[codes_i] r1` (NoWag-VQ, arXiv:2504.1456
 - with error feedback (:mod:`nowag_pl.functional.feedback`), a column of subvectors after the other;
 - together with the codebook by alternating directions (:mod:`nowag_pl.functional.alternating`), with a step of k-means
   for a projection;
+- with feedback along both sides where the final loss couples the outputs: the error is `tr(H_O E H E^T)` then;
 - in sweeps that start from codes, and choose each column again given all others; they never increase the error.
 """
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from nowag_pl.functional.alternating import Alternation, alternate
-from nowag_pl.functional.feedback import column_blocks, quantize_with_feedback
+from nowag_pl.functional.feedback import Side, column_blocks, quantize_two_sided, quantize_with_feedback
 from nowag_pl.functional.vq.kmeans import KMeansSettings, weighted_kmeans
 from nowag_pl.functional.vq.nearest import chunk_elements, row_minima
-from nowag_pl.functional.vq.quantized import Quantized, subvectors
+from nowag_pl.functional.vq.quantized import Quantized, grouped, subvectors
 
 CODES = Alternation(num_steps=60, growth=1.04)
 
@@ -44,6 +46,44 @@ def feedback_codes(
 
     quantize_with_feedback(weight, factor, quantized.codebook.shape[1], nearest)
     return torch.stack(codes, dim=1)
+
+
+def two_sided_codes(
+    weight: Float[Tensor, "out in"],
+    quantized: Quantized,
+    out_factor: Float[Tensor, "out out"],
+    factor: Float[Tensor, "in in"],
+) -> Int[Tensor, "out groups"]:
+    """Choose all codes, each for its subvector and the errors of those to its left and above it.
+
+    Args:
+        weight: dense weight W.
+        quantized: codebook and scales; its codes do not count.
+        out_factor: upper triangular U with `U^T U` the inverse of H_O.
+        factor: the same of H.
+
+    Returns:
+        Codes `[out, groups]`, int64.
+    """
+    dim, padding = quantized.codebook.shape[1], -weight.shape[1] % quantized.codebook.shape[1]
+    # What a row is padded with is coupled to nothing, and its codewords are zero.
+    padded = torch.block_diag(factor, torch.eye(padding, device=factor.device))
+    columns = Side.of(padded, dim)
+    scales = grouped(quantized.in_scale, dim)  # [groups, d]
+    codewords = quantized.codebook * scales[:, None]  # [groups, k, d]
+    priced = codewords @ columns.metrics  # c M
+    offsets = (priced * codewords).sum(dim=2)  # [groups, k]
+    out_scale = torch.where(quantized.out_scale == 0, torch.ones_like(quantized.out_scale), quantized.out_scale)
+    codes = torch.empty(len(weight), len(scales), dtype=torch.int64, device=weight.device)
+
+    def nearest(row: Tensor, column: Tensor, targets: Tensor) -> Tensor:
+        points = targets / out_scale[row, None, None]  # [n, 1, d]
+        costs = torch.baddbmm(offsets[column][:, None], points, priced[column].mT, alpha=-2)  # [n, 1, k]
+        codes[row, column] = costs.argmin(dim=2)[:, 0]
+        return (codewords[column, codes[row, column]] * quantized.out_scale[row, None])[:, None]
+
+    quantize_two_sided(F.pad(weight, (0, padding)), Side.of(out_factor, 1), columns, nearest)
+    return codes
 
 
 def alternating_codes(

@@ -61,7 +61,7 @@ def write_candidates(model: StreamedModel, store: ArtefactStore, source: MomentS
         (group,) = source.groups(block, index)
         results = [
             compress_linears(
-                Compression(model, Assignment([method]), store.ranks, report),
+                Compression.of_block(model, store, Assignment([method]), index, report),
                 index,
                 group._replace(linears=_with_setting(model, index, group, choices, number)),
             )

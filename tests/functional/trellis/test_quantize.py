@@ -3,8 +3,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nowag_pl.functional.moments import output_error
+from nowag_pl.functional.feedback import Side
+from nowag_pl.functional.moments import damped_inverse_factor, output_error, two_sided_error
 from nowag_pl.functional.scale_fits import fit_in_scale, fit_out_scale
+from nowag_pl.functional.trellis import quantize
 from nowag_pl.functional.trellis.codes import code_values
 from nowag_pl.functional.trellis.quantize import TrellisSettings, decode_tiles, quantize_trellis, reconstruct
 
@@ -138,3 +140,44 @@ def test_fitted_scales_are_least_squares():
     total.backward()
     assert (scales[0].grad.abs() * in_scale).max() < 1e-2 * total.item()
     assert (scales[1].grad.abs() * out_scale).max() < 1e-3 * total.item()
+
+
+@pytest.mark.parametrize("rotation", ["both", "none"])
+@pytest.mark.parametrize("shape", [(48, 80), (40, 70)])
+def test_coupled_outputs_lose_less_with_feedback_along_both_sides(rotation, shape):
+    weight, moment = problem(*shape)
+    coupling = problem(1, shape[0], seed=1)[1]
+    settings = replace(SETTINGS, rotation=rotation)
+    values = code_values(settings.code, settings.state_bits)
+    errors = []
+    for output_moment in (None, coupling):
+        generator = torch.Generator().manual_seed(0)
+        found = quantize_trellis(weight, moment, settings, generator, output_moment=output_moment)
+        restored = reconstruct(found, values, settings.bits, settings.rotation)
+        errors.append(two_sided_error(weight, restored, moment, coupling))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_uncoupled_outputs_need_one_side_only():
+    target, moment = problem(48, 80)
+    values = code_values(SETTINGS.code, SETTINGS.state_bits)
+    settings = replace(SETTINGS, rotation="none")
+    one = quantize._search(target, moment, torch.ones(80), values, settings)
+    sides = Side.of(torch.eye(48), 16), Side.of(damped_inverse_factor(moment, settings.damping)[1], 16)
+    assert torch.equal(one, quantize._search_two_sided(target, *sides, values, settings))
+
+
+def test_scales_fit_coupled_outputs_best():
+    weight, moment = problem(12, 20)
+    coupling = problem(1, 12, seed=1)[1]
+    direction, ones = weight.sign(), (torch.ones(20), torch.ones(12))
+    generator = torch.Generator().manual_seed(2)
+
+    def error(in_scale, out_scale):
+        return two_sided_error(weight, direction * in_scale * out_scale[:, None], moment, coupling)
+
+    out_scale = fit_out_scale(weight, direction, *ones, moment, coupling)
+    in_scale = fit_in_scale(weight, direction, *ones, moment, coupling)
+    for _ in range(10):
+        assert error(ones[0], out_scale) <= error(ones[0], out_scale + 0.05 * torch.randn(12, generator=generator))
+        assert error(in_scale, ones[1]) <= error(in_scale + 0.05 * torch.randn(20, generator=generator), ones[1])

@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 from quantized_problems import problem, total
 
 from nowag_pl.functional.feedback import column_blocks
-from nowag_pl.functional.moments import damp, damped_inverse_factor, output_error
+from nowag_pl.functional.moments import damp, damped_inverse_factor, output_error, two_sided_error
 from nowag_pl.functional.vq import refine as refining
-from nowag_pl.functional.vq.codes import feedback_codes, sweep_codes
+from nowag_pl.functional.vq.codes import feedback_codes, sweep_codes, two_sided_codes
 from nowag_pl.functional.vq.refine import Refinement, refine
 
 
@@ -129,6 +129,34 @@ def test_best_round_is_taken_and_not_the_last(monkeypatch):
     assert errors.index(min(errors)) == 2
     coming = iter(rounds[1:])
     monkeypatch.setattr(refining, "_choose", lambda *_: next(coming))
-    monkeypatch.setattr(refining, "refit_codebook", lambda weight, current, matrix: current.codebook)
+    monkeypatch.setattr(refining, "refit_codebook", lambda weight, current, *_: current.codebook)
     best = refine(weight, rounds[0], matrix, Refinement("feedback", 4, False, 0.01))
     assert torch.equal(best.out_scale, rounds[2].out_scale)
+
+
+def coupling(rows, seed=5):
+    tokens = torch.randn(60, rows, generator=torch.Generator().manual_seed(seed)) @ torch.diag(
+        torch.arange(1.0, rows + 1)
+    )
+    return (tokens + tokens.roll(1, 1)).T @ (tokens + tokens.roll(1, 1)) / 60
+
+
+@pytest.mark.parametrize(("in_features", "dim"), [(6, 1), (7, 3), (6, 4)])
+def test_both_sides_without_coupling_are_one_side(in_features, dim):
+    weight, matrix, quantized = problem(5, in_features, dim)
+    _, factor = damped_inverse_factor(matrix, 0.01)
+    codes = two_sided_codes(weight, quantized, torch.eye(5), factor)
+    assert torch.equal(codes, feedback_codes(weight, quantized, factor))
+
+
+@pytest.mark.parametrize("refit_scales", [True, False])
+def test_coupled_outputs_lose_less_with_feedback_along_both_sides(refit_scales):
+    weight, matrix, start = problem(16, 24, 3, 6)
+    out_matrix = coupling(16)
+    one, two = (
+        refine(weight, start, matrix, Refinement(update, 3, refit_scales, 0.01), output_moment)
+        for update, output_moment in (("feedback", None), ("two_sided", out_matrix))
+    )
+    errors = [two_sided_error(weight, each.weight, matrix, out_matrix) for each in (start, one, two)]
+    assert errors[2] < 0.9 * errors[1]
+    assert errors[2] < errors[0]
