@@ -256,7 +256,7 @@ class Checkpoint:
     @cached_property
     def _stored_files(self) -> dict[str, Path]:
         """Name of every stored tensor, by its name in the model, to the file that holds it."""
-        guards = {guard_of(name) for name in self.compressed_linears}
+        guards = {guard_of(name) for name in described_linears(self._quantization)}
         return {name: self.headers[stored].file for name, stored in self._stored_names.items() if name not in guards}
 
     @cached_property

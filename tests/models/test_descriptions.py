@@ -88,7 +88,7 @@ def refused(folder, match, loaders=LOADERS[:1]):
         ("2:4", {"pattern": [5, 4]}, r"pattern to be N and M"),
         ("2:4", {"pattern": "2:4"}, r"pattern to be N and M"),
         ("armor", {"pattern": None}, r"pattern to be N and M"),
-        ("trellis", {"code": "secret"}, r"a code among mul1.*'secret' and 'both'"),
+        ("trellis", {"code": "secret"}, r"a code among mul1.*'secret' and 'full'"),
         ("trellis", {"state_bits": 30}, r"state_bits in \[4, 16\] and no more bits, but got 30"),
         ("trellis", {"bits": 17}, r"no more bits, but got 12 and 17"),
         ("trellis", {"padded": [32, 8]}, r"padded to be \[32, 48\] made up to multiples of 16, but got \[32, 8\]"),

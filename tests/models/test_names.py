@@ -37,7 +37,7 @@ def opens(folder, expected):
     torch.testing.assert_close(logits(Checkpoint(str(folder)).load()), expected, rtol=1e-4, atol=1e-4)
     model = assemble(Checkpoint(str(folder)), compressed_linears(folder, COMPRESSORS["pruned"]))
     save_compressed(model, folder.with_name("packed"), source=str(folder))
-    assert torch.equal(logits(load_compressed(folder.with_name("packed"))), logits(model))
+    assert torch.equal(logits(load_compressed(folder.with_name("packed"), packed=True)), logits(model))
 
 
 @pytest.mark.parametrize("tied", [False, True])
