@@ -129,7 +129,7 @@ def _choose_batches(
             _log.info("%s=%d, as more at a time may not fit", option, size)
         return size
 
-    if plan.calibration is not None and plan.compression is not None and "calibration" in plan.free_batches:
+    if sizes.is_compressed_here and plan.calibration is not None and "calibration" in plan.free_batches:
         size = chosen("calibration.batch_size", partial(calibration_stages, sizes, plan, data.seq_len))
         plan.calibration = dataclasses.replace(plan.calibration, batch_size=size)
     if plan.report is not None and sizes.is_compressed_here and "report" in plan.free_batches:

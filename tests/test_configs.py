@@ -139,7 +139,7 @@ def test_without_a_data_file_text_is_the_documentation_of_python(parse):
 def test_local_text_is_calibrated_and_evaluated_on(parse):
     datamodule = parse(config("data/local_text")).cli.datamodule
     assert datamodule.calibration_files == ["calibration.txt"]
-    assert datamodule.eval_files == {"held_out": "eval.txt"}
+    assert datamodule.eval_files == {"held_out": ["eval.txt"]}
     assert datamodule.calibration_dataset is None
 
 
