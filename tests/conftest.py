@@ -12,6 +12,12 @@ settings.load_profile("default")
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the sizes of the attacks in tests/attack."""
+    parser.addoption("--kills", type=int, default=40, help="signals to random places of a tiny run")
+    parser.addoption("--corruptions", type=int, default=200, help="damaged files of a tiny run")
+
+
 @pytest.fixture(autouse=True)
 def no_test_keeps_signals() -> Iterator[None]:
     """Check that SIGTERM and Ctrl-C end pytest, not the test that happens to run."""
