@@ -19,7 +19,7 @@ from nowag_pl.lit.phases import is_compressing, validated_phase
 from nowag_pl.lit.stage import Stage, data_of, module_of
 from nowag_pl.reports.averages import mean_over_weights
 from nowag_pl.reports.build import PAGE_FILE, REPORT_FILE, build_report, with_earlier
-from nowag_pl.run.wording import BEGINNINGS, PHASES, readable
+from nowag_pl.run.wording import BEGINNINGS, PHASES, readable, shown
 from nowag_pl.stages.plan import DEFAULT_BATCH, PROMPTS, Plan, PromptSettings, ReportSettings
 from nowag_pl.stages.samples import fits_whole, written_by
 
@@ -144,7 +144,7 @@ class ModelReport(Stage):
             console.print(table)
         if self._path is not None:
             beside = f" and {PAGE_FILE}" if self.html else ""
-            console.print(f"Report written to {self._path}{beside}", soft_wrap=True)
+            console.print(f"Report written to {self._path}{beside}", soft_wrap=True, markup=False)
 
     def _samples(self, phase: str, module: LitCausalLM) -> list[dict[str, str]]:
         """Return each prompt and its continuations, by the dense model and by the compressed one in each phase."""
@@ -199,13 +199,15 @@ def _perplexity_table(metrics: dict[str, Any], data: TokenDataModule, compressed
                 figures = {key: values[name] for key, values in metrics[phase].items()}
                 divergence = f"{figures['kl_divergence']:.4f}" if "kl_divergence" in figures else ""
                 agreement = f"{figures['top1_agreement']:.3f}" if "top1_agreement" in figures else ""
-                table.add_row(name, str(len(windows)), title, f"{figures['perplexity']:.3f}", divergence, agreement)
+                table.add_row(
+                    shown(name), str(len(windows)), title, f"{figures['perplexity']:.3f}", divergence, agreement
+                )
     return table
 
 
 def _summary_table(report: dict[str, Any]) -> Table:
     """Lay out the rest of the report."""
-    table = Table(title=f"{report['model']}: {report['method']}", show_header=False)
+    table = Table(title=shown(f"{report['model']}: {report['method']}"), show_header=False)
     parameters, compressed = report["num_parameters"], report["num_compressed_parameters"]
     calibration, seconds = report["calibration"], report["seconds"]
     losses = [row["loss"] for row in report["linears"]]
@@ -225,7 +227,7 @@ def _summary_table(report: dict[str, Any]) -> Table:
             f"over linears, {budget['uniform']['divergence']:.4f} with {budget['settings'][0]} everywhere"
         )
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, shown(value))
     return table
 
 

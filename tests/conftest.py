@@ -13,6 +13,12 @@ settings.load_profile("default")
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the sizes of the attacks in tests/attack."""
+    parser.addoption("--kills", type=int, default=40, help="signals to random places of a tiny run")
+    parser.addoption("--corruptions", type=int, default=200, help="damaged files of a tiny run")
+
+
 def pytest_collection_finish() -> None:
     """Leave what libraries hold out of later garbage collections, of which each would take a third of a second."""
     gc.collect()

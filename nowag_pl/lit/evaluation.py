@@ -11,6 +11,8 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
+from nowag_pl.run.wording import shown
+
 PAPER_TASKS = ("winogrande", "piqa", "hellaswag", "arc_easy", "arc_challenge", "rte")
 
 
@@ -117,7 +119,7 @@ def evaluate_tasks(model: nn.Module, tokenizer: Any, settings: TaskSettings, man
 def evaluation_table(evaluation: dict[str, Any]) -> Table:
     """Lay out the figures of :func:`evaluate_tasks`."""
     limit = evaluation["settings"]["limit"]
-    title = f"{evaluation['model']}: lm_eval {evaluation['versions']['lm_eval']}"
+    title = shown(f"{evaluation['model']}: lm_eval {evaluation['versions']['lm_eval']}")
     table = Table(title=title, caption=None if limit is None else f"only the first {limit} examples of each task")
     for column in ("task", "version", "shots", "examples", "metric", "value", "standard error"):
         table.add_column(column, justify="left" if column in ("task", "metric") else "right")
@@ -132,7 +134,7 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
 def _add_rows(table: Table, leading: list[str], result: dict[str, Any]) -> None:
     for metric, value in result["metrics"].items():
         error = result["standard_errors"].get(metric)
-        table.add_row(*leading, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}")
+        table.add_row(*map(shown, leading), metric, f"{value:.4f}", "" if error is None else f"{error:.4f}")
 
 
 def _task_result(name: str, results: Any) -> dict[str, Any]:

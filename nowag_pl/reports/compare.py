@@ -10,7 +10,7 @@ from rich.table import Table
 
 from nowag_pl.files import read_sealed_json, write_text
 from nowag_pl.reports.build import REPORT_FILE
-from nowag_pl.run.wording import COMPRESSED_PHASES
+from nowag_pl.run.wording import COMPRESSED_PHASES, shown
 
 _NEEDED: dict[str, Any] = {
     "model": str,
@@ -183,9 +183,9 @@ def compare(run_dirs: list[str], output: str = "compare.html") -> None:
     header, rows = comparison_rows(runs)
     table = Table(title=f"{len(runs)} runs")
     for number, column in enumerate(header):
-        table.add_column(column, justify="left" if number < 3 else "right", no_wrap=number in (0, 2))
+        table.add_column(shown(column), justify="left" if number < 3 else "right", no_wrap=number in (0, 2))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(shown, row))
     console = Console()
     console.print(table)
     for note in differences(runs):

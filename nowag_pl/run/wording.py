@@ -1,5 +1,7 @@
 """What people read alike in tables, pages and logs: states of a model, and sizes."""
 
+from rich.markup import escape
+
 COMPRESSED_PHASES = {"one_shot": "one-shot", "blockwise": "blockwise", "finetuned": "finetuned"}
 HELD_OUT_ERROR = "held_out_error"  # of a block while it is finetuned, as it is logged
 PHASES = {"dense": "dense"} | COMPRESSED_PHASES
@@ -9,6 +11,16 @@ BEGINNINGS = {
     "stream": "with a beginning-of-sequence token at the very start if the tokenizer has one",
     "window": "with the beginning-of-sequence token in place of the first token of every window",
 }
+
+
+def shown(name: str) -> str:
+    r"""Return a name for a table of rich: its brackets are no markup, and its control characters are told by number.
+
+    Example:
+        >>> shown("a[/red]\x1b[31m")
+        'a\\[/red]\\x1b[31m'
+    """
+    return escape("".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in name))
 
 
 def readable(size: float) -> str:

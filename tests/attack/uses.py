@@ -220,7 +220,7 @@ COMMANDS: dict[str, str] = {
 # Changes of config.json.
 CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"num_attention_heads": 0}, "num_attention_heads"),
-    ({"num_attention_heads": 5}, "num_attention_heads|hidden_size"),
+    ({"num_attention_heads": 5}, "num_attention_heads|hidden_size|attention heads"),
     ({"num_key_value_heads": 0}, "num_key_value_heads"),
     ({"num_key_value_heads": 3}, "num_key_value_heads|[kv]_proj"),
     ({"hidden_size": 0}, "hidden_size"),

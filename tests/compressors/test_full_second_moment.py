@@ -143,7 +143,7 @@ def test_restarts_take_the_best_start():
 @pytest.mark.parametrize("kind", [NoWagPruner, NoWagQuantizer])
 def test_settings_out_of_range_are_refused(kind):
     for damping in (0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match=f"Expected damping greater than 0, but got {damping}"):
+        with pytest.raises(ValueError, match=f"Expected damping above 0, but got {damping}"):
             kind(damping=damping)
     with pytest.raises(ValueError, match=r"Expected update to be .* or null, but got 'gptq'"):
         kind(update="gptq")

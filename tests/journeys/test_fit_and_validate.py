@@ -31,7 +31,7 @@ pytest_plugins = ["tiny_fixtures"]
 REPORT_KEYS = {
     "model", "method", "num_parameters", "num_compressed_parameters", "seq_len", "calibration", "bits_per_weight",
     "sparsity", "bytes_on_disk", "perplexity", "kl_divergence", "seconds", "finetuned_blocks", "peak_memory_bytes",
-    "linears", "peak_memory", "protocol", "bytes", "settings", "command", "versions", "device", "budget",
+    "linears", "peak_memory", "protocol", "bytes", "settings", "command", "versions", "device", "budget", "samples",
 }  # fmt: skip
 
 

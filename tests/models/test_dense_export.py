@@ -121,13 +121,14 @@ def test_transformers_4_reads_every_family_with_the_same_logits(models, tmp_path
         folder = tmp_path / family
         save_dense(model, folder, source=str(source))
         expected[family] = model(torch.tensor([list(range(5, 25))])).logits.detach()
+    folders = [str(tmp_path / family) for family in FAMILIES]
     done = subprocess.run(
-        [os.environ["NOWAG_PL_TRANSFORMERS_4"], "-c", READ_BY_ANOTHER, *(str(tmp_path / name) for name in expected)],
+        [os.environ["NOWAG_PL_TRANSFORMERS_4"], "-c", READ_BY_ANOTHER, *folders],
         capture_output=True, text=True, cwd=tmp_path, timeout=280, env=subprocess_environment(), check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    for family, wanted in expected.items():
-        torch.testing.assert_close(torch.load(tmp_path / f"{family}.pt"), wanted, rtol=1e-4, atol=1e-4)
+    for family, own in expected.items():
+        torch.testing.assert_close(torch.load(tmp_path / f"{family}.pt"), own, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_without_feedback_mean_squares_are_enough():
         ({"state_bits": 17}, "state_bits from 8 to 16"),
         ({"code": "table"}, "code to be one of"),
         ({"rotation": "left"}, "rotation to be one of"),
-        ({"damping": 0}, "damping greater than 0"),
+        ({"damping": 0}, "damping above 0"),
         ({"refit_rounds": -1}, "refit_rounds from 0"),
     ],
 )

@@ -185,3 +185,17 @@ def test_report_page_escapes_what_it_is_given():
     page = report_page(REPORT | {"model": "<b>x</b>"})
     assert "<b>x</b>" not in page
     assert "&lt;b&gt;x&lt;/b&gt;" in page
+
+
+def test_markup_control_characters_and_dollars_of_names_are_shown_as_they_are(tmp_path, capsys):
+    for name in ("a", "b"):
+        report = {"model": "m[/red]\x1b[31m", "method": "$x$ [bold]", "seq_len": 8, "bits_per_weight": 4.0}
+        report["sparsity"] = 0.0
+        report["perplexity"] = {"$t[/b]": {"dense": 5.0, "one_shot": 6.0}}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(report))
+    compare([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "page.html"))
+    said = capsys.readouterr().out
+    assert "\x1b[31m" not in said
+    assert "m[/red]\\x1b[31m" in said
+    assert "$t[/b]" in (tmp_path / "page.html").read_text()

@@ -7,6 +7,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 DPI = 80
 
@@ -21,8 +22,16 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=DPI)
 
 
+def _take_names_literally(figure: Figure) -> None:
+    """Keep a dollar sign in the name of a text or model from beginning a formula; labels of ticks stay formulas."""
+    for text in figure.findobj(Text):
+        if "$" in text.get_text() and "mathdefault" not in text.get_text():
+            text.set_parse_math(False)
+
+
 def to_pixels(figure: Figure) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
     """Return a figure as pixels `[height, width, 3]`."""
+    _take_names_literally(figure)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
@@ -30,6 +39,7 @@ def to_pixels(figure: Figure) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]
 
 def to_svg(figure: Figure) -> str:
     """Return a figure as an `<svg>` element, whose text stays text; the same bytes for the same figure."""
+    _take_names_literally(figure)
     text = StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "nowag_pl", "font.family": "sans-serif"}):
         FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
