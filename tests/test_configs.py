@@ -143,9 +143,9 @@ def test_local_text_is_calibrated_and_evaluated_on(parse):
     assert datamodule.calibration_dataset is None
 
 
-C4_VALIDATION = {"split": "validation", "data_files": "en/c4-validation.00000-of-00008.json.gz"}
+C4_VALIDATION = {"split": "validation", "column": "text", "data_files": "en/c4-validation.00000-of-00008.json.gz"}
 PAPERS_EVALUATION = {
-    "wikitext2": HubDataset("Salesforce/wikitext", name="wikitext-2-raw-v1", split="test"),
+    "wikitext2": HubDataset("Salesforce/wikitext", name="wikitext-2-raw-v1", split="test", column="text"),
     "c4": HubDataset("allenai/c4", **C4_VALIDATION, protocol="c4"),
     "c4-new": HubDataset("allenai/c4", **C4_VALIDATION, protocol="c4-new"),
 }
@@ -154,7 +154,7 @@ PAPERS_EVALUATION = {
 def test_papers_text_has_both_ways_for_c4(parse):
     datamodule = parse(config("data/wikitext2_c4")).cli.datamodule
     assert datamodule.calibration_dataset == HubDataset(
-        "allenai/c4", split="train[:20000]", data_files="en/c4-train.00000-of-01024.json.gz"
+        "allenai/c4", split="train[:20000]", column="text", data_files="en/c4-train.00000-of-01024.json.gz"
     )
     assert datamodule.eval_datasets == PAPERS_EVALUATION
     assert datamodule._seq_len == 4096

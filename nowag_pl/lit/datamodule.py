@@ -93,6 +93,11 @@ class TokenDataModule(LightningDataModule):
             least = 2 if name == "seq_len" else 1
             if value is not None:
                 check_whole(f"data.{name}", value, least)
+        if isinstance(eval_files, str) and eval_files.startswith("{"):
+            raise ValueError(
+                f"Expected data.eval_files to be a file, or names with files, but got {eval_files!r}. YAML wants a "
+                "space after the colon: {name: file.txt}"
+            )
         self.calibration_files = _as_list(calibration_files)
         self.calibration_dataset = calibration_dataset
         named = (

@@ -56,9 +56,9 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def _check_share(name: str, value: object) -> None:
-    """Check a number of batches, or a share of them."""
-    if isinstance(value, float):
-        check_real(name, value, most=1, above=True)
+    """Check a number of batches, which the parser may have turned into a float, or a share of them."""
+    if isinstance(value, float) and not (value > 1 and value.is_integer()):
+        check_real(name, value, most=1.0, above=True)
     elif isinstance(value, int):
         check_whole(name, value, 1)
 

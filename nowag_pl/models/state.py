@@ -68,16 +68,14 @@ def plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def packed_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield what :func:`stored_state` returns, a tensor at a time, and tied ones once; then a guard.
+    """Yield what :func:`stored_state` returns, a tensor at a time, and tied ones once; and guards.
 
-    The guard is an empty weight of the first compressed linear. A program that does not know the format, and would
-    start with random weights, refuses to load a weight of this shape.
+    A guard is an empty weight of a compressed linear. A program that does not know the format, and would start with
+    random weights, refuses to load a weight of this shape.
     """
     yield from plain_tensors(module)
-    linears = compressed_linears(module)
-    for name, linear in linears.items():
+    for name, linear in compressed_linears(module).items():
         yield from ((f"{name}.{key}", tensor) for key, tensor in linear.storage().items())
-    for name in list(linears)[:1]:
         yield guard_of(name), torch.empty(0, dtype=torch.uint8)
 
 

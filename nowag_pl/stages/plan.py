@@ -28,7 +28,7 @@ class GuidanceSettings:
     power: float = 1.0
 
     def __post_init__(self) -> None:
-        check_real("calibration.guidance.power", self.power, most=2, above=True)
+        check_real("calibration.guidance.power", self.power, most=2.0, above=True)
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ def test_rows_without_text(option, fit, tmp_path):
 def test_folder_instead_of_a_text(fit, tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
-    assert_refused(fit(f"--data.eval_files={{mine: {folder}}}"), r"data\.eval_files\.mine", "save_to_disk", "folder")
+    assert_refused(fit(f"--data.eval_files={{mine: {folder}}}"), r"data\.eval_files\.mine", "saved dataset", "folder")
 
 
 def test_dataset_without_network_names_the_file_that_would_do(fit, monkeypatch):
@@ -383,7 +383,7 @@ def test_full_disk_while_tensors_are_written(fit, tmp_path, monkeypatch):
 def test_full_disk_while_the_model_is_exported(fit, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", replace_on_a_disk_that_is_full_at("export"))
     assert_refused(fit(), "No space left", "export")
-    assert (tmp_path / "run" / "report.json").is_file()
+    assert len(artefacts(tmp_path / "run")) > 0
 
 
 def test_damaged_artefact_is_kept_by_name_and_made_anew(finished_run, fit, tmp_path):

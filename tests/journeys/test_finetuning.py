@@ -172,7 +172,7 @@ def test_finished_run_trains_nothing_again(fit, finished_fit, tmp_path, monkeypa
     assert "earlier command" not in caplog.text
     second = read_report(tmp_path / "run")
     for report in (first, second):
-        for key in ("seconds", "peak_memory_bytes", "peak_memory", "command"):
+        for key in ("sha256", "seconds", "peak_memory_bytes", "peak_memory", "command"):
             del report[key]
     assert first == second
     assert_equal_tensors(exported(tmp_path / "run"), tensors)
@@ -406,8 +406,8 @@ def saved_parts(checkpoint) -> dict[str, list[torch.Size]]:
 def assert_said_once(said: str) -> None:
     """Check that what two processes say stands on the screen once."""
     for stage in ("Calibrating", "Compressing", "Dense model on held_out", "Model on held_out"):
-        for number in (1, 2, 3):
-            assert len(re.findall(rf"^{stage}: block {number} of 3\b", said, flags=re.MULTILINE)) >= 1
+        # Without a terminal, a stage says at least how it ended.
+        assert len(re.findall(rf"^{stage}: block 3 of 3\b", said, flags=re.MULTILINE)) == 1
     ours = [line for line in said.splitlines() if line.strip() and "rank" not in line.lower()]
     repeated = {line for line in ours if ours.count(line) > 1 and re.search(r"[a-z]{4}", line)}
     assert repeated == set(), said

@@ -32,6 +32,7 @@ REPORT_KEYS = {
     "model", "method", "num_parameters", "num_compressed_parameters", "seq_len", "calibration", "bits_per_weight",
     "sparsity", "bytes_on_disk", "perplexity", "kl_divergence", "seconds", "finetuned_blocks", "peak_memory_bytes",
     "linears", "peak_memory", "protocol", "bytes", "settings", "command", "versions", "device", "budget", "samples",
+    "sha256",
 }  # fmt: skip
 
 
@@ -167,7 +168,7 @@ def test_same_command_again_gives_the_same_report(fit, finished_fit, tmp_path):
     assert fit().code == 0
     second = read_report(tmp_path / "run")
     for report in (first, second):
-        for key in ("seconds", "peak_memory_bytes", "peak_memory", "command"):
+        for key in ("sha256", "seconds", "peak_memory_bytes", "peak_memory", "command"):
             del report[key]
     assert first == second
     assert artefacts(tmp_path / "run") == files

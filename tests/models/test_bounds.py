@@ -42,7 +42,7 @@ def refused(folder, match):
 @pytest.mark.parametrize("value", [10**7, 10**30, "many", -1, 2.5, True])
 def test_absurd_number_of_blocks_is_refused(value, own_model):
     edit_json(own_model / "config.json", num_hidden_layers=value)
-    refused(own_model, r"num_hidden_layers in \S+config\.json to be a number in \[0, 10000\], but got")
+    refused(own_model, r"num_hidden_layers in \S+config\.json to be a number in \[1, 10000\], but got")
 
 
 def test_more_blocks_than_tensors_are_refused(own_model):
@@ -53,7 +53,7 @@ def test_more_blocks_than_tensors_are_refused(own_model):
 @pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "head_dim", "num_attention_heads"])
 def test_absurd_size_is_refused(key, own_model):
     edit_json(own_model / "config.json", **{key: 10**9})
-    refused(own_model, rf"{key} in \S+ to be a number in \[0, 10000000\], but got 1000000000")
+    refused(own_model, rf"{key} in \S+ to be a number in \[1, 10000000\], but got 1000000000")
 
 
 def test_configuration_that_is_a_list_is_refused(own_model):

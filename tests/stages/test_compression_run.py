@@ -19,6 +19,7 @@ from tiny_models import artefacts, load_whole, random_tokens
 from nowag_pl import ArmorCompressor, NoWagPruner, NoWagQuantizer
 from nowag_pl.compressors import Compressor
 from nowag_pl.data.tokens import tokens_digest
+from nowag_pl.files import read_sealed_json, write_sealed_json
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.reports.build import build_report
@@ -222,10 +223,9 @@ def test_artefacts_without_manifest_are_refused(model_folder, tmp_path):
 
 
 def test_other_format_of_run_dir_is_refused(model_folder, tmp_path):
-    from tiny_models import edit_json
-
     calibrated(model_folder(), tmp_path / "run")
-    edit_json(tmp_path / "run" / "manifest.json", format=2)
+    manifest = tmp_path / "run" / "manifest.json"
+    write_sealed_json(manifest, read_sealed_json(manifest) | {"format": 2})
     with pytest.raises(ValueError, match="format 2"):
         calibrated(model_folder(), tmp_path / "run")
 

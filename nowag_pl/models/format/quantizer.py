@@ -97,8 +97,9 @@ class CompressionQuantizer(HfQuantizer):
         empty_like_described(model, linears)
         ignored = [re.escape(guard_of(name.removeprefix(f"{model.base_model_prefix}."))) + "$" for name in linears]
         # A list in transformers 5.0, a set in later versions.
-        known: Any = model._keys_to_ignore_on_load_unexpected or []
-        model._keys_to_ignore_on_load_unexpected = type(known)([*known, *ignored])
+        # A set, perhaps an empty one, or a list, by the version of transformers.
+        known: Any = model._keys_to_ignore_on_load_unexpected
+        model._keys_to_ignore_on_load_unexpected = (list if known is None else type(known))([*(known or ()), *ignored])
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         """Unpack the weights, having checked the values, and the files that were fetched meanwhile.
