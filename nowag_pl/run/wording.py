@@ -20,7 +20,17 @@ def shown(name: str) -> str:
         >>> shown("a[/red]\x1b[31m")
         'a\\[/red]\\x1b[31m'
     """
-    return escape("".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in name))
+    return escape(printable(name))
+
+
+def printable(name: str) -> str:
+    r"""Return a name whose control characters are told by number.
+
+    Example:
+        >>> print(printable("a\x1b[31m"))
+        a\x1b[31m
+    """
+    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in name)
 
 
 def readable(size: float) -> str:

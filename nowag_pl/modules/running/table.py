@@ -33,7 +33,7 @@ def gains_table(gains: Sequence[Gain], tokens: Sequence[int], dtype: str) -> str
     Example:
         >>> gain = Gain("VQLinear 64 x 64", 7, "whole codes", [2.4, 1.01], 0.2, "")
         >>> print(gains_table([gain], [1, 128], "bfloat16").splitlines()[-1].strip())
-        7   VQLinear 64 x 64   whole codes    2.40x        1.01x    0.20x
+        7   VQLinear 64 x 64   whole codes     2.40x        1.01x    0.20x
     """
     table = Table(title=f"Speed and memory beside dense {dtype} linears", box=box.SIMPLE_HEAD, title_justify="left")
     for column in ("linears", "kind", "run as"):

@@ -9,6 +9,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from nowag_pl.run.wording import printable
+
 DPI = 80
 
 
@@ -23,8 +25,13 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def _take_names_literally(figure: Figure) -> None:
-    """Keep a dollar sign in the name of a text or model from beginning a formula; labels of ticks stay formulas."""
+    """Keep a dollar sign in the name of a text or model from beginning a formula; labels of ticks stay formulas.
+
+    Control characters, for which no font has a picture, are told by number.
+    """
     for text in figure.findobj(Text):
+        if not text.get_text().replace("\n", "").isprintable():
+            text.set_text("\n".join(map(printable, text.get_text().split("\n"))))
         if "$" in text.get_text() and "mathdefault" not in text.get_text():
             text.set_parse_math(False)
 
