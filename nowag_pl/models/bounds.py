@@ -9,6 +9,7 @@ import torch
 
 _MOST_BLOCKS = 10_000
 _LARGEST = 10_000_000
+_LONGEST = 10**12  # nothing is made as long as a context
 _BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _SIZES = (
     "hidden_size",
@@ -18,7 +19,6 @@ _SIZES = (
     "num_attention_heads",
     "n_head",
     "num_key_value_heads",
-    "max_position_embeddings",
 )
 _MAY_BE_ZERO = ("intermediate_size",)
 _TYPES = ("dtype", "torch_dtype")
@@ -51,6 +51,7 @@ def check_sizes(content: Any, file: Path) -> None:
     if not isinstance(content, Mapping):
         raise ValueError(f"Expected {file} to hold the configuration of a model, but got a {type(content).__name__}.")
     limits = dict.fromkeys(_BLOCK_COUNTS, _MOST_BLOCKS) | dict.fromkeys(_SIZES, _LARGEST)
+    limits |= {"max_position_embeddings": _LONGEST}
     for key, limit in (limits | dict.fromkeys(_MAY_BE_ZERO, _LARGEST)).items():
         value, least = content.get(key), 0 if key in _MAY_BE_ZERO else 1
         for size in value if isinstance(value, list) else [value]:
