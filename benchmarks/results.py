@@ -111,7 +111,33 @@ def peers(name: str = "peers") -> str:
     return markdown(header, rows)
 
 
+FIRST_SCREEN = (
+    ("real_model", "nowag_trellis_2bit_plus"),
+    ("peers", "llama.cpp IQ2_XXS, importance matrix"),
+    ("peers", "llama.cpp Q2_K, importance matrix"),
+    ("real_model", "nowag_trellis_2bit"),
+    ("real_model", "nowag_p_50_plus"),
+    ("peers", "llm-compressor SparseGPT 50 %"),
+    ("real_model", "nowag_p_50"),
+)
+
+
+def first_screen() -> str:
+    """Return a few rows on the real model, beside what people would use instead."""
+    results = {name: {row["method"]: row for row in read_results(name)["rows"]} for name in ("real_model", "peers")}
+    rows = []
+    for source, method in FIRST_SCREEN:
+        if (row := results[source].get(method)) is None:
+            continue
+        size = f"{row['sparsity']:.0%} removed" if row["sparsity"] else f"{_number(row['bits_per_weight'], 2)} bits"
+        part = "" if row["windows"] == 70 else f" (first {row['windows']} windows)"
+        name = f"`configs/method/{method}.yaml`" if source == "real_model" else method + part
+        rows.append((name, size, _number(row["perplexity"], 1), _number(row["kl_divergence"], 3)))
+    return markdown(("method", "weights of the linears", "perplexity", "KL (nats)"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "first_screen": first_screen,
     "real_model": real_model,
     "peers": peers,
     "peers_prose_llama": lambda: peers("peers_prose_llama"),

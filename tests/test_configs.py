@@ -127,8 +127,7 @@ def test_method_means_what_it_says_beside_any_data(method, parse):
     assert parsed.cli.model.checkpoint.path == "embedded"
     assert parsed.cli.trainer.max_epochs == 0
     assert parsed.plan.calibration.mode == MODES.get(method, "dense")
-    guided = method.startswith("nowag_trellis") and method.endswith("_plus")
-    assert (parsed.plan.calibration.guidance is not None) == guided
+    assert parsed.plan.calibration.guidance is None
     assert (parsed.plan.compression.budget is not None) == (method == "nowag_vq_2bit_small_plus")
 
 

@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import re
 import runpy
 import signal
@@ -16,7 +15,6 @@ from pathlib import Path
 
 from tiny_models import ROOT, fit_arguments
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
 _LOGGERS = ("", "nowag_pl", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
 STAGES = (
     "--trainer.max_epochs=2",

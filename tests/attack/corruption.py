@@ -9,6 +9,7 @@ artefact, figure or exported file differs. All runs are in this process.
 
 import argparse
 import json
+import os
 import random
 import shutil
 import sys
@@ -20,6 +21,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "attack")]
+if __name__ == "__main__":
+    # Before libraries read them.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
 
 from attack_runs import arguments_of, products, run_main  # noqa: E402
 from tiny_models import save_tiny_model, write_text  # noqa: E402

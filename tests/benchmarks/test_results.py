@@ -31,7 +31,7 @@ def test_only_what_stands_between_the_marks_is_replaced(monkeypatch):
 
 
 def test_a_table_that_is_not_known_is_an_error():
-    with pytest.raises(ValueError, match=r"Expected a table of \['peers', .*\], but got 'other'"):
+    with pytest.raises(ValueError, match=r"Expected a table of \['first_screen', .*\], but got 'other'"):
         rendered("<!-- table: other -->\n<!-- end of table -->")
 
 
