@@ -29,6 +29,8 @@ class ModelCompression(Stage):
         ignore: patterns of the linears that stay dense, such as ["blocks:0", "blocks:-1"]. null: none.
         overrides: for each pattern, other settings of the compressor, such as {down_proj: {sparsity: 0.3}}, or another
             compressor by class_path and init_args; if two patterns match, the later one applies. null: none.
+        head: bits of each weight of the head, 1 to 8, such as 6: it is put on a trellis, and so are embeddings that are
+            tied to it. null: it stays dense.
         enabled: compress the model. false: train or measure it as it is.
     """
 
@@ -39,12 +41,13 @@ class ModelCompression(Stage):
         targets: list[str] | None = None,
         ignore: list[str] | None = None,
         overrides: dict[str, Compressor | dict[str, Any]] | None = None,
+        head: int | None = None,
         enabled: bool = True,
     ) -> None:
         if budget is not None:
             settings_of(compressor, budget)
         selected = None if targets is None else tuple(targets)
-        self.settings = CompressionSettings(compressor, budget, selected, tuple(ignore or ()), overrides or {})
+        self.settings = CompressionSettings(compressor, budget, selected, tuple(ignore or ()), overrides or {}, head)
         self.enabled = enabled
         self._done = False
         self._logged = False

@@ -82,6 +82,7 @@ def stages_of_fit(
     """Return the needs of every stage of a fit, in their order; with a training end to end, if there is one."""
     stages = []
     if plan.calibration is not None and plan.compression is not None:
+        stages += [head(sizes)] * (sizes.head.weights > 0)
         stages += calibration_stages(sizes, plan, data.seq_len, plan.calibration.batch_size)
     if plan.report is not None:
         stages += [reference(sizes, data, plan.report.batch_size)] * sizes.is_compressed_here
@@ -190,6 +191,16 @@ def compression(sizes: ModelSizes, settings: CalibrationSettings, seq_len: int) 
     device = calibration.device + activations + sizes.compressed_block + working + CHUNK_BYTES
     option = f"{calibration.device_option}, or calibration.mode"
     return [replace(along, device=device, shared_host=2 * hidden, device_option=option)]
+
+
+def head(sizes: ModelSizes) -> StageNeeds:
+    """Return the needs of compressing the head, beside which the skeleton is read once more."""
+    return StageNeeds(
+        "head",
+        device=2 * sizes.skeleton + sizes.head.compressing,
+        disk=sizes.head.stored,
+        device_option="compression.head=null",
+    )
 
 
 def budget(sizes: ModelSizes, settings: CalibrationSettings, num_sequences: int, seq_len: int) -> StageNeeds:

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from nowag_pl.models.checkpoint import Checkpoint
+from nowag_pl.models.compressed_head import release, tie, tied_embedding
 from nowag_pl.models.format.descriptions import empty_linears
 from nowag_pl.models.state import held_state
 from nowag_pl.modules import CompressedLinear
@@ -28,21 +30,26 @@ def assemble(checkpoint: Checkpoint, linears: Mapping[str, CompressedLinear]) ->
     model = checkpoint.build(empty=True)
     for name, linear in linears.items():
         model.set_submodule(name, linear)
+    release(model)
     replaced = tuple(f"{name}." for name in linears)
     wanted = {name for name, tensor in model.named_parameters() if tensor.is_meta}
     wanted |= {name for name in model.state_dict() if not name.startswith(replaced)}
+    wanted.discard(tied_embedding(model) or "")
     if model.config.tie_word_embeddings:
         wanted &= set(checkpoint.weight_map)
-    fill(model, held_state(model, checkpoint.read(sorted(wanted)), checkpoint.dtype))
+    fill(model, held_state(model, checkpoint.read(sorted(wanted)), checkpoint.dtype), checkpoint.dtype)
     return model.eval()
 
 
-def fill(model: "PreTrainedModel", tensors: Mapping[str, Tensor], required: tuple[str, ...] = ()) -> None:
+def fill(
+    model: "PreTrainedModel", tensors: Mapping[str, Tensor], dtype: torch.dtype, required: tuple[str, ...] = ()
+) -> None:
     """Give a model on the meta device its tensors.
 
     Args:
         model: model whose parameters are on the meta device, but for compressed linears.
         tensors: name to tensor. A tied weight may be there under one of its names only.
+        dtype: type of embeddings that a compressed head gives.
         required: beginnings of names that must be there although their place is not on the meta device.
 
     Raises:
@@ -52,7 +59,7 @@ def fill(model: "PreTrainedModel", tensors: Mapping[str, Tensor], required: tupl
         absent, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:  # shapes
         raise ValueError(f"Expected weights that fit {type(model).__name__}, but got: {error}") from error
-    model.tie_weights()
+    tie(model, dtype)
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     missing += [name for name in absent if name.startswith(required)]
     if missing or unexpected:
@@ -82,6 +89,7 @@ def empty_like_described(model: "PreTrainedModel", descriptions: Mapping[str, Ma
                 "belong to this config.json."
             )
         model.set_submodule(place, linear)
+    release(model)
 
 
 def _place(model: "PreTrainedModel", name: str) -> str:

@@ -67,5 +67,5 @@ def unpacked(checkpoint: Checkpoint, model: torch.nn.Module) -> "PreTrainedModel
         model: the compressed one; it stays as it is.
     """
     dense = checkpoint.build(empty=True)
-    fill(dense, held_state(dense, dict(dense_tensors(model, checkpoint.dtype)), checkpoint.dtype))
+    fill(dense, held_state(dense, dict(dense_tensors(model, checkpoint.dtype)), checkpoint.dtype), checkpoint.dtype)
     return dense.eval()

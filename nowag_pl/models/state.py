@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from nowag_pl.models.compressed_head import head_name, tied_embedding
 from nowag_pl.modules import CompressedLinear
 
 
@@ -57,12 +58,15 @@ def check_linears(module: nn.Module, prefix: str = "") -> None:
 
 
 def plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the state outside of compressed linears; of tensors that share their memory only the first."""
+    """Yield the state outside of compressed linears; of tensors that share their memory only the first.
+
+    Embeddings that a compressed head gives are left out.
+    """
     inside = tuple(f"{name}." for name in compressed_linears(module))
-    seen = set()
+    seen, given = set(), tied_embedding(module)
     for name, tensor in module.state_dict().items():
         place = (tensor.data_ptr() or id(tensor), tensor.shape)
-        if not name.startswith(inside) and place not in seen:
+        if not name.startswith(inside) and place not in seen and name != given:
             seen.add(place)
             yield name, tensor
 
@@ -93,7 +97,9 @@ def dense_tensors(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, 
         dtype: type of the reconstructed weights.
     """
     yield from plain_tensors(module)
+    given, head = tied_embedding(module), head_name(module)
     for name, linear in compressed_linears(module).items():
-        yield f"{name}.weight", linear.weight.to(dtype)
+        # Programs look for a matrix that is both among the embeddings.
+        yield given if given and name == head else f"{name}.weight", linear.weight.to(dtype)
         if linear.bias is not None:
             yield f"{name}.bias", linear.bias.to(dtype)

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from nowag_pl.models.assembly import empty_like_described
 from nowag_pl.models.checkpoint import Checkpoint
+from nowag_pl.models.compressed_head import compressed_head, head_name, release, tie, tied_embedding
 from nowag_pl.models.family_checks import check_arguments, check_no_experts
 from nowag_pl.models.selection import Selection, find_linears
 from nowag_pl.models.state import check_linears, held_state
+from nowag_pl.modules import CompressedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +40,7 @@ class StreamedModel:
         checkpoint: where the weights are.
         device: where computations happen; embeddings and head stay there, blocks only while they are used.
         selection: which linears are compressed, where any are.
+        head: a compressed head in the place of the dense one.
 
     Raises:
         ValueError: the checkpoint is damaged, its decoder blocks are not found, or they hold experts; or the selection
@@ -45,7 +48,11 @@ class StreamedModel:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device | str = "cpu", selection: Selection | None = None
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device | str = "cpu",
+        selection: Selection | None = None,
+        head: CompressedLinear | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
@@ -55,13 +62,16 @@ class StreamedModel:
         blocks = cast(nn.ModuleList, self.skeleton.get_submodule(self.blocks_name))
         check_no_experts(checkpoint.config.model_type, self.blocks_name, blocks)
         empty_like_described(self.skeleton, checkpoint.compressed_linears)
+        if head is not None:
+            self.skeleton.set_submodule(str(head_name(self.skeleton)), head)
+            release(self.skeleton)
         self.blocks = list(blocks.children())  # on meta, never filled
         self.skeleton.set_submodule(self.blocks_name, nn.ModuleList())
         checkpoint.require(
             f"{self.block_name(index)}.{name}" for index, block in enumerate(self.blocks) for name in block.state_dict()
         )
         self._checked: set[str] = set()  # beginnings of the names of compressed linears
-        self._load(self.skeleton, "")
+        self._load(self.skeleton, "", () if head is None else (f"{head_name(self.skeleton)}.",))
         self.skeleton.requires_grad_(False)
         self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self._selected = None if selection is None else selection.of(self.linear_names)
@@ -115,9 +125,9 @@ class StreamedModel:
     def _load(self, module: nn.Module, prefix: str, replaced: tuple[str, ...] = ()) -> None:
         """Fill the parameters and persistent buffers of `module` from the checkpoint, but for what is replaced."""
         names = {name for name in module.state_dict() if not name.startswith(replaced)}
-        tied = set()
+        tied, given = set(), None if prefix else tied_embedding(self.skeleton)
         if not prefix and self.skeleton.config.tie_word_embeddings:
-            tied = {name for name in names if name not in self.checkpoint.weight_map}
+            tied = {name for name in names if name not in self.checkpoint.weight_map or name == given}
         tensors = self.checkpoint.read([prefix + name for name in sorted(names - tied)], self.device)
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         state = held_state(module, own, self.checkpoint.dtype)
@@ -128,8 +138,11 @@ class StreamedModel:
                 f"Expected weights in {self.checkpoint.folder} of the shapes that its config.json says, but got: "
                 f"{str(error).splitlines()[-1].strip()}"
             ) from error
+        if not prefix and (head := compressed_head(self.skeleton)) is not None:
+            # Every batch needs it.
+            head.unpack(self.checkpoint.dtype)
         if tied:
-            self.skeleton.tie_weights()
+            tie(self.skeleton, self.checkpoint.dtype)
         for name, parameter in module.named_parameters():
             if parameter.is_meta:
                 raise ValueError(f"Expected {self.checkpoint.folder} to hold {prefix + name!r}, but it is not there.")

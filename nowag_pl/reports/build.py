@@ -1,6 +1,7 @@
 """The report of a run: the compressed linears, their size, and the cost in quality."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -47,6 +48,7 @@ def build_report(
         "bits_per_weight": mean_over_weights(rows, "bits_per_weight"),
         "sparsity": mean_over_weights(rows, "sparsity"),
         "budget": run.budget,
+        "head": run.head_statistics(),
         "bytes_on_disk": num_bytes,
         **_quality(metrics),
         "seconds": _seconds(run, seconds),
@@ -87,11 +89,14 @@ def _quality(metrics: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[s
 def _bytes(run: CompressionRun, num_compressed: int, num_bytes: int) -> dict[str, int]:
     """Return the sizes of all compressed linears and of the whole model, before and after."""
     itemsize = run.checkpoint.dtype.itemsize
+    head = run.head_statistics()
+    dense_head, compressed_head = (0, 0) if head is None else (math.prod(head["shape"]) * itemsize, head["bytes"])
+    dense_model = run.num_parameters * itemsize
     return {
         "dense_linears": num_compressed * itemsize,
         "linears": num_bytes,
-        "dense_model": run.num_parameters * itemsize,
-        "model": (run.num_parameters - num_compressed) * itemsize + num_bytes,
+        "dense_model": dense_model,
+        "model": dense_model - num_compressed * itemsize + num_bytes - dense_head + compressed_head,
     }
 
 

@@ -9,6 +9,7 @@ MOMENTS = "moments"
 COMPRESSED = "compressed"
 FINETUNED = "finetuned"
 BUDGET = "budget"
+HEAD = "head"  # the compressed head, as if it were the only block
 ROTATION = "rotation"
 ROTATION_MOMENTS = f"{ROTATION}/moments"
 CANDIDATES = f"{BUDGET}/candidates"
@@ -47,7 +48,10 @@ def written_folders(folder: Path) -> list[Path]:
     """Return the folders of a run directory in which its process writes, those that are there."""
     folders = [
         folder,
-        *(folder / name for name in (GUIDANCE, OUTPUT_MOMENTS, MOMENTS, COMPRESSED, FINETUNED, HIDDEN, REFERENCE)),
+        *(
+            folder / name
+            for name in (GUIDANCE, OUTPUT_MOMENTS, MOMENTS, HEAD, COMPRESSED, FINETUNED, HIDDEN, REFERENCE)
+        ),
     ]
     folders += [folder / ROTATION, folder / ROTATION_MOMENTS, folder / ROTATED_MODEL]
     folders += [folder / TRAINING, folder / BUDGET, *(folder / BUDGET).rglob("*")]

@@ -21,6 +21,7 @@ from nowag_pl.data.tokens import BosPlace, tokens_digest
 from nowag_pl.files import read_sealed_json
 from nowag_pl.models.assembly import assemble
 from nowag_pl.models.checkpoint import Checkpoint
+from nowag_pl.models.compressed_head import compressed_head, head_name
 from nowag_pl.models.format.exl3 import save_streamed_exl3
 from nowag_pl.models.format.saving import save_streamed
 from nowag_pl.models.rotation import check_rotatable
@@ -34,6 +35,7 @@ from nowag_pl.run.layout import (
     DECISION,
     FINETUNED,
     GUIDANCE,
+    HEAD,
     MOMENTS,
     OUTPUT_MOMENTS,
     ROTATION,
@@ -51,6 +53,7 @@ from nowag_pl.stages.budget.spread import Budgeted, compress_within_budget
 from nowag_pl.stages.calibration import calibrate, moment_source
 from nowag_pl.stages.compression import compress, read_block
 from nowag_pl.stages.guidance import read_guidance, write_guidance
+from nowag_pl.stages.head import compress_head, head_method, read_head
 from nowag_pl.stages.plan import CalibrationSettings, CompressionSettings, ExportFormat, FinetuningSettings, Plan
 from nowag_pl.stages.rotation import Tokens, write_rotated
 from nowag_pl.stages.teacher import DenseReference, Teacher, TeacherSettings
@@ -89,7 +92,7 @@ class CompressionRun:
         self.peak_memory: dict[str, int] = {}  # bytes, by stage, in this process
         self._settings: dict[str, dict[str, Any]] = {}  # of the stages so far
         self._windows: Tensor | None = None
-        self._rotated: StreamedModel | None = None
+        self._prepared: StreamedModel | None = None  # rotated, or with a compressed head
         places = {checkpoint.folder, *(file.resolve().parent for file in checkpoint.weight_map.values())}
         check_apart(Path(folder), [("model.path", place) for place in sorted(places)])
         dtype = str(checkpoint.dtype).removeprefix("torch.")
@@ -106,8 +109,8 @@ class CompressionRun:
 
     @property
     def model(self) -> StreamedModel:
-        """The dense model that is compressed, streamed: the one that was given, until :meth:`rotate` rotates it."""
-        return self._rotated or self.dense
+        """The model whose blocks are compressed, streamed: as given, until it is rotated or its head compressed."""
+        return self._prepared or self.dense
 
     @property
     def assignment(self) -> Assignment:
@@ -163,6 +166,8 @@ class CompressionRun:
         )
         sections = {"calibration": calibration, "compression": compression}
         claims = [*self._rotation_claims(texts.calibration), *self._calibration_claims(calibration)]
+        if (head := self._describe_head()) is not None:
+            claims.append(Claim("head", head, HEAD))
         claims.append(Claim("compression", compression, COMPRESSED))
         if "budget" in compression:
             claims.append(Claim("budget", calibration | compression, BUDGET))
@@ -213,7 +218,32 @@ class CompressionRun:
             folder = write_rotated(self.dense, self.store, tokens, settings)
         dtype = str(self.checkpoint.dtype).removeprefix("torch.")
         selection = selection_of(self.plan.compression)
-        self._rotated = StreamedModel(Checkpoint(str(folder), dtype), self.device, selection)
+        self._prepared = StreamedModel(Checkpoint(str(folder), dtype), self.device, selection)
+
+    def compress_head(self) -> None:
+        """Compress the head, if the plan says so, before the model is calibrated: embeddings may be tied to it.
+
+        Raises:
+            ValueError: the model has no head, or the method does not fit it.
+        """
+        settings, model = self.plan.compression, self.model
+        if settings is None or settings.head is None or compressed_head(model.skeleton) is not None:
+            return
+        method = head_method(settings.head, settings.compressor)
+        self.store.claim("head", self._describe_head() or {}, HEAD)
+        with self.measuring("compression"):
+            head = compress_head(model, self.store, method)
+        self._prepared = StreamedModel(model.checkpoint, self.device, selection_of(settings), head.to(self.device))
+
+    def _describe_head(self) -> dict[str, Any] | None:
+        """Return how the head is compressed, as JSON values; None if it is not."""
+        settings = self.plan.compression
+        if settings is None or settings.head is None:
+            return None
+        described = head_method(settings.head, settings.compressor).describe()
+        if self.plan.rotation is not None:
+            described["rotation_of_model"] = dataclasses.asdict(self.plan.rotation)
+        return described
 
     def _describe_calibration(self, windows: Tensor, bos: BosPlace) -> dict[str, Any]:
         """Return all that reaches second moments, but for the batch size, which makes no difference."""
@@ -223,6 +253,8 @@ class CompressionRun:
             del described["guidance"]
         if self.plan.rotation is not None:
             described["rotation"] = dataclasses.asdict(self.plan.rotation)
+        if (head := self._describe_head()) is not None:
+            described["head"] = head
         described |= {"num_sequences": len(windows), "seq_len": windows.shape[1], "bos": bos}
         described["tokens_sha256"] = tokens_digest(windows)
         selection = selection_of(self.plan.compression)
@@ -265,6 +297,7 @@ class CompressionRun:
         settings = self._calibration
         self.check_guidance()
         self.check_finite()
+        self.compress_head()
         described = self._describe_calibration(windows, bos)
         self.bos = bos
         self.calibration = {
@@ -404,6 +437,13 @@ class CompressionRun:
                     rows[-1]["setting"] = decision["settings"][decision["selection"][index][name]]
         return rows
 
+    def head_statistics(self) -> dict[str, Any] | None:
+        """Return name, shape, loss, bits and bytes of the compressed head; None if it is dense."""
+        settings = self.plan.compression
+        if settings is None or settings.head is None:
+            return None
+        return dict(self.store.read_metadata(HEAD, 0)["statistics"])
+
     def finetuning_statistics(self) -> list[dict[str, Any]]:
         """Return held-out error before and after, and epochs, of every finetuned block."""
         rows = (self.store.read_metadata(FINETUNED, index) for index in range(len(self.model)))
@@ -492,6 +532,8 @@ class CompressedModel:
         for index in range(len(run.model)):
             block = read_block(run.store, index)
             linears |= {f"{run.model.block_name(index)}.{name}": linear for name, linear in block.items()}
+        if compressed_head(run.model.skeleton) is not None:
+            linears[str(head_name(run.model.skeleton))] = read_head(run.store)
         model = assemble(run.model.checkpoint, linears)
         for index in range(len(run.model)) if self._finetuned else ():
             state, _ = run.store.read(FINETUNED, index)

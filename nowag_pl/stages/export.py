@@ -6,6 +6,7 @@ from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.format.exl3 import check_exl3
 from nowag_pl.modules import CompressedLinear
 from nowag_pl.stages.compression_run import CompressionRun
+from nowag_pl.stages.head import head_of
 from nowag_pl.stages.sizes import methods_of
 
 
@@ -18,19 +19,21 @@ def check_export_of_run(run: CompressionRun) -> None:
     Raises:
         ValueError: there is one; the message names the linear.
     """
-    methods = methods_of(run)
+    methods, linears = methods_of(run), {}
     for index in range(len(run.model)):
-        for inner_name, linear in run.model.linears(index).items():
-            name = f"{run.model.block_name(index)}.{inner_name}"
-            shape, has_bias = (linear.out_features, linear.in_features), linear.bias is not None
-            for method in methods[name]:
-                empty = method.empty(shape, linear.weight.dtype, has_bias)
-                if empty is None:
-                    raise ValueError(
-                        f"{name}: Expected, with export.format=exl3, nowag_pl.NoWagTrellis, but got "
-                        f"{type(method).__name__}."
-                    )
-                check_exl3({name: empty})
+        inner = run.model.linears(index).items()
+        linears |= {f"{run.model.block_name(index)}.{name}": linear for name, linear in inner}
+    if run.plan.compression is not None and run.plan.compression.head is not None:
+        linears |= dict([head_of(run.model)])
+    for name, linear in linears.items():
+        shape, has_bias = (linear.out_features, linear.in_features), linear.bias is not None
+        for method in methods[name]:
+            empty = method.empty(shape, linear.weight.dtype, has_bias)
+            if empty is None:
+                raise ValueError(
+                    f"{name}: Expected, with export.format=exl3, nowag_pl.NoWagTrellis, but got {type(method).__name__}."
+                )
+            check_exl3({name: empty})
 
 
 def check_export_of_model(checkpoint: Checkpoint) -> None:

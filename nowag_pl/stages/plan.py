@@ -94,6 +94,7 @@ class CompressionSettings:
         targets: patterns of the linears to compress; None: every linear of every decoder block.
         ignore: patterns of linears that stay dense even if a target matches them.
         overrides: for each pattern, another method, or settings that differ from the method's.
+        head: bits of each weight of the head, which is put on a trellis; None: it stays dense.
     """
 
     compressor: Compressor
@@ -101,6 +102,11 @@ class CompressionSettings:
     targets: tuple[str, ...] | None = None
     ignore: tuple[str, ...] = ()
     overrides: Mapping[str, Compressor | Mapping[str, Any]] = field(default_factory=dict)
+    head: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.head is not None:
+            check_whole("compression.head", self.head, 1, 8)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from typing import NamedTuple, cast
 
@@ -13,9 +13,11 @@ from nowag_pl.compressors.budget import settings_of
 from nowag_pl.functional.chunks import CHUNK_BYTES, LOGIT_BYTES
 from nowag_pl.models.assembly import empty_like_described
 from nowag_pl.models.checkpoint import Checkpoint
+from nowag_pl.models.compressed_head import head_name
 from nowag_pl.models.streaming import find_blocks
 from nowag_pl.modules import CompressedLinear
 from nowag_pl.stages.compression_run import CompressionRun
+from nowag_pl.stages.head import head_method, head_of
 
 TILE_BYTES = 2**25  # intermediate results of a tile of logits
 UNTOLD_BYTES = 16  # per weight, to restore it, and for gradients, if a method does not know its result in advance
@@ -122,6 +124,7 @@ class ModelSizes:
         block: the largest sums over those of a block.
         linear: the largest of a linear.
         is_compressed_here: whether methods are applied, for which second moments are gathered.
+        head: sizes of the head if it is compressed; zeros if not.
     """
 
     num_blocks: int
@@ -138,6 +141,7 @@ class ModelSizes:
     block: LinearSizes
     linear: LinearSizes
     is_compressed_here: bool
+    head: LinearSizes = field(default_factory=LinearSizes)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, methods: Methods | None = None) -> "ModelSizes":
@@ -176,6 +180,7 @@ class ModelSizes:
             block=LinearSizes.largest(sums),
             linear=LinearSizes.largest(sizes for each in linears for sizes in each.values()),
             is_compressed_here=methods is not None,
+            head=_head_sizes(model, methods or {}, itemsize),
         )
 
     @property
@@ -191,7 +196,7 @@ class ModelSizes:
     @property
     def stored(self) -> int:
         """The whole model on disk, with compressed linears."""
-        return self.skeleton + self.others + self.total.stored
+        return self.skeleton - self.itemsize * self.head.weights + self.head.stored + self.others + self.total.stored
 
     @property
     def trained_values(self) -> int:
@@ -250,9 +255,12 @@ def methods_of(run: CompressionRun) -> Methods:
         f"{run.model.block_name(index)}.{name}" for index in range(len(run.model)) for name in run.model.linears(index)
     ]
     # Methods that a pattern gives are fixed.
-    return {
+    methods: dict[str, Sequence[Compressor]] = {
         name: offered if offered and name not in assignment.numbers else [assignment.method(name)] for name in names
     }
+    if settings.head is not None:
+        methods[head_of(run.model)[0]] = [head_method(settings.head, settings.compressor)]
+    return methods
 
 
 def _widths(block: nn.Module) -> list[int]:
@@ -278,6 +286,21 @@ def _linears(block_name: str, block: nn.Module, methods: Methods, itemsize: int)
                 pairs=sizes.inputs**2 * full, output_pairs=(sizes.weights // sizes.inputs) ** 2 * coupled
             )
     return found
+
+
+def _head_sizes(model: nn.Module, methods: Methods, itemsize: int) -> LinearSizes:
+    """Return the sizes of a head that is compressed, zeros if it is dense.
+
+    Raises:
+        ValueError: its method does not fit it.
+    """
+    name = head_name(model)
+    if name is None or name not in methods:
+        return LinearSizes()
+    try:
+        return LinearSizes.of(cast(nn.Linear, model.get_submodule(name)), methods[name], itemsize)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _others(block: nn.Module, linears: Mapping[str, LinearSizes]) -> int:

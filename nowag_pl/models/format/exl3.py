@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from nowag_pl.models.compressed_head import compressed_head, tied_embedding
 from nowag_pl.models.format.exl3_reading import METHOD
 from nowag_pl.models.format.folder import QUANTIZATION_FILE, FolderConfig, sharded, write_folder
 from nowag_pl.models.state import compressed_linears, plain_tensors
@@ -124,9 +125,9 @@ def save_streamed_exl3(model: StreamedModel, load_block: Callable[[int], nn.Modu
     described: dict[str, Any] = {}
 
     def shards() -> Iterator[dict[str, Tensor]]:
-        yield dict(plain_tensors(model.skeleton))
         for index in range(len(model)):
             yield dict(_tensors(load_block(index), f"{model.block_name(index)}.", described))
+        yield dict(_tensors(model.skeleton, "", described))
 
     source, dtype = model.checkpoint.path, model.checkpoint.dtype
     config = FolderConfig(dtype, described, quantization_file=QUANTIZATION_FILE)
@@ -136,17 +137,24 @@ def save_streamed_exl3(model: StreamedModel, load_block: Callable[[int], nn.Modu
 def _tensors(module: nn.Module, prefix: str, described: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a module by their names in the model, and describe them as they come."""
     yield from ((f"{prefix}{name}", tensor) for name, tensor in plain_tensors(module))
+    if (given := tied_embedding(module)) is not None and (head := compressed_head(module)) is not None:
+        # The format has a matrix of its own for the embeddings.
+        yield given, head.weight.half()
     for inner_name, linear in compressed_linears(module).items():
         name = f"{prefix}{inner_name}"
         check_exl3({name: linear})
         assert isinstance(linear, TrellisLinear)
         tensors = {f"{name}.{key}": tensor for key, tensor in exl3_tensors(linear).items()}
         _describe(described, name, linear, tensors)
+        if linear is compressed_head(module):
+            described["head_bits"] = linear.bits
+        else:
+            described["bits"] = _mean_bits(described["tensor_storage"])
         yield from tensors.items()
 
 
 def _describe(described: dict[str, Any], name: str, linear: TrellisLinear, tensors: Mapping[str, Tensor]) -> None:
-    """Enter a linear in the `quantization_config`; its bits are the mean of all weights."""
+    """Enter a linear in the `quantization_config`."""
     if not described:
         described |= {"quant_method": METHOD, "bits": 0.0, "codebook": linear.code, "tensor_storage": {}}
     shapes = {
@@ -156,9 +164,12 @@ def _describe(described: dict[str, Any], name: str, linear: TrellisLinear, tenso
     entry = {"stored_tensors": shapes, "quant_format": METHOD, "bits_per_weight": linear.bits}
     if _MULTIPLIERS[linear.code] is not None:
         entry[f"{linear.code}_multiplier"] = _MULTIPLIERS[linear.code]
-    storage = described["tensor_storage"]
-    storage[name] = entry
-    trellises = {each: entry["stored_tensors"][f"{each}.trellis"]["shape"] for each, entry in storage.items()}
-    weights = {each: 256 * shape[0] * shape[1] for each, shape in trellises.items()}
-    total = sum(storage[each]["bits_per_weight"] * count for each, count in weights.items())
-    described["bits"] = round(total / sum(weights.values()), 4)
+    described["tensor_storage"][name] = entry
+
+
+def _mean_bits(storage: Mapping[str, Any]) -> float:
+    """Return the mean bits of the weights of all linears so far; the head, which comes last, is told apart."""
+    shapes = [entry["stored_tensors"][f"{name}.trellis"]["shape"] for name, entry in storage.items()]
+    weights = [256 * shape[0] * shape[1] for shape in shapes]
+    total = sum(entry["bits_per_weight"] * count for entry, count in zip(storage.values(), weights, strict=True))
+    return round(total / sum(weights), 4)

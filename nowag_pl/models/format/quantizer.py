@@ -14,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nowag_pl.models.assembly import empty_like_described
+from nowag_pl.models.compressed_head import tie, tied_embedding
 from nowag_pl.models.format.checksums import Checksums
 from nowag_pl.models.format.descriptions import FORMAT, METHOD, check_stored, described_linears, empty_linears
 from nowag_pl.models.state import check_linears, compressed_linears, guard_of, packed_tensors
@@ -96,10 +97,9 @@ class CompressionQuantizer(HfQuantizer):
             check_stored(empty_linears(linears), read_headers(files))
         empty_like_described(model, linears)
         ignored = [re.escape(guard_of(name.removeprefix(f"{model.base_model_prefix}."))) + "$" for name in linears]
-        # A list in transformers 5.0, a set in later versions.
-        # A set, perhaps an empty one, or a list, by the version of transformers.
-        known: Any = model._keys_to_ignore_on_load_unexpected
-        model._keys_to_ignore_on_load_unexpected = (list if known is None else type(known))([*(known or ()), *ignored])
+        if (given := tied_embedding(model)) is not None:
+            model._keys_to_ignore_on_load_missing = _more(model._keys_to_ignore_on_load_missing, [re.escape(given)])
+        model._keys_to_ignore_on_load_unexpected = _more(model._keys_to_ignore_on_load_unexpected, ignored)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         """Unpack the weights, having checked the values, and the files that were fetched meanwhile.
@@ -113,6 +113,7 @@ class CompressionQuantizer(HfQuantizer):
             self._checksums = None
         if not self.quantization_config.packed:
             unpack_linears(model, model.dtype)
+        tie(model, model.dtype)
         return model
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -124,13 +125,21 @@ class CompressionQuantizer(HfQuantizer):
 
     def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | None = None) -> "PreTrainedModel":
         """Replace the compressed linears by ordinary ones."""
+        given = tied_embedding(model)
         for name, linear in compressed_linears(model).items():
             dense = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
             dense.weight = nn.Parameter(linear.weight.detach().to(dtype))
             if linear.bias is not None:
                 dense.bias = nn.Parameter(linear.bias.detach().to(dtype))
             model.set_submodule(name, dense)
+        if given is not None:
+            model.get_input_embeddings().weight = model.get_output_embeddings().weight
         return model
+
+
+def _more(known: Any, patterns: list[str]) -> Any:
+    """Return names to ignore and more of them: a set, perhaps an empty one, or a list, by transformers' version."""
+    return (list if known is None else type(known))([*(known or ()), *patterns])
 
 
 def attach(model: "PreTrainedModel", linears: dict[str, dict[str, Any]], packed: bool = False) -> None:

@@ -21,7 +21,6 @@ from nowag_pl.models.state import (
     dense_tensors,
     held_state,
     packed_tensors,
-    plain_tensors,
 )
 from nowag_pl.models.streaming import StreamedModel
 
@@ -114,7 +113,9 @@ def save_streamed(
         return {f"{name}.{key}": tensor for key, tensor in tensors}
 
     def shards() -> Iterator[dict[str, Tensor]]:
-        yield dict(plain_tensors(model.skeleton))
+        linears = compressed_linears(model.skeleton).items()
+        described["linears"] |= {name: linear.description() for name, linear in linears}
+        yield dict(dense_tensors(model.skeleton, dtype) if dense else packed_tensors(model.skeleton))
         for index in range(len(model)):
             yield tensors_of(index)
 
@@ -153,7 +154,7 @@ def load_compressed(
     empty_like_described(model, checkpoint.compressed_linears)
     compressed = tuple(f"{name}." for name in checkpoint.compressed_linears)
     tensors = checkpoint.read(list(checkpoint.weight_map))
-    fill(model, held_state(model, tensors, dtype), required=compressed)
+    fill(model, held_state(model, tensors, dtype), dtype or checkpoint.dtype, required=compressed)
     check_linears(model)
     from nowag_pl.models.format.quantizer import attach  # which needs transformers
 
