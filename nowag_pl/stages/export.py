@@ -1,6 +1,7 @@
 """What the format of an export asks of the linears, before anything is computed."""
 
 import torch
+from torch import nn
 
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.format.exl3 import check_exl3
@@ -19,7 +20,8 @@ def check_export_of_run(run: CompressionRun) -> None:
     Raises:
         ValueError: there is one; the message names the linear.
     """
-    methods, linears = methods_of(run), {}
+    methods = methods_of(run)
+    linears: dict[str, nn.Linear] = {}
     for index in range(len(run.model)):
         inner = run.model.linears(index).items()
         linears |= {f"{run.model.block_name(index)}.{name}": linear for name, linear in inner}
@@ -31,7 +33,8 @@ def check_export_of_run(run: CompressionRun) -> None:
             empty = method.empty(shape, linear.weight.dtype, has_bias)
             if empty is None:
                 raise ValueError(
-                    f"{name}: Expected, with export.format=exl3, nowag_pl.NoWagTrellis, but got {type(method).__name__}."
+                    f"{name}: Expected, with export.format=exl3, nowag_pl.NoWagTrellis, but got "
+                    f"{type(method).__name__}."
                 )
             check_exl3({name: empty})
 
