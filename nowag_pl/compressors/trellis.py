@@ -29,7 +29,7 @@ class NoWagTrellis(Compressor):
 
     Args:
         bits: bits per weight, 1 to 8. In addition, each row and column takes 16 bits.
-        state_bits: bits of a state of the trellis: 12, or up to 16 for a few percent less error. One more bit doubles the
+        state_bits: bits of a state of the trellis: 12, or up to 16 for a few percent less error. One more doubles the
             time of the search.
         code: numbers of the states: "mul1", "mcg", "3inst" or "1mad".
         rotation: rotation of rows and columns, after random signs: "full" mixes all of them, "both" only those in a
