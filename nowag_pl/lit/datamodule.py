@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nowag_pl.data.expansion import named_files
+from nowag_pl.data.mixture import TextPart, mixed
 from nowag_pl.data.protocols import evaluation_windows, stream_tokens
 from nowag_pl.data.python_docs import STANDARD_LIBRARY
 from nowag_pl.data.sources import HubDataset, LocalFiles, PythonDocs, TextSource
@@ -28,6 +29,7 @@ from nowag_pl.stages.plan import DEFAULT_BATCH
 _log = logging.getLogger(__name__)
 DEFAULT_SEQ_LEN_LIMIT = 2048
 BUILT_IN_EVAL = "python-docs"
+_MIXTURE = "data.calibration_mixture"
 
 
 class TokenDataModule(LightningDataModule):
@@ -43,6 +45,9 @@ class TokenDataModule(LightningDataModule):
         eval_files: files of the same kinds to measure perplexity on, by their name in the report. null: the datasets,
             or the built-in text.
         calibration_dataset: Hugging Face dataset to calibrate (and train) on, instead of files. null: none.
+        calibration_mixture: several sources to calibrate (and train) on, instead of one: a list of parts, each with
+            files or a dataset, its share of the tokens, and the length of the pieces that are taken from it in turn.
+            null: none.
         eval_datasets: Hugging Face datasets to measure perplexity on, by name, each by its own protocol. null: none.
         python_packages: installed packages whose docstrings are the built-in text; "stdlib" is Python's own library,
             the default (null).
@@ -68,6 +73,7 @@ class TokenDataModule(LightningDataModule):
         calibration_files: str | list[str] | None = None,
         eval_files: str | dict[str, str | list[str]] | None = None,
         calibration_dataset: HubDataset | None = None,
+        calibration_mixture: list[TextPart] | None = None,
         eval_datasets: dict[str, HubDataset] | None = None,
         python_packages: list[str] | None = None,
         bos: BosPlace | None = None,
@@ -82,6 +88,7 @@ class TokenDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         _check_sources(calibration_files, calibration_dataset, eval_files, eval_datasets, python_packages, column)
+        _check_mixture(calibration_mixture, calibration_files, calibration_dataset, python_packages)
         for name, value in {
             "seq_len": seq_len,
             "eval_batch_size": eval_batch_size,
@@ -100,6 +107,7 @@ class TokenDataModule(LightningDataModule):
             )
         self.calibration_files = _as_list(calibration_files)
         self.calibration_dataset = calibration_dataset
+        self.calibration_mixture = calibration_mixture or []
         named = (
             {Path(eval_files).stem.strip("*?[]") or "text": eval_files} if isinstance(eval_files, str) else eval_files
         )
@@ -123,6 +131,7 @@ class TokenDataModule(LightningDataModule):
     def places(self) -> list[tuple[str, Path]]:
         """Options that name local files, and these."""
         named = [("data.calibration_files", file) for file in self.calibration_files]
+        named += [(_MIXTURE, file) for part in self.calibration_mixture for file in part.paths]
         named += [(f"data.eval_files.{name}", file) for name, files in self.eval_files.items() for file in files]
         whole = [(option, Path(file)) for option, file in named if Path(file).expanduser().is_dir()]
         return whole + [(option, Path(each)) for option, file in named for each in _named_files(option, file)]
@@ -201,7 +210,7 @@ class TokenDataModule(LightningDataModule):
         self.setup()
         trainer = self._attached
         is_shared = trainer.world_size > 1 and isinstance(trainer, PhasedTrainer) and trainer.compressing
-        if is_shared and self.calibration_dataset is not None:
+        if is_shared and (self.calibration_dataset or any(part.dataset for part in self.calibration_mixture)):
             # Reading the property fills the cache; without it every rank would fetch the dataset.
             self.calibration_tokens  # noqa: B018
 
@@ -248,13 +257,24 @@ class TokenDataModule(LightningDataModule):
     def calibration_tokens(self) -> Tensor:
         """The token stream for calibration and training, `[num_tokens]`."""
         if self._calibration_tokens is None:
-            option, source = self._calibration_source()
-            tokenizer = self.checkpoint.tokenizer
+            option, source = (_MIXTURE, None) if self.calibration_mixture else self._calibration_source()
             with _naming(option):
-                tokens = stream_tokens(source, tokenizer, self.cache_dir)
+                tokens = self._mixed_tokens() if source is None else self._stream(source)
             check_variety(tokens, option)
             self._calibration_tokens = self._known_ids(tokens)
         return self._calibration_tokens
+
+    def _stream(self, source: TextSource) -> Tensor:
+        return stream_tokens(source, self.checkpoint.tokenizer, self.cache_dir)
+
+    def _mixed_tokens(self) -> Tensor:
+        """Return the tokens of the mixture, and say how many come from each part."""
+        parts = self.calibration_mixture
+        shares, lengths = [part.share for part in parts], [part.length or self.seq_len for part in parts]
+        tokens = mixed([self._stream(part.source()) for part in parts], shares, lengths)
+        percent = [f"{100 * share / sum(shares):.3g} %" for share in shares]
+        _log.info("Calibration text: %d tokens, from its parts %s", len(tokens), ", ".join(percent))
+        return tokens
 
     def calibration_windows(self, num_sequences: int, seed: int) -> Tensor:
         """Return calibration sequences `[num_sequences, seq_len]`, the same on every rank."""
@@ -360,6 +380,21 @@ def _check_sources(
     names = set() if isinstance(eval_files, str) else set(eval_files or {})
     if both := sorted(names & set(eval_datasets or {})):
         raise ValueError(f"Expected each name in data.eval_files or data.eval_datasets, but got {both[0]!r} in both.")
+
+
+def _check_mixture(mixture: list[TextPart] | None, *others: object) -> None:
+    """Raise ValueError if a mixture is empty, or another option names calibration text as well."""
+    if mixture is None:
+        return
+    if not mixture:
+        raise ValueError(f"Expected an entry in {_MIXTURE}, but got {mixture}. null takes the default.")
+    if any(others):
+        raise ValueError(
+            f"Expected {_MIXTURE} alone, but got data.calibration_files, data.calibration_dataset or "
+            "data.python_packages as well: give them as parts of it."
+        )
+    if any(part.dataset is not None and part.dataset.protocol != "stream" for part in mixture):
+        raise ValueError(f"Expected datasets of {_MIXTURE} with protocol 'stream': others are for evaluation.")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from torch import nn
 
 from nowag_pl.run.wording import shown
 
+_ACCURACIES = ("acc_norm", "acc", "exact_match")
 PAPER_TASKS = ("winogrande", "piqa", "hellaswag", "arc_easy", "arc_challenge", "rte")
 
 
@@ -22,14 +24,17 @@ class TaskSettings:
 
     Attributes:
         tasks: names of tasks or groups of tasks of the harness.
-        num_fewshot: solved examples before each question. None: each task's own number.
+        num_fewshot: solved examples before each question, of all tasks or by the name of a task. None: each task's own
+            number.
+        chat_template: write questions as the model's chat template does. None: if the model has one.
         limit: use only the first examples of each task. None: all.
         batch_size: sequences that pass through the model together.
         include_path: folder with further task definitions (YAML). None: only those of the harness.
     """
 
     tasks: tuple[str, ...] = PAPER_TASKS
-    num_fewshot: int | None = None
+    num_fewshot: int | dict[str, int] | None = None
+    chat_template: bool | None = None
     limit: int | None = None
     batch_size: int = 8
     include_path: str | None = None
@@ -42,8 +47,12 @@ class TaskSettings:
         """
         if not self.tasks:
             raise ValueError("Expected at least one task, but got none.")
-        for name, least in {"num_fewshot": 0, "limit": 1, "batch_size": 1}.items():
-            value = getattr(self, name)
+        shots = self.num_fewshot if isinstance(self.num_fewshot, dict) else {"num_fewshot": self.num_fewshot}
+        if isinstance(self.num_fewshot, dict) and (unknown := sorted(set(shots) - set(self.tasks))):
+            raise ValueError(f"Expected num_fewshot of tasks that are asked, but got {', '.join(unknown)}.")
+        numbers = {**dict.fromkeys(shots, 0), "limit": 1, "batch_size": 1}
+        for name, least in numbers.items():
+            value = shots[name] if name in shots else getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"Expected {name} of at least {least}, but got {value}.")
         if self.include_path is not None and not Path(self.include_path).is_dir():
@@ -98,22 +107,72 @@ def evaluate_tasks(model: nn.Module, tokenizer: Any, settings: TaskSettings, man
     logger.setLevel(logging.ERROR)  # it warns that a model object is given
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size)
     logger.setLevel(level)
+    shots, templated = settings.num_fewshot, _is_templated(tokenizer, settings)
+    by_task = shots if isinstance(shots, dict) else {}
     results = simple_evaluate(
         wrapped,
-        tasks=list(settings.tasks),
-        num_fewshot=settings.num_fewshot,
+        tasks=[
+            task
+            for name in settings.tasks
+            for task in (_with_shots(name, by_task[name], manager) if name in by_task else [name])
+        ],
+        num_fewshot=None if isinstance(shots, dict) else shots,
         limit=settings.limit,
         log_samples=False,
         task_manager=manager,
+        apply_chat_template=templated,
+        fewshot_as_multiturn=templated,
     )
     assert results is not None  # so only on ranks above zero
+    tasks = {name: _task_result(name, results) for name in results["n-samples"]}
     return {
-        "tasks": {name: _task_result(name, results) for name in results["n-samples"]},
+        "tasks": tasks,
         "groups": {name: _metrics(row) for name, row in results.get("groups", {}).items()},
-        "settings": {**asdict(settings), "tasks": list(settings.tasks)},
+        "average": mean_accuracy(tasks),
+        "settings": {**asdict(settings), "tasks": list(settings.tasks), "chat_template": templated},
         "versions": {name: version(name) for name in ("lm_eval", "transformers", "datasets", "torch")},
         "seconds": time.perf_counter() - started,
     }
+
+
+def mean_accuracy(tasks: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """Return the mean over tasks of their accuracy, the normalised one where a task has both; None if one has neither.
+
+    It is the average of tables of zero-shot tasks in the papers.
+
+    Args:
+        tasks: results by task, each with `metrics`.
+
+    Example:
+        >>> mean_accuracy({"a": {"metrics": {"acc": 0.5, "acc_norm": 0.6}}, "b": {"metrics": {"acc": 0.8}}})
+        0.7
+    """
+    found = [
+        next((task["metrics"][name] for name in _ACCURACIES if name in task["metrics"]), None)
+        for task in tasks.values()
+    ]
+    values = [value for value in found if value is not None]
+    return sum(values) / len(values) if values and len(values) == len(found) else None
+
+
+def _with_shots(name: str, shots: int, manager: Any) -> list[Any]:
+    """Return a task, or the group or tasks of that name, with a number of solved examples before each question."""
+    loaded = manager.load([name])
+    for task in loaded["tasks"].values():
+        task.set_config(key="num_fewshot", value=shots)
+    return [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
+
+
+def _is_templated(tokenizer: Any, settings: TaskSettings) -> bool:
+    """Tell whether questions are written by the chat template.
+
+    Raises:
+        ValueError: they should be, and the model has none.
+    """
+    has_template = bool(tokenizer.chat_template)
+    if settings.chat_template and not has_template:
+        raise ValueError("Expected a model with a chat template for evaluate.chat_template=true, but it has none.")
+    return has_template if settings.chat_template is None else settings.chat_template
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> Table:
@@ -128,6 +187,8 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
         _add_rows(table, leading, task)
     for name, group in evaluation["groups"].items():
         _add_rows(table, [f"{name} (mean)", "", "", ""], group)
+    if (average := evaluation.get("average")) is not None and len(evaluation["tasks"]) > 1:
+        table.add_row("mean of the tasks", "", "", "", "accuracy", f"{average:.4f}", "")
     return table
 
 

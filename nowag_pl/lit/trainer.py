@@ -219,12 +219,13 @@ class CompressionTrainer(PhasedTrainer):
             self._announce(module_of(model))
         return super().validate(model, dataloaders, None, verbose, datamodule, weights_only=True)
 
-    def evaluate(
+    def evaluate(  # noqa: PLR0913 - each is an option of the command line
         self,
         model: LightningModule,
         datamodule: LightningDataModule | None = None,
         tasks: list[str] = list(PAPER_TASKS),  # noqa: B006 - --help shows it; it is only read
-        num_fewshot: int | None = None,
+        num_fewshot: int | dict[str, int] | None = None,
+        chat_template: bool | None = None,
         limit: int | None = None,
         batch_size: int = 8,
         include_path: str | None = None,
@@ -237,7 +238,10 @@ class CompressionTrainer(PhasedTrainer):
             model: the model.
             datamodule: not used; the tasks bring their data.
             tasks: names of tasks or groups of the harness, such as mmlu; by default the zero-shot tasks of the paper.
-            num_fewshot: solved examples before each question. null: each task's own number, mostly 0.
+            num_fewshot: solved examples before each question, of all tasks or by task, such as {mmlu: 5}. null: each
+                task's own number, mostly 0.
+            chat_template: write questions as the model's chat template does, solved examples as turns of the chat.
+                null: if the model has one.
             limit: use only the first examples of each task, to try something out. null: all.
             batch_size: sequences that pass the model together.
             include_path: folder with task definitions (YAML) of your own.
@@ -248,7 +252,7 @@ class CompressionTrainer(PhasedTrainer):
         Raises:
             ValueError: the harness is not installed, a task is unknown, or a number is out of its range.
         """
-        settings = TaskSettings(tuple(tasks), num_fewshot, limit, batch_size, include_path)
+        settings = TaskSettings(tuple(tasks), num_fewshot, chat_template, limit, batch_size, include_path)
         manager = task_manager(settings)
         if not self.is_global_zero:
             return {}

@@ -21,7 +21,7 @@ pytest_plugins = ["tiny_fixtures"]
 
 WORDS = ["weight", "block", "row", "column", "matrix", "class", "returns a list", "the model", "in memory", "of"]
 NUM_QUESTIONS = 40
-KEYS = {"model", "dtype", "tasks", "groups", "settings", "versions", "seconds"}
+KEYS = {"model", "dtype", "tasks", "groups", "average", "settings", "versions", "seconds", "sha256"}
 
 
 @pytest.fixture(scope="session")
@@ -154,6 +154,7 @@ def test_file_says_what_was_asked_and_by_what(evaluate, result, model_folder, ta
     assert content["settings"] == {
         "tasks": ["four_choices"],
         "num_fewshot": None,
+        "chat_template": False,
         "limit": None,
         "batch_size": 3,
         "include_path": str(tasks_folder),
@@ -161,7 +162,35 @@ def test_file_says_what_was_asked_and_by_what(evaluate, result, model_folder, ta
     assert set(content["versions"]) == {"lm_eval", "transformers", "datasets", "torch"}
     assert content["tasks"]["four_choices"]["version"] == 3
     assert content["tasks"]["four_choices"]["num_fewshot"] == 0
+    assert content["average"] == content["tasks"]["four_choices"]["metrics"]["acc_norm"]
     assert content["seconds"] > 0
+
+
+def test_shots_are_given_by_task(evaluate, result, model_folder):
+    folder = model_folder(max_position_embeddings=512)
+    assert evaluate("--num_fewshot={four_choices: 2}", model=folder, tasks="[four_choices, two_choices]").code == 0
+    tasks = result()["tasks"]
+    assert {name: task["num_fewshot"] for name, task in tasks.items()} == {"four_choices": 2, "two_choices": 0}
+    assert result()["average"] == pytest.approx(
+        sum(task["metrics"]["acc_norm"] for task in tasks.values()) / len(tasks)
+    )
+    message = evaluate("--num_fewshot={other: 2}").message
+    assert message == "Expected num_fewshot of tasks that are asked, but got other."
+
+
+def test_a_chat_template_writes_the_questions(evaluate, result, model_folder):
+    folder = model_folder(seed=3)
+    assert evaluate(model=folder).code == 0
+    plain = result()["tasks"]["four_choices"]["metrics"]
+    message = evaluate("--chat_template=true", model=folder).message
+    assert message.startswith("Expected a model with a chat template")
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }} matrix block row {% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    assert evaluate(model=folder).code == 0
+    assert result()["settings"]["chat_template"] is True
+    assert result()["tasks"]["four_choices"]["metrics"] != plain
+    assert evaluate("--chat_template=false", model=folder).code == 0
+    assert result()["tasks"]["four_choices"]["metrics"] == plain
 
 
 def test_limit_takes_the_first_examples_and_is_told(evaluate, result, model_folder, tasks_folder):

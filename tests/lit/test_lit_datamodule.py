@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import SEQ_LEN, save_tiny_model
 
+from nowag_pl.data.mixture import TextPart
 from nowag_pl.data.sources import HubDataset, read_text_file
 from nowag_pl.data.tokens import whole_windows
 from nowag_pl.lit.datamodule import TokenDataModule
@@ -296,3 +297,23 @@ def test_numbers_below_one_are_refused_by_name(name):
 def test_one_token_predicts_nothing():
     with pytest.raises(ValueError, match=r"data\.seq_len of at least 2"):
         TokenDataModule(seq_len=1)
+
+
+def test_calibration_text_is_mixed_of_its_parts(datamodule, workplace, tmp_path):
+    rows = [{"body": f"row {number} of a table, a b c d e f"} for number in range(200)]
+    table = tmp_path / "rows.jsonl"
+    table.write_text("\n".join(map(json.dumps, rows)))
+    parts = [
+        TextPart(str(workplace / "calibration.txt"), share=3.0),
+        TextPart(dataset=HubDataset(str(table), column="body"), share=1.0, length=SEQ_LEN // 2),
+    ]
+    module = datamodule(calibration_files=None, calibration_mixture=parts)
+    tokens = module.calibration_tokens
+    whole = tokens_of(workplace / "calibration.txt", module.checkpoint)
+    assert torch.equal(tokens[:SEQ_LEN], whole[:SEQ_LEN].int())
+    of_table = datamodule(calibration_files=[str(table)], column="body").calibration_tokens
+    assert torch.equal(tokens[SEQ_LEN : SEQ_LEN + SEQ_LEN // 2], of_table[: SEQ_LEN // 2])
+    assert module.places[0] == ("data.calibration_mixture", workplace / "calibration.txt")
+    for more in ({"calibration_files": [str(table)]}, {"calibration_files": None, "python_packages": ["rich"]}):
+        with pytest.raises(ValueError, match="calibration_mixture alone"):
+            datamodule(calibration_mixture=parts, **more)
