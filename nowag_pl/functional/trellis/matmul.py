@@ -1,7 +1,8 @@
 """Multiply a few tokens by a weight on a trellis without reconstructing it.
 
 With Q the numbers of the tiles, `y = r2 R Q R (r1 x)`: scales and rotations go to the activations and to the
-result, and Q is multiplied while it is cut from the streams (:mod:`nowag_pl.kernels.cpu.trellis_matmul`).
+result, and Q is multiplied while it is cut from the streams (:mod:`nowag_pl.kernels.cpu.trellis_matmul` and
+:mod:`nowag_pl.kernels.cuda.trellis_matmul`).
 """
 
 import torch
@@ -9,13 +10,16 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nowag_pl.functional.trellis.codes import Code
+from nowag_pl.functional.trellis.codes import Code, code_values
 from nowag_pl.functional.trellis.quantize import TrellisWeight
 from nowag_pl.functional.trellis.rotation import Rotation, mixed
-from nowag_pl.kernels.dispatch import is_for_numba
+from nowag_pl.functional.trellis.tiles import TILE
+from nowag_pl.kernels.dispatch import is_for_numba, is_for_triton
 
 # It is faster beyond that, too (docs/trellis.md), but perplexities are measured with the exact weight.
 CPU_MAX_TOKENS = 64
+# Where reading the packed words, not the products, takes the time.
+CUDA_MAX_TOKENS = 32
 
 
 def reason_against_tiles(code: Code, device: torch.device) -> str | None:
@@ -31,7 +35,7 @@ def reason_against_tiles(code: Code, device: torch.device) -> str | None:
         'the code is mcg, not mul1'
     """
     if device.type != "cpu":
-        return f"on {device.type}, not on a CPU"
+        return None if is_for_triton(device) else f"on {device.type}, without Triton"
     if code != "mul1":
         return f"the code is {code}, not mul1"
     return None if is_for_numba(device, 1, "codes") else "Numba is not installed"
@@ -42,23 +46,34 @@ def tiles_matmul(
     weight: TrellisWeight,
     state_bits: int,
     rotation: Rotation,
+    code: Code = "mul1",
 ) -> Float[Tensor, "*batch out"]:
-    """Multiply activations by the transposed weight, on a CPU with Numba. Gives no gradients.
+    """Multiply activations by the transposed weight, on a CPU with Numba or on CUDA with Triton. Gives no gradients.
 
     Args:
         activations: any number of tokens, float32, bfloat16 or float16.
-        weight: packed tiles of the code `mul1`, and scales.
+        weight: packed tiles, and scales.
         state_bits: L.
         rotation: as it was quantized.
+        code: as it was quantized; :func:`reason_against_tiles` has nothing against it.
 
     Returns:
         The product in the type of the activations.
     """
-    from nowag_pl.kernels.cpu.trellis_matmul import multiply
-
     num_out, num_in = weight.shape
     tokens = activations.detach().reshape(-1, num_in).float()
     inputs = pad(tokens, (0, len(weight.in_scale) - num_in)) * weight.in_scale.detach()
-    outputs = multiply(mixed(inputs, rotation), weight.packed, state_bits)
+    outputs = _multiply(mixed(inputs, rotation), weight.packed, state_bits, code)
     outputs = mixed(outputs, rotation) * weight.out_scale.detach()
     return outputs[:, :num_out].to(activations.dtype).reshape(*activations.shape[:-1], num_out)
+
+
+def _multiply(tokens: Tensor, packed: Tensor, state_bits: int, code: Code) -> Tensor:
+    if tokens.device.type == "cpu":
+        from nowag_pl.kernels.cpu.trellis_matmul import multiply
+
+        return multiply(tokens, packed, state_bits)
+    from nowag_pl.kernels.cuda.trellis_matmul import multiply as multiply_on_cuda
+
+    values = code_values(code, state_bits).to(tokens.device)
+    return multiply_on_cuda(tokens, packed, values, packed.shape[2] // TILE, code == "mul1")

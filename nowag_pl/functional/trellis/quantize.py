@@ -35,7 +35,7 @@ from nowag_pl.functional.trellis.rotation import (
     rotate_metric,
 )
 from nowag_pl.functional.trellis.tiles import TILE, from_tiles, pack_states, pad_to_tiles, to_tiles, unpack_states
-from nowag_pl.kernels.dispatch import has_module
+from nowag_pl.kernels.dispatch import has_module, is_for_triton
 
 # By the bits of a weight: standard deviation of the values at which a unit Gaussian is quantized best, measured with
 # `mul1` and 12 state bits; the optimum is flat, and that of other codes and states is 0.3 % lower at most.
@@ -152,6 +152,10 @@ def decode_tiles(
         from nowag_pl.kernels.cpu.trellis import decode
 
         return decode(packed, values, bits)
+    if is_for_triton(packed.device) and not values.requires_grad:
+        from nowag_pl.kernels.cuda.trellis_matmul import decode as decode_on_cuda
+
+        return decode_on_cuda(packed, values, bits)
     states = unpack_states(packed, bits, (len(values) - 1).bit_length())
     return from_tiles(values[states.long()])
 

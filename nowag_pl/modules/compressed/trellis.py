@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nowag_pl.functional.trellis.codes import STATE_BITS, Code, code_values
-from nowag_pl.functional.trellis.matmul import CPU_MAX_TOKENS, reason_against_tiles, tiles_matmul
+from nowag_pl.functional.trellis.matmul import CPU_MAX_TOKENS, CUDA_MAX_TOKENS, reason_against_tiles, tiles_matmul
 from nowag_pl.functional.trellis.quantize import TrellisWeight, reconstruct
 from nowag_pl.functional.trellis.rotation import Rotation
 from nowag_pl.functional.trellis.tiles import STEPS, TILE
@@ -69,11 +69,12 @@ class TrellisLinear(CodedLinear):
 
     def is_for_codes(self, num_tokens: int, device: torch.device) -> bool:
         """Tell whether so many tokens are multiplied by the packed tiles."""
-        return num_tokens <= CPU_MAX_TOKENS and reason_against_tiles(self.code, device) is None
+        most = CPU_MAX_TOKENS if device.type == "cpu" else CUDA_MAX_TOKENS
+        return num_tokens <= most and reason_against_tiles(self.code, device) is None
 
     def from_codes(self, activations: Tensor) -> Tensor:
         """Multiply by the packed tiles; see :class:`~nowag_pl.modules.compressed.coded.CodedLinear`."""
-        return tiles_matmul(activations, self.packed, self.state_bits, self.rotation)
+        return tiles_matmul(activations, self.packed, self.state_bits, self.rotation, self.code)
 
     @property
     def bits_per_weight(self) -> float:
