@@ -434,8 +434,8 @@ def assert_equal_one_shot(one, two) -> None:
 @pytest.mark.parametrize(
     ("strategy", "method"),
     [
-        ("ddp", "nowag_p_2_4"),
         ("fsdp2", "nowag_vq"),
+        pytest.param("ddp", "nowag_p_2_4", marks=pytest.mark.slow),
         pytest.param("ddp", "nowag_vq", marks=pytest.mark.slow),
         pytest.param("fsdp2", "nowag_p_2_4", marks=pytest.mark.slow),
         pytest.param("ddp", "armor_2_4", marks=pytest.mark.slow),
