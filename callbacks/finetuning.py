@@ -23,8 +23,8 @@ class ModelFinetuning(Stage):
         num_sequences: number of training sequences of data.seq_len tokens, from the first part of the calibration text.
         num_held_out: number of sequences that choose the epoch, from the rest of that text.
         seed: seed of the places of the sequences in the text, and of their order in training.
-        targets: "block" for the outputs of the dense block on the same inputs; "model" for the hidden states of the
-            dense model.
+        targets: "block" for the outputs of the dense block on the same inputs; "parts" for those of its attention and
+            its MLP, each for itself; "model" for the hidden states of the dense model.
         max_epochs: largest number of passes over the training sequences.
         learning_rate: learning rate of AdamW at the start.
         batch_size: sequences per step on all devices together.
@@ -43,7 +43,7 @@ class ModelFinetuning(Stage):
         num_sequences: int = 96,
         num_held_out: int = 32,
         seed: int = 0,
-        targets: Literal["block", "model"] = "block",
+        targets: Literal["block", "parts", "model"] = "block",
         max_epochs: int = 5,
         learning_rate: float = 1e-4,
         batch_size: int = 8,

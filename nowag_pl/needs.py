@@ -284,7 +284,7 @@ def finetuning(sizes: ModelSizes, settings: FinetuningSettings, seq_len: int, nu
     return StageNeeds(
         "finetuning",
         device=sizes.skeleton + max(sizes.dense_block + activations, states + 4 * activations),
-        host=2 * sizes.compressed_block + (2 * hidden if settings.activations == "memory" else 0),
+        host=2 * sizes.compressed_block + (settings.num_held * hidden if settings.activations == "memory" else 0),
         disk=settings.num_streams * hidden + sizes.total.stored + sizes.others,
         device_option="finetuning.batch_size (with finetuning.accumulate_grad_batches)",
         host_option="finetuning.activations=disk",

@@ -18,13 +18,13 @@ _NEVER = 10**9
 
 
 class BlockModule(LightningModule):
-    """A block whose outputs are trained to match targets, in mean squared error relative to `scale`.
+    """A block whose outputs, or those of its parts, are trained to match targets, in mean squared error by `scale`.
 
     Args:
         block: the block; all of its parameters are trained, held in float32.
-        forward_block: `(block, hidden, arguments) -> hidden`.
+        forward_block: `(block, hidden, arguments) -> ` what is compared with the targets.
         arguments: `(batch_size, seq_len) -> ` the block's arguments other than hidden states.
-        scale: mean square of the target block's output minus its input; an error of 1 is as good as no block at all.
+        scale: mean square of the targets minus what no block gives; an error of 1 is as good as no block at all.
         learning_rate: learning rate of AdamW.
         plateau_patience: epochs without a lower held-out error after which the learning rate is halved.
     """

@@ -61,7 +61,7 @@ def finetune_blocks(
             len(run.model),
             len(train),
             len(held_out),
-            readable(2 * hidden.num_bytes),
+            readable(settings.num_held * hidden.num_bytes),
             "host memory of every process" if settings.activations == "memory" else "mapped files",
             readable(settings.num_streams * hidden.num_bytes),
         )
@@ -143,7 +143,7 @@ class Blockwise:
         settings = self._trainer.settings
         return BlockModule(
             block,
-            self._model.forward_block,
+            self._hidden.outputs,
             lambda batch_size, seq_len: self._model.arguments(index, batch_size, seq_len),
             scale,
             settings.learning_rate,
@@ -164,11 +164,11 @@ class Blockwise:
 
     @torch.no_grad()
     def _mean_square(self, index: int, data: BlockData, block: nn.Module | None) -> float:
-        """Return the held-out mean square of target minus output, or target minus input without a block."""
+        """Return the held-out mean square of target minus output, with a block or without any."""
         rows, device = data.held_out[self._ranks.rank :: self._ranks.world_size], self._model.device
         total = torch.zeros((), dtype=torch.float64)
         for row in rows:
-            hidden, target = data.inputs.take([row]).to(device), data.targets.take([row]).to(device)
-            output = hidden if block is None else self._hidden.forward(block, index, hidden)
+            hidden, target = data.inputs.take([row]), data.targets.take([row]).to(device)
+            output = self._hidden.forward(block, index, hidden)
             total += (output.float() - target.float()).square().mean().double().cpu()
         return float(sum(self._ranks.gather(total))) / len(data.held_out)

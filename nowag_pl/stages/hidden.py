@@ -131,18 +131,27 @@ class HiddenFiles:
         """Write the hidden states that enter block 0, if they are not there."""
         self._write(name, lambda rows: self._model.embed(self._windows[rows]).hidden)
 
-    def run(self, name: str, block: nn.Module, index: int, inputs: SequenceArray) -> None:
-        """Write the output of a block on its inputs, if it is not there."""
-        self._write(name, lambda rows: forward(self._model, block, index, inputs.take(rows.tolist())))
+    def run(
+        self, name: str, inputs: SequenceArray, outputs: Callable[[Tensor], Tensor], width: int | None = None
+    ) -> None:
+        """Write what a block makes of its inputs, if it is not there.
+
+        Args:
+            name: of the file.
+            inputs: hidden states before the block.
+            outputs: gives `[batch, seq_len, width]` for some of them.
+            width: numbers of a token. None: those of a hidden state.
+        """
+        self._write(name, lambda rows: outputs(inputs.take(rows.tolist())), width)
 
     @torch.no_grad()
-    def _write(self, name: str, compute: Callable[[Tensor], Tensor]) -> None:
+    def _write(self, name: str, compute: Callable[[Tensor], Tensor], width: int | None = None) -> None:
         """Write hidden states; `compute` makes those of some sequences."""
         if name in self._arrays:
             return
         mine = self._arrays.ranks.share(torch.arange(len(self._windows)))
         batches = ((compute(rows).cpu(),) for rows in (mine.split(self._batch_size) if len(mine) else ()))
-        entry = ((self._windows.shape[1], self._model.hidden_size), self._model.checkpoint.dtype)
+        entry = ((self._windows.shape[1], width or self._model.hidden_size), self._model.checkpoint.dtype)
         self._arrays.write({name: entry}, len(self._windows), batches)
 
     def remove(self, *names: str) -> None:

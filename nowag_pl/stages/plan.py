@@ -116,8 +116,8 @@ class FinetuningSettings:
     Attributes:
         num_sequences: training sequences.
         num_held_out: sequences that choose the epoch.
-        targets: "block" for the dense block's outputs on the same inputs; "model" for the hidden states of the dense
-            model.
+        targets: "block" for the dense block's outputs on the same inputs; "parts" for those of its attention and its
+            MLP, each for itself; "model" for the hidden states of the dense model.
         max_epochs: largest number of passes over the training sequences.
         learning_rate: learning rate of AdamW at the start.
         batch_size: sequences per step on all devices together.
@@ -132,7 +132,7 @@ class FinetuningSettings:
 
     num_sequences: int = 96
     num_held_out: int = 32
-    targets: Literal["block", "model"] = "block"
+    targets: Literal["block", "parts", "model"] = "block"
     max_epochs: int = 5
     learning_rate: float = 1e-4
     batch_size: int = 8
@@ -156,6 +156,11 @@ class FinetuningSettings:
     def num_streams(self) -> int:
         """Sets of hidden states that are on disk at once: inputs, targets, and those of the next block."""
         return 3 if self.targets == "block" else 4
+
+    @property
+    def num_held(self) -> int:
+        """Sets of hidden states that a block is trained with: inputs and targets."""
+        return 3 if self.targets == "parts" else 2
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,12 @@ def hidden_states(model: nn.Module, windows: torch.Tensor) -> list[torch.Tensor]
     return seen
 
 
-@pytest.mark.parametrize("settings", [{}, {"compressor": "quantizer"}, {"family": "llama", "compressor": "armor"}])
+RUNS = [{}, {"targets": "parts"}, {"compressor": "quantizer"}, {"family": "llama", "compressor": "armor"}]
+
+
+@pytest.mark.parametrize("settings", RUNS)
+    "settings", [{}, {"targets": "parts"}, {"compressor": "quantizer"}, {"family": "llama", "compressor": "armor"}]
+)
 def test_every_block_comes_nearer_to_its_targets(settings, finished):
     run = finished(**settings)
     rows = run.finetuning_statistics()
@@ -111,7 +116,7 @@ def test_every_block_comes_nearer_to_its_targets(settings, finished):
     run.compressed().check_fixed(run.compressed(finetuned=True).assemble())
 
 
-@pytest.mark.parametrize("targets", ["block", "model"])
+@pytest.mark.parametrize("targets", ["block", "parts", "model"])
 def test_inputs_and_targets_are_those_of_the_oracle(targets, finetuned, model_folder, monkeypatch):
     pairs = {}
     finetune_block = blockwise.Blockwise._finetune_block
@@ -134,6 +139,12 @@ def test_inputs_and_targets_are_those_of_the_oracle(targets, finetuned, model_fo
             arguments = run.model.arguments(index, 10, 16)
             with torch.no_grad():
                 expected = run.model.forward_block(block, hidden, arguments)
+        if targets == "parts":
+            block = run.model.load_block(index)
+            with torch.no_grad():
+                attended = block.self_attn(block.input_layernorm(hidden), **run.model.arguments(index, 10, 16))[0]
+                after = block.mlp(block.post_attention_layernorm(hidden + attended))
+            expected = torch.cat([attended, after], dim=-1)
         torch.testing.assert_close(wanted, expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(pairs[1][0], own_stream[1], atol=1e-3)
 
