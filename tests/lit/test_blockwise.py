@@ -106,8 +106,6 @@ RUNS = [{}, {"targets": "parts"}, {"compressor": "quantizer"}, {"family": "llama
 
 
 @pytest.mark.parametrize("settings", RUNS)
-    "settings", [{}, {"targets": "parts"}, {"compressor": "quantizer"}, {"family": "llama", "compressor": "armor"}]
-)
 def test_every_block_comes_nearer_to_its_targets(settings, finished):
     run = finished(**settings)
     rows = run.finetuning_statistics()
