@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nowag_pl.models.checkpoint import Checkpoint
-from nowag_pl.models.compressed_head import release, tie, tied_embedding
+from nowag_pl.models.compressed_head import tie, tied_embedding, untie
 from nowag_pl.models.format.descriptions import empty_linears
 from nowag_pl.models.state import held_state
 from nowag_pl.modules import CompressedLinear
@@ -30,7 +30,7 @@ def assemble(checkpoint: Checkpoint, linears: Mapping[str, CompressedLinear]) ->
     model = checkpoint.build(empty=True)
     for name, linear in linears.items():
         model.set_submodule(name, linear)
-    release(model)
+    untie(model)
     replaced = tuple(f"{name}." for name in linears)
     wanted = {name for name, tensor in model.named_parameters() if tensor.is_meta}
     wanted |= {name for name in model.state_dict() if not name.startswith(replaced)}
@@ -89,7 +89,7 @@ def empty_like_described(model: "PreTrainedModel", descriptions: Mapping[str, Ma
                 "belong to this config.json."
             )
         model.set_submodule(place, linear)
-    release(model)
+    untie(model)
 
 
 def _place(model: "PreTrainedModel", name: str) -> str:

@@ -36,7 +36,7 @@ def tied_embedding(model: nn.Module) -> str | None:
     return f"{_name(model, transformer.get_input_embeddings())}.weight"
 
 
-def release(model: nn.Module) -> None:
+def untie(model: nn.Module) -> None:
     """Keep transformers from tying embeddings to a compressed head, which has no such parameter: :func:`tie` does it.
 
     Args:

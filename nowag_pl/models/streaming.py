@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nowag_pl.models.assembly import empty_like_described
 from nowag_pl.models.checkpoint import Checkpoint
-from nowag_pl.models.compressed_head import compressed_head, head_name, release, tie, tied_embedding
+from nowag_pl.models.compressed_head import compressed_head, head_name, tie, tied_embedding, untie
 from nowag_pl.models.family_checks import check_arguments, check_no_experts
 from nowag_pl.models.selection import Selection, find_linears
 from nowag_pl.models.state import check_linears, held_state
@@ -64,7 +64,7 @@ class StreamedModel:
         empty_like_described(self.skeleton, checkpoint.compressed_linears)
         if head is not None:
             self.skeleton.set_submodule(str(head_name(self.skeleton)), head)
-            release(self.skeleton)
+            untie(self.skeleton)
         self.blocks = list(blocks.children())  # on meta, never filled
         self.skeleton.set_submodule(self.blocks_name, nn.ModuleList())
         checkpoint.require(
