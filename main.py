@@ -9,7 +9,12 @@ python main.py compare <run> <run> ... [--output FILE]    finished runs side by 
 python main.py evaluate --model.path <folder or hub id>   zero-shot tasks of lm-evaluation-harness (the extra `eval`)
 """
 
+import signal
 from pathlib import Path
+
+if __name__ == "__main__":
+    # The imports take seconds: until `run_program` has begun, Ctrl-C ends them without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LRSchedulerTypeTuple

@@ -15,7 +15,8 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the sizes of the attacks in tests/attack."""
-    parser.addoption("--kills", type=int, default=40, help="signals to random places of a tiny run")
+    parser.addoption("--kills", type=int, default=40, help="SIGKILLs at random places of tiny runs")
+    parser.addoption("--signals", type=int, default=20, help="SIGTERMs and SIGINTs at random places of tiny runs")
     parser.addoption("--corruptions", type=int, default=200, help="damaged files of a tiny run")
 
 

@@ -58,8 +58,9 @@ class ArmorCompressor(Compressor):
         """
         object.__setattr__(self, "pattern", as_pattern(self.pattern))
         supports_of(self.pattern)
-        if not isinstance(self.block_size, int):
+        if isinstance(self.block_size, (list, tuple)):
             object.__setattr__(self, "block_size", tuple(self.block_size))
+            check_whole("number of sizes in block_size", len(self.block_size), 2, 2)
         for size in self._largest_blocks:
             check_whole("block_size", size, self.pattern[1])
         check_whole("max_iters", self.max_iters, 0)
@@ -74,7 +75,7 @@ class ArmorCompressor(Compressor):
     @property
     def _largest_blocks(self) -> tuple[int, int]:
         """Largest size of the blocks of A and of B."""
-        return (self.block_size, self.block_size) if isinstance(self.block_size, int) else self.block_size
+        return self.block_size if isinstance(self.block_size, tuple) else (self.block_size, self.block_size)
 
     def block_sizes(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Return the size of the blocks of A and of B for a linear `(out, in)`.

@@ -4,6 +4,7 @@ A checkpoint is written beside its place and renamed, so that a killed process o
 """
 
 import logging
+import os
 import pickle
 import shutil
 from collections.abc import Iterable, Mapping
@@ -39,6 +40,7 @@ class WholeCheckpoints(TorchCheckpointIO):
             try:
                 torch.save(checkpoint, temporary)
             except RuntimeError as error:  # its I/O errors do not derive from OSError
+                _write_more(temporary)
                 raise OSError(None, str(error).partition("\n")[0]) from error
             seal(temporary)
 
@@ -51,6 +53,18 @@ class WholeCheckpoints(TorchCheckpointIO):
             ValueError: it is not there, damaged, or holds more than tensors and plain values.
         """
         return read_checkpoint(path, map_location)
+
+
+def _write_more(path: Path) -> None:
+    """Let the operating system say why a file cannot grow; torch only says that it has not.
+
+    Raises:
+        OSError: it cannot.
+    """
+    with path.open("ab") as file:
+        file.write(bytes(2**20))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def local_path(path: str | Path, wanted: str = "a checkpoint") -> Path:

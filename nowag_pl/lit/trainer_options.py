@@ -25,6 +25,9 @@ _LEAST = {
     "num_sanity_val_steps": -1,
     "reload_dataloaders_every_n_epochs": 0,
 }
+# Libraries hold them in 32 bits.
+_MOST = {"num_nodes": 10_000}
+_MOST_OF_OTHERS = 2**31 - 1
 _PLACES = ("accelerator", "strategy", "devices")
 # Names that a training logs, but for those of the texts.
 _LOGGED = ("train/loss", "epoch", "step")
@@ -41,10 +44,10 @@ def check_options(options: Mapping[str, Any]) -> None:
     """
     for name, least in _LEAST.items():
         if options[name] is not None:
-            check_whole(f"trainer.{name}", options[name], least)
+            check_whole(f"trainer.{name}", options[name], least, _MOST.get(name, _MOST_OF_OTHERS))
     if options["max_epochs"] is not None:
         has_end = options["max_steps"] > 0
-        check_whole("trainer.max_epochs", options["max_epochs"], -1 if has_end else 0)
+        check_whole("trainer.max_epochs", options["max_epochs"], -1 if has_end else 0, _MOST_OF_OTHERS)
     if options["gradient_clip_val"] is not None:
         check_real("trainer.gradient_clip_val", options["gradient_clip_val"])
     for name in ("limit_train_batches", "val_check_interval"):
@@ -53,6 +56,8 @@ def check_options(options: Mapping[str, Any]) -> None:
     is_number = isinstance(devices, int | str) and re.fullmatch(r"-?\d+", str(devices))
     if is_number and int(devices) < 1 and int(devices) != -1:
         raise ValueError(f"Expected trainer.devices of at least 1, or -1 for all, but got {devices}.")
+    if is_number:
+        check_whole("trainer.devices", int(devices), -1, _MOST_OF_OTHERS)
 
 
 def _check_share(name: str, value: object) -> None:

@@ -2,6 +2,7 @@
 
 import stat
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ _SIZES = (
 _MAY_BE_ZERO = ("intermediate_size",)
 _TYPES = ("dtype", "torch_dtype")
 _MAPPINGS = ("quantization_config", "rope_parameters", "rope_scaling")
+_NUMBERS = (
+    "rope_theta",
+    "partial_rotary_factor",
+    "factor",
+    "attention_factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
 _BELOW = ("text_config", "vision_config")
 
 
@@ -73,6 +83,10 @@ def _check_kinds(content: Mapping[str, Any], file: Path) -> None:
     for key in _MAPPINGS:
         if content.get(key) is not None and not isinstance(content[key], Mapping):
             raise ValueError(f"Expected {key} in {file} to be a mapping, but got {_short(content[key])}.")
+    for place in (content, *(content.get(key) or {} for key in _MAPPINGS)):
+        for key in _NUMBERS:
+            if (number := place.get(key)) is not None and (isinstance(number, bool) or not isinstance(number, Real)):
+                raise ValueError(f"Expected {key} in {file} to be a number, but got {_short(number)}.")
     pad, size = content.get("pad_token_id"), content.get("vocab_size")
     if isinstance(pad, int) and isinstance(size, int) and pad >= size:
         raise ValueError(f"Expected pad_token_id in {file} below vocab_size = {size}, but got {pad}.")

@@ -60,11 +60,10 @@ def indexed_files(index: Path) -> list[str]:
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict):
         raise ValueError(f"Expected a weight_map in {index}, but there is none: it is damaged, copy it again.")
-    names = list(dict.fromkeys(weight_map.values())) if all(isinstance(n, str) for n in weight_map.values()) else [""]
-    for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(f"Expected {index} to name safetensors files beside it, but got {name!r}.")
-    return sorted(names)
+    return sorted(set(weight_map.values()))
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, Header]:

@@ -54,6 +54,8 @@ def written_folders(folder: Path) -> list[Path]:
         ),
     ]
     folders += [folder / ROTATION, folder / ROTATION_MOMENTS, folder / ROTATED_MODEL]
-    folders += [folder / TRAINING, folder / BUDGET, *(folder / BUDGET).rglob("*")]
+    folders.append(folder / TRAINING)
+    for name in (BUDGET, EXPORT, FINETUNED_EXPORT):
+        folders += [folder / name, *(folder / name).rglob("*")]
     folders += (folder / BLOCK_CHECKPOINTS).glob("block_*")
     return [each for each in folders if each.is_dir()]

@@ -287,7 +287,8 @@ class Observed:
             memory; and the number of tokens.
 
         Raises:
-            ValueError: an activation is NaN or infinite; the message names block and linear.
+            ValueError: an activation is NaN or infinite, or a linear was never called; the message names block and
+                linear.
         """
         moments = self.shared(ranks)
         computed: dict[SecondMoment, Tensor] = {}
@@ -297,6 +298,11 @@ class Observed:
                 moment.all_reduce()
                 num_tokens = int(moment.num_tokens)
                 with naming(f"{self._title}.{name}"):
+                    if not num_tokens:
+                        raise ValueError(
+                            "Expected a linear that its block calls, but no token went through it: leave it out by "
+                            f"--compression.ignore=['*{name}']."
+                        )
                     computed[moment] = moment.compute().cpu()
         return {name: computed[moment] for name, moment in moments.items()}, num_tokens
 

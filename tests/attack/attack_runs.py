@@ -1,21 +1,12 @@
 """A tiny run with every stage, and what it makes, for the attacks."""
 
-import contextlib
 import hashlib
-import io
 import json
-import logging
 import re
-import runpy
-import signal
-import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
-from tiny_models import ROOT, fit_arguments
+from tiny_models import fit_arguments
 
-_LOGGERS = ("", "nowag_pl", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
 STAGES = (
     "--trainer.max_epochs=2",
     "--data.max_train_windows=16",
@@ -32,46 +23,6 @@ STAGES = (
 def arguments_of(work: Path, model: Path, run_dir: Path) -> list[str]:
     """Return the arguments of a `fit` with a budget, blockwise finetuning and end-to-end training."""
     return fit_arguments(work, model, run_dir, *STAGES)
-
-
-def run_main(arguments: list[str]) -> tuple[str, str]:
-    """Run `main.py` in this process; return "ok", "refused" or "traceback", and what it said."""
-    from nowag_pl import digests
-
-    digests._intact.clear()  # as in a process of its own
-    said = io.StringIO()
-    sys.argv = ["main.py", *arguments]
-    try:
-        with _own_state(said):
-            runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
-    except SystemExit as exit_:
-        if isinstance(exit_.code, str):
-            return "refused", f"{said.getvalue()}{exit_.code}"
-        return ("refused" if exit_.code else "ok"), said.getvalue()
-    except BaseException as error:
-        return "traceback", f"{said.getvalue()}{type(error).__name__}: {error}"
-    return "ok", said.getvalue()
-
-
-@contextlib.contextmanager
-def _own_state(said: io.StringIO) -> Iterator[None]:
-    """Put back what a command changes in the process; what it logs is kept as well."""
-    before = {
-        name: (list(logging.getLogger(name).handlers), list(logging.getLogger(name).filters)) for name in _LOGGERS
-    }
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    handler = logging.StreamHandler(said)
-    logging.getLogger().addHandler(handler)
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for number, kept in handlers.items():
-            signal.signal(number, kept)
-        for name, (kept_handlers, filters) in before.items():
-            logging.getLogger(name).handlers[:] = kept_handlers
-            logging.getLogger(name).filters[:] = filters
 
 
 def products(run: Path) -> dict[str, str]:

@@ -4,7 +4,7 @@
 
 A damaged file is fine where the command refuses it by name, or says so and makes it anew to the same bytes; and where
 it is not read, as nothing is made of it then. It is used silently where the command succeeds without a word and any
-artefact, figure or exported file differs. All runs are in this process.
+artefact, figure or exported file differs. The runs are in forked children (see forked.py).
 """
 
 import argparse
@@ -13,7 +13,6 @@ import os
 import random
 import shutil
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -21,11 +20,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "attack")]
-if __name__ == "__main__":
-    # Before libraries read them.
-    os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
 
-from attack_runs import arguments_of, products, run_main  # noqa: E402
+from forked import ENVIRONMENT, command, ending_of, finished, preload, workplaces  # noqa: E402
+
+if __name__ == "__main__":
+    os.environ |= ENVIRONMENT
+
+from attack_runs import arguments_of, products  # noqa: E402
 from tiny_models import save_tiny_model, write_text  # noqa: E402
 
 # The last stages of which one is begun anew, so that artefacts of the stages before it are read.
@@ -46,7 +47,7 @@ class Harm:
         file: its name.
         change: "flip" or "cut".
         again: folders that were deleted, so that the command had to do something.
-        ended: "refused", "made anew", "not read", "used silently" or "traceback".
+        ended: "refused", "made anew", "not read", "used silently", "traceback" or "hang".
         said: the end of what the command said.
     """
 
@@ -84,12 +85,11 @@ def attack(work: Path, seed: int, number: int) -> Iterator[Harm]:
     """Yield what followed from each harm."""
     draw = random.Random(seed)
     write_text(work / "calibration.txt", 2000, seed=0)
-    write_text(work / "eval.txt", 300, seed=1)
+    write_text(work / "eval.txt", 100, seed=1)
     model = save_tiny_model(work / "model", num_blocks=2)
     whole = work / "whole"
     arguments = arguments_of(work, model, work / "run")
-    ended, said = run_main(arguments)
-    assert ended == "ok", said
+    preload(arguments, work / "log")
     (work / "run").rename(whole)
     expected = products(whole)
     kinds = kinds_of(whole)
@@ -103,7 +103,8 @@ def attack(work: Path, seed: int, number: int) -> Iterator[Harm]:
             target = work / "run" / name
             if target.is_dir() and target not in damaged.parents:
                 shutil.rmtree(target)
-        ended, said = run_main(arguments)
+        code, said = finished(command(arguments), work / "log")
+        ended = ending_of(code, said)
         if ended == "ok":
             ended = _judged(work / "run", damaged, said, expected)
         yield Harm(kind, damaged.name, change, again, ended, said[-300:])
@@ -128,8 +129,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("corruption.json"))
     chosen = parser.parse_args()
     output, found = chosen.output.resolve(), []
-    with tempfile.TemporaryDirectory() as work:
-        for each in attack(Path(work), chosen.seed, chosen.number):
+    with workplaces(None) as (work,):
+        for each in attack(work, chosen.seed, chosen.number):
             found.append(asdict(each))
             print(
                 f"{each.ended:14} {each.kind:34} {each.change:5} {each.file[:40]:40} {each.said[-120:]!r}", flush=True

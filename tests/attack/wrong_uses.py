@@ -1,26 +1,19 @@
-"""Use the program in some three hundred wrong ways, all in this process, and tell how each ended.
+"""Use the program in some three hundred wrong ways, and tell how each ended.
 
     python tests/attack/wrong_uses.py [--seed 0] [--only PART] [--output FILE]
 
-A good message: no traceback, refused before anything is computed, short, and it names file or key. It is a process of
-its own, as the tests check types that a user's Python does not.
+A good message: no traceback, refused before anything is computed, short, and it names file or key. Each use is a forked
+child (see forked.py), without the checks of types that tests have.
 """
 
 import argparse
-import contextlib
-import io
 import json
-import logging
 import os
 import re
-import runpy
 import shlex
 import shutil
-import signal
 import sys
-import tempfile
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,9 +21,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "attack")]
+
+from forked import ENVIRONMENT, command, ending_of, finished, preload, workplaces  # noqa: E402
+
 if __name__ == "__main__":
-    # Before libraries read them.
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+    os.environ |= ENVIRONMENT
 
 import uses  # noqa: E402
 from tiny_models import fit_arguments, save_tiny_model, write_text  # noqa: E402
@@ -45,7 +40,7 @@ class Found:
 
     Attributes:
         use: what was wrong.
-        ended: "refused", "ok" or "traceback".
+        ended: "refused", "ok", "traceback" or "hang".
         before: whether nothing had been computed.
         short: whether the message is short.
         names: whether it says what it should.
@@ -62,7 +57,7 @@ class Found:
     @property
     def good(self) -> bool:
         """Whether a user is helped."""
-        return self.names and self.before and self.short and self.ended != "traceback"
+        return self.names and self.before and self.short and self.ended in ("ok", "refused")
 
 
 class Attack:
@@ -78,19 +73,20 @@ class Attack:
         write_text(work / "calibration.txt", 2000, seed=0)
         write_text(work / "eval.txt", 300, seed=1)
         self.model = save_tiny_model(work / "model", num_blocks=2)
+        preload(fit_arguments(work, self.model, self.folder() / "run"), work / "log")
 
     def fit(self, *more: str, model: Path | None = None) -> Found:
         """Run a `fit` with wrong options."""
         folder = self.folder()
         options = [self._filled(option, folder) for option in more]
         arguments = fit_arguments(self._work, model or self.model, folder / "run", *options)
-        return self._judged(" ".join(more), lambda: _main(arguments), folder)
+        return self._judged(" ".join(more), command(arguments), folder)
 
     def command(self, arguments: str) -> Found:
         """Run another command."""
         folder = self.folder()
         words = [self._filled(word, folder) for word in shlex.split(arguments)]
-        return self._judged(arguments, lambda: _main(words), folder)
+        return self._judged(arguments, command(words), folder)
 
     def python(self, expression: str) -> Found:
         """Evaluate an expression over the Python interface."""
@@ -123,79 +119,37 @@ class Attack:
         (folder / "here").mkdir(exist_ok=True)
         return text.replace("@", str(folder / "here")).replace("~m", str(self.model))
 
-    def _judged(self, use: str, run: Callable[[], tuple[int, str]], folder: Path) -> Found:
-        said = io.StringIO()
-        try:
-            with _own_state(folder, said):
-                code, message = run()
-            ended = "refused" if code else "ok"
-        except BaseException as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            line = f"{Path(place.filename).name}:{place.lineno}"
-            ended, message = "traceback", f"{type(error).__name__}: {error} ({line})"
-        message = message or said.getvalue().strip()
-        message = re.sub(r"^.*?error: ", "", message.partition("\n(NOWAG_PL_TRACEBACK")[0].strip(), flags=re.DOTALL)
+    def _judged(self, use: str, run: Callable[[], object], folder: Path) -> Found:
+        code, said = finished(run, self._work / "log", folder, LONGEST)
+        ended = ending_of(code, said)
+        message = said.strip()
+        if ended == "traceback":
+            place = re.findall(r'File "[^"]*?([^/"]+)", line (\d+)', said)[-1:]
+            message = f"{message.splitlines()[-1]} {place}"
+        message = message.partition("\n(NOWAG_PL_TRACEBACK")[0].strip()
+        message = re.split(r"^(?:\S+: )?error: ", message, flags=re.MULTILINE)[-1]
         shortened = re.sub(r"/[\w./-]+", "/path", message)
         computed = [path for path in folder.glob("run/*/*") if path.suffix in (".safetensors", ".npy", ".ckpt")]
         short = len(shortened) <= MOST_CHARACTERS and message.count("\n") < MOST_LINES
         return Found(use, ended, ended == "ok" or not computed, ended == "ok" or short, False, message)
 
 
-def _main(arguments: list[str]) -> tuple[int, str]:
-    sys.argv = ["main.py", *arguments]
-    try:
-        runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
-    except SystemExit as exit_:
-        return (1, exit_.code) if isinstance(exit_.code, str) else (exit_.code or 0, "")
-    return 0, ""
-
-
-def _evaluated(expression: str, names: dict[str, Any]) -> tuple[int, str]:
-    """Return what an expression raises of the types that are meant for users; others are tracebacks."""
+def _evaluated(expression: str, names: dict[str, Any]) -> None:
+    """Let an expression raise what is meant for users as a refusal; anything else is a traceback."""
     try:
         eval(expression, names)
     except (ValueError, TypeError, AttributeError, OSError, RuntimeError) as error:
         inside = traceback.extract_tb(error.__traceback__)[-1].filename
         # A message of torch or Python about a line of theirs or ours does not say what was wrong.
         if str(error).startswith("Expected") or "nowag_pl" in str(error):
-            return 1, str(error)
+            sys.exit(f"error: {error}")
         raise RuntimeError(f"{type(error).__name__}: {error} ({Path(inside).name})") from error
-    return 0, ""
 
 
-@contextlib.contextmanager
-def _own_state(folder: Path, said: io.StringIO) -> Iterator[None]:
-    """Run in a folder, within a time, and put back what a command changes in the process."""
-    names = ["", "nowag_pl", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"]
-    before = {name: (list(logging.getLogger(name).handlers), list(logging.getLogger(name).filters)) for name in names}
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    here = Path.cwd()
-    os.chdir(folder)
-    signal.signal(signal.SIGALRM, _too_long)
-    signal.alarm(LONGEST)
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        signal.alarm(0)
-        os.chdir(here)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for name, (kept, filters) in before.items():
-            logging.getLogger(name).handlers[:], logging.getLogger(name).filters[:] = kept, filters
-
-
-def _too_long(*_: object) -> None:
-    raise TimeoutError(f"still running after {LONGEST} s")
-
-
-def _options() -> list[str]:
+def _options(log: Path) -> list[str]:
     """Return the options of `fit` that take a value."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        _main(["fit", "--help"])
-    found = re.findall(r"^ +(?:ARG: +)?(--[a-z_.]+) (?!CONFIG)\S", said.getvalue(), re.MULTILINE)
+    _, said = finished(command(["fit", "--help"]), log)
+    found = re.findall(r"^ +(?:ARG: +)?(--[a-z_.]+) (?!CONFIG)\S", said, re.MULTILINE)
     ours = {"--trainer.accelerator", "--trainer.enable_progress_bar", "--run_dir", "--print_config"}
     return sorted(option for option in set(found) - ours if not option.endswith(".help"))
 
@@ -227,7 +181,9 @@ def attack(work: Path, seed: int, only: str) -> Iterator[tuple[str, Found]]:
             for text, words in uses.REPORTS
         ),
         "python": ((made.python(use), words) for use, words in uses.PYTHON.items()),
-        "seeded": ((made.fit(use), words) for use, words in uses.seeded_options(_options(), 60, seed).items()),
+        "seeded": (
+            (made.fit(use), words) for use, words in uses.seeded_options(_options(work / "log"), 60, seed).items()
+        ),
     }
     for kind, found in parts.items():
         for each, words in found if only in kind else ():
@@ -256,8 +212,8 @@ def main() -> None:
     chosen = parser.parse_args()
     chosen.output = chosen.output.resolve()
     found = []
-    with tempfile.TemporaryDirectory() as work:
-        for kind, each in attack(Path(work), chosen.seed, chosen.only):
+    with workplaces(None) as (work,):
+        for kind, each in attack(work, chosen.seed, chosen.only):
             found.append({"kind": kind, "good": each.good, **asdict(each)})
             marks = {"before": each.before, "short": each.short, "names": each.names}
             said = " ".join(name if value else f"NO-{name}" for name, value in marks.items())
@@ -265,7 +221,7 @@ def main() -> None:
             print(f"{mark}{kind:12} {each.ended:9} {said:22} {each.use[:110]!r}", flush=True)
             print(f"        {each.message[:300]!r}", flush=True)
     chosen.output.write_text(json.dumps(found, indent=1))
-    tracebacks = sum(each["ended"] == "traceback" for each in found)
+    tracebacks = sum(each["ended"] in ("traceback", "hang") for each in found)
     print(f"{len(found)} wrong uses: {tracebacks} tracebacks, {sum(each['good'] for each in found)} good messages")
 
 

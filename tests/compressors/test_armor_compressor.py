@@ -132,6 +132,8 @@ def test_shape_of_the_second_moment_is_checked():
         ({"pattern": (5, 4)}, r"but got \(5, 4\)"),
         ({"pattern": (8, 16)}, "at most 256 ways"),
         ({"block_size": 3}, "block_size of at least 4, but got 3"),
+        ({"block_size": 2.5}, "block_size of at least 4, but got 2.5|block_size to be .*, but got 2.5"),
+        ({"block_size": (8, 8, 8)}, "number of sizes in block_size"),
         ({"max_iters": -1}, "max_iters of at least 0, but got -1"),
         ({"learning_rate": -0.1}, "learning_rate of at least 0, but got -0.1"),
         ({"tolerance": -0.1}, "tolerance of at least 0, but got -0.1"),

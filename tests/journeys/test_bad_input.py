@@ -7,12 +7,14 @@ that a user would see.
 import errno
 import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import (
+    HARD_TIMEOUT,
     SEQ_LEN,
     Outcome,
     artefacts,
@@ -21,6 +23,7 @@ from tiny_models import (
     edit_tensors,
     fit_arguments,
     save_tiny_model,
+    start,
     validate_arguments,
 )
 
@@ -470,3 +473,11 @@ def test_damaged_export_is_refused(command_line, finished_run, workplace, tmp_pa
         outcome = command_line(validate_arguments(workplace, export, tmp_path / "validation"))
         assert_refused(outcome, name, "SHA-256")
         (export / name).write_bytes(content)
+
+
+def test_ctrl_c_while_the_program_imports_is_no_traceback(tmp_path):
+    stopping = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    (tmp_path / "lightning.py").write_text(stopping)
+    process = start(["fit"], tmp_path / "log", PYTHONPATH=str(tmp_path))
+    assert process.wait(HARD_TIMEOUT) == -signal.SIGINT
+    assert (tmp_path / "log").read_text() == ""

@@ -1,6 +1,7 @@
 """Checkpoints are whole or absent, are never believed when damaged, and run no code."""
 
 import pickle
+import resource
 import zipfile
 
 import pytest
@@ -72,6 +73,20 @@ def test_failed_write_leaves_the_one_before_and_no_litter(tmp_path, monkeypatch)
     monkeypatch.undo()
     assert read_checkpoint(path)["epoch"] == 3
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_file_that_cannot_grow_is_told_by_name_and_reason(tmp_path):
+    path = save(tmp_path / "last.ckpt")
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"Could not write .*last\.ckpt \(File too large\)"):
+            save(path, epoch=4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_pickle_runs_no_code(tmp_path):

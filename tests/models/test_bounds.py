@@ -56,6 +56,12 @@ def test_absurd_size_is_refused(key, own_model):
     refused(own_model, rf"{key} in \S+ to be a number in \[1, 10000000\], but got 1000000000")
 
 
+@pytest.mark.parametrize("changes", [{"rope_theta": "big"}, {"rope_parameters": {"rope_theta": 1e4, "factor": True}}])
+def test_number_that_is_none_is_refused(changes, own_model):
+    edit_json(own_model / "config.json", **changes)
+    refused(own_model, r"(rope_theta|factor) in \S+config\.json to be a number, but got")
+
+
 def test_configuration_that_is_a_list_is_refused(own_model):
     (own_model / "config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"config\.json to hold the configuration of a model, but got a list"):

@@ -70,7 +70,9 @@ def test_a_writer_may_ask_again_and_lets_go(tmp_path):
 
 def test_only_temporary_files_of_ours_in_folders_of_ours_are_deleted(tmp_path):
     ours = f".block_000.safetensors.{'0' * 32}.nowag_pl.tmp"
-    for folder in ("moments", "training", "finetuned/checkpoints/block_001", "notes"):
+    written = {"moments", "training", "finetuned/checkpoints/block_001", "export", "export_finetuned"}
+    theirs = written | {"notes"}
+    for folder in theirs:
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / ours).touch()
         (tmp_path / folder / ".theirs.tmp").touch()
@@ -78,7 +80,6 @@ def test_only_temporary_files_of_ours_in_folders_of_ours_are_deleted(tmp_path):
     with lock.writing(tmp_path):
         pass
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.tmp")}
-    theirs = {"moments", "training", "finetuned/checkpoints/block_001", "notes"}
     assert left == {f"{f}/.theirs.tmp" for f in theirs} | {f"{f}/.theirs.nowag_pl.tmp" for f in theirs} | {
         f"notes/{ours}"
     }

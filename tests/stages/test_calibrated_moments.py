@@ -173,6 +173,16 @@ def test_nan_weight_names_block_and_linear(name, mode, model_folder, tmp_path):
         compress(calibrated(folder, tmp_path / "run", mode), NoWagPruner())
 
 
+def test_linear_that_its_block_never_calls_is_told(model_folder):
+    model = StreamedModel(Checkpoint(str(model_folder())))
+    block, stream = model.load_block(0), HiddenStates(model, WINDOWS, 2)
+    block.mlp.spare = nn.Linear(32, 4)
+    with (observed := Observed(model, block, 0, full=False)):
+        stream.run(block, 0)
+    with pytest.raises(ValueError, match=r"mlp\.spare: Expected a linear that its block calls.*--compression\.ignore"):
+        observed.compute(Ranks())
+
+
 def test_no_hook_is_left_behind(model_folder):
     model = StreamedModel(Checkpoint(str(model_folder())))
     block = model.load_block(0)
