@@ -9,7 +9,14 @@ python main.py compare <run> <run> ... [--output FILE]    finished runs side by 
 python main.py evaluate --model.path <folder or hub id>   zero-shot tasks of lm-evaluation-harness (the extra `eval`)
 """
 
+import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    # Before Lightning, whose import takes seconds.
+    from nowag_pl.run.early import refuse_changed_settings
+
+    refuse_changed_settings(sys.argv[1:])
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LRSchedulerTypeTuple

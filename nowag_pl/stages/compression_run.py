@@ -50,6 +50,7 @@ from nowag_pl.stages.budget.candidates import Choices
 from nowag_pl.stages.budget.spread import Budgeted, compress_within_budget
 from nowag_pl.stages.calibration import calibrate, moment_source
 from nowag_pl.stages.compression import compress, read_block
+from nowag_pl.stages.damage import Damage
 from nowag_pl.stages.guidance import read_guidance, write_guidance
 from nowag_pl.stages.plan import CalibrationSettings, CompressionSettings, ExportFormat, FinetuningSettings, Plan
 from nowag_pl.stages.rotation import Tokens, write_rotated
@@ -87,6 +88,7 @@ class CompressionRun:
         self.calibration: dict[str, Any] = {}
         self.bos: BosPlace = "stream"
         self.peak_memory: dict[str, int] = {}  # bytes, by stage, in this process
+        self.damage: dict[str, Damage] = {}  # by phase, where it was measured
         self._settings: dict[str, dict[str, Any]] = {}  # of the stages so far
         self._windows: Tensor | None = None
         self._rotated: StreamedModel | None = None
@@ -405,9 +407,13 @@ class CompressionRun:
         return rows
 
     def finetuning_statistics(self) -> list[dict[str, Any]]:
-        """Return held-out error before and after, and epochs, of every finetuned block."""
+        """Return held-out error before, after each epoch ("curve") and after finetuning, of every finetuned block."""
         rows = (self.store.read_metadata(FINETUNED, index) for index in range(len(self.model)))
-        return [{key: row[key] for key in ("before", "after", "epochs", "seconds")} for row in rows]
+        # An artefact of an earlier version has no curve.
+        return [
+            {"curve": row.get("curve", []), **{key: row[key] for key in ("before", "after", "epochs", "seconds")}}
+            for row in rows
+        ]
 
     def later_phases(self) -> list[str]:
         """Return the phases after one-shot compression whose artefacts are there, of whichever process."""
