@@ -81,7 +81,8 @@ def line_figure(
     figure.subplots_adjust(top=1 - 0.32 / height, bottom=(0.5 + 0.2 * num_rows) / height)
     colours = colormaps["viridis" if ordered else "tab10"]
     for number, (name, values) in enumerate(lines.items()):
-        colour = colours(_FIRST + (_LAST - _FIRST) * number / max(len(lines) - 1, 1)) if ordered else colours(number % 10)
+        place = _FIRST + (_LAST - _FIRST) * number / max(len(lines) - 1, 1)
+        colour = colours(place if ordered else number % 10)
         style: Any = {"color": "black", "linewidth": 2.4} if name == emphasised else {"color": colour, "linewidth": 1.3}
         axes.plot(range(len(values)), values, marker="." if len(values) <= _MOST_MARKS else "", label=name, **style)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
