@@ -10,11 +10,16 @@ python main.py evaluate --model.path <folder or hub id>   zero-shot tasks of lm-
 """
 
 import signal
+import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     # The imports take seconds: until `run_program` has begun, Ctrl-C ends them without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Before Lightning, whose import takes seconds.
+    from nowag_pl.run.early import refuse_changed_settings
+
+    refuse_changed_settings(sys.argv[1:])
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LRSchedulerTypeTuple

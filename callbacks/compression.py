@@ -11,6 +11,7 @@ from nowag_pl.lit.stage import Stage, module_of
 from nowag_pl.stages.plan import CompressionSettings, Plan
 
 _DEFAULT = NoWagPruner()
+_VARYING = ("sparsity", "bits_per_weight", "codebook_use")
 
 
 class ModelCompression(Stage):
@@ -66,13 +67,19 @@ class ModelCompression(Stage):
         self._done = True
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when a validation starts: log every linear once, with the block as the step."""
+        """Called when a validation starts: log every linear once, with the block as the step.
+
+        The loss of each, and of the other figures those that are not the same everywhere.
+        """
         if not self._done or self._logged or not trainer.is_global_zero:
             return
-        for row in module_of(pl_module).run.statistics():
+        rows = module_of(pl_module).run.statistics()
+        varying = [key for key in _VARYING if len({row.get(key) for row in rows}) > 1]
+        for row in rows:
             linear = row["name"].partition(f".{row['block']}.")[2]
-            keys = ("loss", "sparsity", "bits_per_weight", "codebook_use")
-            scalars: dict[str, Any] = {f"{key}/{linear}": row[key] for key in keys if key in row}
+            scalars: dict[str, Any] = {
+                f"within_linears/{key}/{linear}": row[key] for key in ("loss", *varying) if key in row
+            }
             for logger in trainer.loggers:
                 logger.log_metrics(scalars, step=row["block"])
         self._logged = True

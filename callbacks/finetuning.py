@@ -87,7 +87,7 @@ class ModelFinetuning(Stage):
         train, held_out = data_of(trainer).finetuning_windows(
             settings.num_sequences, settings.num_held_out, settings.seed
         )
-        finetune_blocks(module.run, train, held_out, settings, self._trainer_settings(trainer))
+        finetune_blocks(module.run, train, held_out, settings, self._trainer_settings(trainer), trainer.loggers)
         module.compressed = module.run.compressed(finetuned=True)
         self._done = True
 

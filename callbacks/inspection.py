@@ -1,34 +1,31 @@
-"""When compression is drawn for TensorBoard: after each validation of a fit, on rank zero."""
+"""When compression is drawn for the loggers: after each validation of a fit, on rank zero."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
-from nowag_pl.functional.ranges import check_whole
 from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.phases import Phase, validated_phase
 from nowag_pl.lit.stage import Stage, data_of, module_of
-from nowag_pl.reports.views import Limits, block_errors, inspect_linears
+from nowag_pl.reports.views import Limits, inspect_linears
 
 if TYPE_CHECKING:
     from nowag_pl.reports.board import Board
 
 
 class ModelInspection(Stage):
-    """Draw weights, importance, masks, codewords, block errors and heat maps for TensorBoard.
+    """Draw weights, importance, masks, codewords, damage by block and heat maps for the loggers of the Trainer.
+
+    TensorBoard gets all this; Weights & Biases, MLflow, Comet and Neptune get images and scalars.
 
     Args:
-        enabled: draw all this, if TensorBoard is the logger.
+        enabled: draw all this, if there is a logger that takes images.
         max_blocks: number of blocks whose linears are drawn, including the first and the last. TensorBoard shows at
             most ten images for each linear unless it is called with --samples_per_plugin=images=100.
         linears: draw only linears whose names end in one of these, such as [mlp.down_proj]. null: all.
         max_image_size: largest side of the image of a matrix, in pixels; each pixel is the mean of a cell.
         num_samples: number of weights in a histogram, and of subvectors in a plot of codewords.
-        num_windows: evaluation windows on which the error of each block's output is measured, for which every block is
-            read twice. 0: not measured.
     """
 
     def __init__(
@@ -38,24 +35,22 @@ class ModelInspection(Stage):
         linears: list[str] | None = None,
         max_image_size: int = 96,
         num_samples: int = 4000,
-        num_windows: int = 2,
     ) -> None:
-        check_whole("inspection.num_windows", num_windows, 0)
         self.enabled = enabled
         self.limits = Limits(max_blocks, None if linears is None else tuple(linears), max_image_size, num_samples)
-        self.num_windows = num_windows
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the result of this phase."""
         module, phase = module_of(pl_module), validated_phase(trainer)
-        if not (self.enabled and trainer.is_global_zero and phase and module.is_compressed_here):
+        if not (self.enabled and trainer.is_global_zero and phase and module.is_compressed_here and trainer.loggers):
             return
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                # It imports matplotlib, which takes a second.
-                from nowag_pl.reports.board import Board
+        # They import matplotlib, which takes a second.
+        from nowag_pl.lit.shows import show_of
+        from nowag_pl.reports.board import Board
 
-                self._draw(Board(logger.experiment, Path(logger.log_dir)), module, data_of(trainer), phase)
+        shown = [show for logger in trainer.loggers if (show := show_of(logger)) is not None]
+        if shown:
+            self._draw(Board(shown), module, data_of(trainer), phase)
 
     def _draw(self, board: "Board", module: LitCausalLM, data: TokenDataModule, phase: Phase) -> None:
         run = module.run
@@ -65,11 +60,9 @@ class ModelInspection(Stage):
                 board.linear(view)
             board.heat_maps(rows)
         if phase == "blockwise":
-            board.finetuning(run.store.folder / "finetuning", run.finetuning_statistics())
-        if phase != "finetuned" and self.num_windows:
-            assert module.compressed is not None
-            windows = next(iter(data.eval_windows.values()))[: self.num_windows]
-            board.block_errors(phase, block_errors(run.model, module.compressed.load_block, windows))
+            board.finetuning(run.finetuning_statistics())
+        if phase in run.damage:
+            board.damage(phase, run.damage[phase])
         board.summary(phase, f"{run.checkpoint.path}: {run.method}", rows, module.eval_metrics, data.seq_len)
         settings = {"model.path": run.checkpoint.path, "data.seq_len": data.seq_len} | run.settings
         board.hyperparameters(phase, settings, rows, module.eval_metrics)

@@ -20,6 +20,7 @@ from nowag_pl.lit.stage import Stage, data_of, module_of
 from nowag_pl.reports.averages import mean_over_weights
 from nowag_pl.reports.build import PAGE_FILE, REPORT_FILE, build_report, with_earlier
 from nowag_pl.run.wording import BEGINNINGS, PHASES, readable, shown
+from nowag_pl.stages.damage import measure_damage
 from nowag_pl.stages.plan import DEFAULT_BATCH, PROMPTS, Plan, PromptSettings, ReportSettings
 from nowag_pl.stages.samples import fits_whole, written_by
 
@@ -36,6 +37,8 @@ class ModelReport(Stage):
         prompts: texts that the dense and the compressed model continue, side by side; a user's turn where the model has
             a chat template. They are left out where the model does not fit in memory. []: none.
         max_new_tokens: tokens of the longest continuation.
+        damage_windows: evaluation windows on which the error of each block's output and the divergence after each block
+            are measured, for which every block is read twice. 0: not measured.
     """
 
     def __init__(
@@ -44,9 +47,10 @@ class ModelReport(Stage):
         html: bool = True,
         prompts: Sequence[str] = PROMPTS,
         max_new_tokens: int = 48,
+        damage_windows: int = 2,
     ) -> None:
         samples = PromptSettings(tuple(prompts), max_new_tokens)
-        self.settings = ReportSettings(DEFAULT_BATCH if batch_size is None else batch_size, samples)
+        self.settings = ReportSettings(DEFAULT_BATCH if batch_size is None else batch_size, samples, damage_windows)
         self._is_free = batch_size is None
         self.html = html
         self._metrics: dict[str, dict[str, dict[str, float]]] = {}
@@ -98,6 +102,7 @@ class ModelReport(Stage):
             return
         self._tables = [_perplexity_table(self._metrics, data, module.is_compressed_here)]
         if module.is_compressed_here:
+            self._measure_damage(phase, module, data)
             seconds = {"finetuning": self._training_seconds, "evaluation": self._evaluation_seconds}
             path = module.run.store.folder / REPORT_FILE
             report = build_report(module.run, data.eval_windows, self._metrics, seconds)
@@ -145,6 +150,16 @@ class ModelReport(Stage):
         if self._path is not None:
             beside = f" and {PAGE_FILE}" if self.html else ""
             console.print(f"Report written to {self._path}{beside}", soft_wrap=True, markup=False)
+
+    def _measure_damage(self, phase: str, module: LitCausalLM, data: TokenDataModule) -> None:
+        """Measure the damage after each block, where blocks are read from the run directory."""
+        num_windows = self.settings.damage_windows
+        if num_windows and phase != "finetuned":
+            started, compressed = time.perf_counter(), module.compressed
+            assert compressed is not None
+            windows = next(iter(data.eval_windows.values()))[:num_windows]
+            module.run.damage[phase] = measure_damage(module.run.model, compressed.load_block, windows)
+            self._evaluation_seconds += time.perf_counter() - started
 
     def _samples(self, phase: str, module: LitCausalLM) -> list[dict[str, str]]:
         """Return each prompt and its continuations, by the dense model and by the compressed one in each phase."""

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -21,7 +21,7 @@ from nowag_pl.lit.block_module import ERROR, BlockModule
 from nowag_pl.lit.checkpoint_io import WholeCheckpoints, whole_checkpoint
 from nowag_pl.lit.preemption import Preemption
 from nowag_pl.run.arrays import SequenceArray
-from nowag_pl.run.layout import BLOCK_CHECKPOINTS, FINETUNING_LOGS, block_folder
+from nowag_pl.run.layout import BLOCK_CHECKPOINTS, block_folder
 from nowag_pl.run.ranks import Ranks
 from nowag_pl.stages.plan import FinetuningSettings
 
@@ -78,19 +78,23 @@ class BlockTrainer:
         settings: learning rate, epochs and the like.
         trainer_settings: devices, precision and the like of the Trainers.
         ranks: who trains together.
-        run_dir: folder of curves; and of checkpoints.
+        run_dir: folder of checkpoints.
+        loggers: where the error after each epoch is logged.
     """
 
     settings: FinetuningSettings
     trainer_settings: Mapping[str, Any]
     ranks: Ranks
     run_dir: Path
+    loggers: Sequence[Logger] = ()
 
     def folder(self, index: int) -> Path:
         """Return where the checkpoints of a block are."""
         return self.run_dir / BLOCK_CHECKPOINTS / block_folder(index)
 
-    def train(self, index: int, module: BlockModule, data: BlockData, report: Callable[[str], None]) -> tuple[str, int]:
+    def train(
+        self, index: int, module: BlockModule, data: BlockData, report: Callable[[str], None]
+    ) -> tuple[str, list[float]]:
         """Train a block.
 
         Args:
@@ -100,7 +104,7 @@ class BlockTrainer:
             report: is told of every epoch.
 
         Returns:
-            The checkpoint of the epoch with the lowest held-out error, and the number of epochs.
+            The checkpoint of the epoch with the lowest held-out error, and the error after each epoch.
         """
         last = self.folder(index) / f"{_LAST}.ckpt"
         best = ModelCheckpoint(
@@ -112,7 +116,8 @@ class BlockTrainer:
             auto_insert_metric_name=False,
         )
         with _quiet():
-            trainer = self._trainer(index, [best, _EpochReport(report)])
+            epochs = _Epochs(report, lambda error, step: self._log(index, error, step))
+            trainer = self._trainer(index, [best, epochs])
             resumed = self.ranks.broadcast(self.ranks.is_zero and self._can_go_on(index))
             trainer.fit(
                 module,
@@ -121,7 +126,13 @@ class BlockTrainer:
                 ckpt_path=str(last) if resumed else None,
                 weights_only=True,
             )
-        return best.best_model_path, trainer.current_epoch
+        return best.best_model_path, epochs.errors
+
+    def _log(self, index: int, error: float, epoch: int) -> None:
+        """Log the error of a block after an epoch, where the run logs."""
+        if self.ranks.is_zero:
+            for logger in self.loggers:
+                logger.log_metrics({f"train/{ERROR}/{block_folder(index)}": error}, step=epoch)
 
     def _can_go_on(self, index: int) -> bool:
         """Tell whether the checkpoints of a block are there and whole; otherwise the block begins anew."""
@@ -133,7 +144,7 @@ class BlockTrainer:
 
     def _trainer(self, index: int, callbacks: list[Callback]) -> Trainer:
         settings, folder = self.settings, self.folder(index)
-        best, report = callbacks
+        best, epochs = callbacks
         return Trainer(
             **self.trainer_settings,
             plugins=[WholeCheckpoints()],
@@ -146,9 +157,9 @@ class BlockTrainer:
                 best,
                 ModelCheckpoint(folder, _LAST, enable_version_counter=False),
                 Preemption(folder / f"{_LAST}.ckpt"),
-                report,
+                epochs,
             ],
-            logger=TensorBoardLogger(self.run_dir, FINETUNING_LOGS, block_folder(index)),
+            logger=False,
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
             log_every_n_steps=1,
@@ -166,16 +177,27 @@ class _Stopping(EarlyStopping):
         trainer.should_stop = self.wait_count >= self.patience
 
 
-class _EpochReport(Callback):
-    """Says how far a block is."""
+class _Epochs(Callback):
+    """Keeps the held-out error after each epoch, over interruptions, and tells it."""
 
-    def __init__(self, report: Callable[[str], None]) -> None:
-        self._report = report
+    def __init__(self, report: Callable[[str], None], log: Callable[[float, int], None]) -> None:
+        self.errors: list[float] = []
+        self._report, self._log = report, log
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell epoch and error."""
+        """Note the error of the epoch; one that is done again counts once."""
         error = float(trainer.callback_metrics[ERROR])
+        self.errors[trainer.current_epoch :] = [error]
         self._report(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}, held-out error {error:.4f}")
+        self._log(error, trainer.current_epoch + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"errors": self.errors}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the epochs of an earlier process."""
+        self.errors = list(state_dict["errors"])
 
 
 @contextmanager

@@ -9,10 +9,11 @@ import gc
 import logging
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
 from nowag_pl.lit.block_module import BlockModule
@@ -37,6 +38,7 @@ def finetune_blocks(
     held_out: Tensor,
     settings: FinetuningSettings,
     trainer_settings: dict[str, Any],
+    loggers: Sequence[Logger] = (),
 ) -> None:
     """Write every finetuned block that the run directory lacks.
 
@@ -46,6 +48,7 @@ def finetune_blocks(
         held_out: sequences that choose the epoch `[num_held_out, seq_len]`.
         settings: settings of the finetuning.
         trainer_settings: devices, precision and the like of the Trainers.
+        loggers: where the error of each block after each epoch is logged.
     """
     settings = dataclasses.replace(settings, precision=trainer_settings.get("precision", settings.precision))
     run.claim_finetuning(train, held_out, settings)
@@ -54,7 +57,7 @@ def finetune_blocks(
     if not missing:
         return
     hidden = BlockInputs(run, torch.cat([train, held_out]), settings)
-    trainer = BlockTrainer(settings, trainer_settings, run.store.ranks, run.store.folder)
+    trainer = BlockTrainer(settings, trainer_settings, run.store.ranks, run.store.folder, loggers)
     if run.store.ranks.is_zero:
         _log.info(
             "Finetuning %d blocks on %d sequences, held out %d: hidden states take up to %s in %s and %s on disk",
@@ -123,7 +126,7 @@ class Blockwise:
         scale = self._mean_square(index, data, None) or 1.0
         block = self._compressed(index).to(self._model.device)
         before = self._mean_square(index, data, block) / scale
-        best, epochs = self._trainer.train(index, self._module(index, block, scale), data, report)
+        best, curve = self._trainer.train(index, self._module(index, block, scale), data, report)
         del block
         # Trainer and module refer to each other, and hold the block and its optimizer.
         gc.collect()
@@ -133,7 +136,8 @@ class Blockwise:
             # The trained block goes before the untrained one is read once more.
             del result
             result, after = self._compressed(index), before
-        metadata = {"seconds": time.perf_counter() - started, "before": before, "after": after, "epochs": epochs}
+        seconds, epochs = time.perf_counter() - started, len(curve)
+        metadata = {"seconds": seconds, "before": before, "after": after, "epochs": epochs, "curve": curve}
         finetuned.write_block(self._store, index, result, metadata)
         if self._ranks.is_zero:
             shutil.rmtree(self._trainer.folder(index), ignore_errors=True)

@@ -1,73 +1,71 @@
-"""The pages of a run in TensorBoard, one method for each kind."""
+"""The pages of a run in loggers of experiments, one method for each kind.
+
+TensorBoard sorts groups of scalars by name. What belongs to single blocks and linears is in groups that begin with
+"within", after divergence, perplexity and the loss of a training.
+"""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 from nowag_pl.reports.averages import mean_over_weights, num_weights
 from nowag_pl.reports.figures.canvas import to_pixels
 from nowag_pl.reports.figures.curves import codeword_figure, line_figure
 from nowag_pl.reports.figures.linears import linear_drawing, linears_drawing
-from nowag_pl.reports.views import BlockErrors, LinearView
-from nowag_pl.run.wording import COMPRESSED_PHASES, HELD_OUT_ERROR
+from nowag_pl.reports.show import Show
+from nowag_pl.reports.views import LinearView
+from nowag_pl.run.wording import COMPRESSED_PHASES
+from nowag_pl.stages.damage import Damage
 
 _WORST = 5  # linears that a summary names
-_COLUMNS = {"dense_perplexity": ".3f", "perplexity": ".3f", "kl_divergence": ".4f"}
+_COLUMNS = {"dense_perplexity": ".3f", "perplexity": ".3f", "kl_divergence": ".4f", "top1_agreement": ".3f"}
 _TABLE = ("perplexity", "kl_divergence")  # figures by text and phase in the table of runs
 
 
 class Board:
-    """Writes to one run of TensorBoard. The number of a block is the step of its entries.
+    """Shows one run. The number of a block is the step of its entries.
 
     Args:
-        writer: writer of the run.
-        folder: folder of the writer's files; the table of runs (HPARAMS) is written to a folder in it.
+        shows: the loggers that show it.
     """
 
-    def __init__(self, writer: SummaryWriter, folder: Path) -> None:
-        self._writer = writer
-        self._folder = folder
+    def __init__(self, shows: Sequence[Show]) -> None:
+        self._shows = shows
 
     def linear(self, view: LinearView) -> None:
         """Show one linear: images before and after normalisation, histograms, codewords."""
         title = f"block {view.block}, {view.name}"
         self._figure(f"weights/{view.name}", linear_drawing(view), view.block)
         for key, values in view.histograms.items():
-            self._writer.add_histogram(f"{key}/{view.name}", values.cpu(), view.block)
+            for show in self._shows:
+                show.histogram(f"{key}/{view.name}", values, view.block)
         if view.codewords is not None:
             parts = view.codewords
             figure = codeword_figure(title, parts.points, parts.codewords, parts.counts)
             self._figure(f"codewords/{view.name}", figure, view.block)
 
     def heat_maps(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Show loss, sparsity and bits of every linear, blocks from top to bottom."""
-        self._figure("model/linears", linears_drawing(rows), 0)
+        """Show loss, sparsity and bits of every linear, those of them that differ between linears."""
+        figure, _ = linears_drawing(rows)
+        if figure is not None:
+            self._figure("model/linears", figure, 0)
 
-    def finetuning(self, logs: Path, statistics: Sequence[Mapping[str, Any]]) -> None:
+    def finetuning(self, statistics: Sequence[Mapping[str, Any]]) -> None:
         """Show the held-out error of every block by epoch, and before and after.
 
         Args:
-            logs: folder of the blocks' own event files.
-            statistics: error "before" and "after" of every block.
+            statistics: error "before" and "after" of every block, and after each epoch ("curve").
         """
-        curves = {}
+        curves = {f"block {index}": [row["before"], *row["curve"]] for index, row in enumerate(statistics)}
         for index, row in enumerate(statistics):
-            folder = logs / f"block_{index:03d}"
-            errors = _scalars(folder, HELD_OUT_ERROR) if folder.is_dir() else []
-            curves[f"block {index}"] = [row["before"], *errors]
-            for key in ("before", "after"):
-                self._writer.add_scalar(f"finetuning/held_out_error_{key}", row[key], index)
+            self._scalars({f"within_blocks/held_out_error_{key}": row[key] for key in ("before", "after")}, index)
         figure = line_figure("Held-out error of each block", curves, "epoch", "relative error", ordered=True)
         self._figure("model/finetuning", figure, 0)
 
-    def block_errors(self, phase: str, errors: BlockErrors) -> None:
-        """Show the error of every block's output."""
-        for kind, values in {"alone": errors.alone, "accumulated": errors.accumulated}.items():
-            for index, value in enumerate(values):
-                self._writer.add_scalar(f"block_error/{kind}_{phase}", value, index)
+    def damage(self, phase: str, damage: Damage) -> None:
+        """Show the error of every block's output, and the divergence after it."""
+        for index, values in enumerate(zip(damage.alone, damage.accumulated, damage.divergence, strict=True)):
+            names = ("error_alone", "error_accumulated", "kl_divergence_after")
+            self._scalars({f"within_blocks/{n}_{phase}": v for n, v in zip(names, values, strict=True)}, index)
 
     def summary(
         self,
@@ -78,7 +76,8 @@ class Board:
         seq_len: int,
     ) -> None:
         """Show the summary as text."""
-        self._writer.add_text(f"summary/{phase}", summary_markdown(title, rows, metrics, seq_len))
+        for show in self._shows:
+            show.text(f"summary/{phase}", summary_markdown(title, rows, metrics, seq_len))
 
     def hyperparameters(
         self,
@@ -87,44 +86,31 @@ class Board:
         rows: Sequence[Mapping[str, Any]],
         metrics: Mapping[str, Mapping[str, float]],
     ) -> None:
-        """Enter the run in the table of runs, with its settings and perplexities.
-
-        No "experiment" is declared: TensorBoard then combines the settings and figures of all runs that it finds.
-        """
-        keys = ("loss", "sparsity", "bits_per_weight")
-        figures = {f"linears/{key}": mean_over_weights(rows, key) for key in keys}
+        """Enter the run in the table of runs, with its settings and perplexities."""
+        figures = {f"within_linears/mean_{key}": mean_over_weights(rows, key) for key in ("loss", "bits_per_weight")}
         for text, values in metrics.items():
             figures |= {f"{key}/{text}/{phase}": value for key, value in values.items() if key in _TABLE}
             if "dense_perplexity" in values:
                 figures[f"perplexity/{text}/dense"] = values["dense_perplexity"]
-        with SummaryWriter(str(self._folder / "hparams")) as writer:
-            step = list(COMPRESSED_PHASES).index(phase)
-            if step == 0:
-                _, start, end = hparams(_readable(settings), figures)
-                for summary in (start, end):
-                    writer.file_writer.add_summary(summary)
-            for key, value in figures.items():
-                writer.add_scalar(key, value, step)
+        step = list(COMPRESSED_PHASES).index(phase)
+        for show in self._shows:
+            show.table_of_runs(_readable(settings), figures, is_new=step == 0)
+        self._scalars(figures, step)
+
+    def _scalars(self, values: Mapping[str, float], step: int) -> None:
+        for show in self._shows:
+            show.scalars(values, step)
 
     def _figure(self, tag: str, figure: Any, step: int) -> None:
-        self._writer.add_image(tag, to_pixels(figure), step, dataformats="HWC")
+        pixels = to_pixels(figure)
+        for show in self._shows:
+            show.image(tag, pixels, step)
 
 
 def _readable(settings: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
     """Return settings that a table can show; hashes mean nothing to a reader."""
     shown = {name: value for name, value in settings.items() if value is not None and not name.endswith("sha256")}
     return {name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in shown.items()}
-
-
-def _scalars(folder: Path, tag: str) -> list[float]:
-    """Return the values of a scalar in a folder of event files, one for each step."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    if tag not in events.Tags()["scalars"]:
-        return []
-    by_step = {scalar.step: scalar.value for scalar in events.Scalars(tag)}  # an epoch that was done again counts once
-    return [by_step[step] for step in sorted(by_step)]
 
 
 def summary_markdown(
@@ -135,7 +121,8 @@ def summary_markdown(
     Args:
         title: model and method.
         rows: statistics of every linear, as :meth:`CompressionRun.statistics` gives them.
-        metrics: evaluation text to metric ("perplexity", "dense_perplexity", "kl_divergence") to value.
+        metrics: evaluation text to metric ("perplexity", "dense_perplexity", "kl_divergence", "top1_agreement") to
+            value.
         seq_len: tokens per evaluation window.
     """
     bits, sparsity, loss = (mean_over_weights(rows, key) for key in ("bits_per_weight", "sparsity", "loss"))
@@ -145,8 +132,8 @@ def summary_markdown(
         f"{len(rows)} linears with {num_weights(rows):,} weights: **{bits:.3f} bits per weight**, "
         f"sparsity {sparsity:.1%}, mean loss {loss:.4f} (0 is exact, 1 is nothing kept).",
         "",
-        f"| text, windows of {seq_len} tokens | dense perplexity | perplexity | KL (nats) |",
-        "|---|---|---|---|",
+        f"| text, windows of {seq_len} tokens | dense perplexity | perplexity | KL (nats) | top-1 |",
+        "|---|---|---|---|---|",
     ]
     for text, values in metrics.items():
         cells = [_number(values, key, spec) for key, spec in _COLUMNS.items()]

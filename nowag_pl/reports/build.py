@@ -1,5 +1,6 @@
 """The report of a run: the compressed linears, their size, and the cost in quality."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ from nowag_pl.stages.compression_run import CompressionRun
 
 REPORT_FILE = "report.json"
 PAGE_FILE = "report.html"
+QUALITY = ("perplexity", "kl_divergence", "top1_agreement")  # each by text and phase
 
 
 def build_report(
@@ -29,8 +31,8 @@ def build_report(
     Args:
         run: a run whose stages are done.
         windows: evaluation text to its windows `[num_windows, seq_len]`.
-        metrics: phase ("dense", "one_shot", "blockwise", "finetuned") to metric ("perplexity", "kl_divergence") to
-            evaluation text to value.
+        metrics: phase ("dense", "one_shot", "blockwise", "finetuned") to metric ("perplexity", "kl_divergence",
+            "top1_agreement") to evaluation text to value.
         seconds: time of the stages that leave no artefacts.
     """
     rows = run.statistics()
@@ -53,6 +55,7 @@ def build_report(
         **_quality(metrics),
         "seconds": _seconds(run, seconds),
         "finetuned_blocks": run.finetuning_statistics() if "blockwise" in metrics else [],
+        "damage": {phase: dataclasses.asdict(damage) for phase, damage in run.damage.items()},
         "peak_memory_bytes": max(peaks.values()),
         "peak_memory": peaks,
         "protocol": {
@@ -83,6 +86,7 @@ def _quality(metrics: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[s
     return {
         "perplexity": by_text("perplexity", ["dense", *names]),
         "kl_divergence": by_text("kl_divergence", names),
+        "top1_agreement": by_text("top1_agreement", names),
     }
 
 
@@ -119,11 +123,14 @@ def with_earlier(report: Mapping[str, Any], earlier: Any, later_phases: Iterable
     if not isinstance(earlier, dict) or not _is_same_run(report, earlier):
         return merged
     kept = {*later_phases}
-    for metric in ("perplexity", "kl_divergence"):
+    for metric in QUALITY:
+        before = earlier.get(metric, {})
         merged[metric] = {
-            text: _figures(figures, earlier[metric].get(text, {}), kept if _same_text(report, earlier, text) else set())
+            text: _figures(figures, before.get(text, {}), kept if _same_text(report, earlier, text) else set())
             for text, figures in report[metric].items()
         }
+    measured = earlier.get("damage", {})
+    merged["damage"] = {phase: measured[phase] for phase in kept if phase in measured} | report["damage"]
     if kept:
         merged["settings"] = {**earlier["settings"], **report["settings"]}
         merged["finetuned_blocks"] = report["finetuned_blocks"] or earlier["finetuned_blocks"]

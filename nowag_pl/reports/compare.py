@@ -1,16 +1,17 @@
 """`python main.py compare`: several runs in a table and a page, without mixing different protocols in one column."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from nowag_pl.files import read_sealed_json, write_text
 from nowag_pl.reports.build import REPORT_FILE
-from nowag_pl.run.wording import COMPRESSED_PHASES, shown
+from nowag_pl.run.wording import COMPRESSED_PHASES, PHASES, readable, shown
 
 _NEEDED: dict[str, Any] = {
     "model": str,
@@ -20,7 +21,14 @@ _NEEDED: dict[str, Any] = {
     "sparsity": int | float,
     "perplexity": Mapping,
 }
-_PERHAPS: dict[str, Any] = {"protocol": Mapping, "kl_divergence": Mapping, "command": str | list | None}
+_PERHAPS: dict[str, Any] = {
+    "protocol": Mapping,
+    "kl_divergence": Mapping,
+    "top1_agreement": Mapping,
+    "command": str | list | None,
+    "bytes": Mapping,
+    "seconds": Mapping,
+}
 _MOST_TEXTS = 100
 
 
@@ -59,7 +67,7 @@ class Run:
         return Protocol(text, self.report["seq_len"], known.get("num_windows"), known.get("sha256"))
 
     def figures(self, metric: str, protocol: Protocol) -> Mapping[str, float | None]:
-        """Return "perplexity" or "kl_divergence" by state of the model on this text, if it was measured in this way."""
+        """Return a metric, such as "perplexity", by state of the model on this text, if it was measured in this way."""
         text, figures = protocol.text, self.report.get(metric, {})
         return figures[text] if text in figures and self.protocol(text) == protocol else {}
 
@@ -105,12 +113,16 @@ def _check_report(path: Path, report: Any) -> None:
         "protocol": object,
         "perplexity": int | float | None,
         "kl_divergence": int | float | None,
+        "top1_agreement": int | float | None,
     }.items():
         for text, figures in report.get(key, {}).items():
             if not isinstance(figures, Mapping) or not all(isinstance(figure, kind) for figure in figures.values()):
                 raise ValueError(
                     f"Expected {path} to be a report, but {key} of {text[:40]!r} is no mapping of figures."
                 )
+    numbers = [*report.get("seconds", {}).values(), report.get("bytes", {}).get("model", 0)]
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise ValueError(f"Expected {path} to be a report, but its seconds or bytes are no numbers.")
     if len(report["perplexity"]) > _MOST_TEXTS:
         raise ValueError(f"Expected {path} to have at most {_MOST_TEXTS} texts, but got {len(report['perplexity'])}.")
 
@@ -170,51 +182,141 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
     return [str(folder) for folder in folders]
 
 
-def compare(run_dirs: list[str], output: str = "compare.html") -> None:
-    """Compare finished runs: a table on the terminal, and the same with figures in one HTML file.
+@dataclass(frozen=True)
+class Row:
+    """A measured state of a run's model, or a dense model, which has no run.
 
-    Perplexities that were measured on different texts or windows are in different columns, with an explanation.
+    Attributes:
+        run: name of the run.
+        model: as it was given.
+        state: "dense", "one-shot" and so on.
+        bits: bits per weight of the linears; None for a dense model, as the next three.
+        sparsity: share of removed weights.
+        num_bytes: size of the whole model; None if an older report lacks it.
+        seconds: time of all stages of the run together; None if an older report lacks it.
+        figures: for each protocol, a value for each of :data:`METRICS`; None where it was not measured.
+    """
+
+    run: str
+    model: str
+    state: str
+    bits: float | None
+    sparsity: float | None
+    num_bytes: int | None
+    seconds: float | None
+    figures: tuple[tuple[float | None, ...], ...]
+
+    def cells(self, number: int) -> tuple[str, ...]:
+        """Return what stands in the table of a protocol, in the order of :data:`COLUMNS`; the model where no run is."""
+        return (
+            self.run or self.model,
+            self.state,
+            *(_written(value, spec) for value, spec in zip(self.figures[number], METRICS.values(), strict=True)),
+            _written(self.bits, "{:.2f}"),
+            _written(self.sparsity or None, "{:.0%}"),
+            _written(self.num_bytes, readable),
+            _written(self.seconds, _duration),
+        )
+
+
+COLUMNS = ("run", "state", "perplexity", "KL", "top-1", "bits", "zeros", "size", "time")
+METRICS = {"perplexity": "{:.3f}", "kl_divergence": "{:.4f}", "top1_agreement": "{:.3f}"}
+_NUM_WORDS = 2  # columns with words; those of the metrics follow
+_LONGEST_LABEL = 8  # letters of a name in a table on the terminal
+
+
+def _written(value: float | None, spec: str | Callable[[float], str]) -> str:
+    if value is None:
+        return ""
+    return spec.format(value) if isinstance(spec, str) else spec(value)
+
+
+def _duration(seconds: float) -> str:
+    """Return a time in few letters.
+
+    Example:
+        >>> _duration(41.2), _duration(312), _duration(882), _duration(7300)
+        ('41 s', '5.2 min', '15 min', '2.0 h')
+    """
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    value, unit = (seconds / 60, "min") if seconds < 3600 else (seconds / 3600, "h")
+    return f"{value:.{1 if value < 10 else 0}f} {unit}"
+
+
+def comparison_rows(runs: Sequence[Run]) -> list[Row]:
+    """Return a row for each run and measured state of its model.
+
+    A dense model that several runs have measured in the same way has one row.
+    """
+    columns = protocols(runs)
+    rows: list[Row] = []
+    for run in runs:
+        report, model = run.report, str(run.report["model"])
+        size, seconds = report.get("bytes", {}).get("model"), report.get("seconds")
+        dense = Row("", model, PHASES["dense"], None, None, None, None, _figures(run, columns, "dense"))
+        if dense not in rows:
+            rows.append(dense)
+        for phase, title in COMPRESSED_PHASES.items():
+            figures = _figures(run, columns, phase)
+            if any(value is not None for values in figures for value in values):
+                total = None if seconds is None else sum(seconds.values())
+                bits, sparsity = report["bits_per_weight"], report["sparsity"]
+                rows.append(Row(run.name, model, title, bits, sparsity, size, total, figures))
+    return rows
+
+
+def _figures(run: Run, columns: Sequence[Protocol], phase: str) -> tuple[tuple[float | None, ...], ...]:
+    return tuple(tuple(run.figures(metric, column).get(phase) for metric in METRICS) for column in columns)
+
+
+def compare(run_dirs: list[str], output: str = "compare.html") -> None:
+    """Compare finished runs: a table for each text on the terminal, and one with figures in one HTML file.
+
+    Perplexities that were measured on different texts or windows are in different tables, with an explanation.
 
     Args:
         run_dirs: run directories, each with a report.json.
         output: HTML file to write, without anything from a network.
     """
     runs = read_runs(run_dirs)
-    header, rows = comparison_rows(runs)
-    table = Table(title=f"{len(runs)} runs")
-    for number, column in enumerate(header):
-        table.add_column(shown(column), justify="left" if number < 3 else "right", no_wrap=number in (0, 2))
-    for row in rows:
-        table.add_row(*map(shown, row))
     console = Console()
-    console.print(table)
+    rows, columns, labels = comparison_rows(runs), protocols(runs), _labels(runs)
+    for number, name in enumerate(column_names(columns)):
+        console.print(_table(rows, number, f"{len(runs)} runs on {name}", labels))
+    for name, label in labels.items():
+        if label != name:
+            console.print(f"{label}: {name}", markup=False, highlight=False)
     for note in differences(runs):
         console.print(note, style="yellow", markup=False, highlight=False)
     write_text(Path(output), comparison_page(runs))
     console.print(f"Comparison written to {output}", soft_wrap=True, markup=False)
 
 
-def comparison_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Return the header and the cells of the table: a row for each run and measured state of its model.
+def _labels(runs: Sequence[Run]) -> dict[str, str]:
+    """Return what stands in a table of 80 columns for each run or model: its name, or a number if the name is long."""
+    names = {run.name: f"run {number}" for number, run in enumerate(runs, 1)}
+    models = list(dict.fromkeys(str(run.report["model"]) for run in runs))
+    names |= {model: f"model {number}" for number, model in enumerate(models, 1)}
+    return {name: name if len(name) <= _LONGEST_LABEL else number for name, number in names.items()}
 
-    A dense model that several runs have measured in the same way has one row.
-    """
-    columns = protocols(runs)
-    names = column_names(columns)
-    header = ["run", "model", "state", "bits", "sparsity", *names, *(f"KL {name}" for name in names)]
-    rows: list[list[str]] = []
-    for run in runs:
-        model, report = str(run.report["model"]), run.report
-        dense = ["", model, "dense", "", "", *_cells(run, columns, "perplexity", "dense"), *[""] * len(columns)]
-        if dense not in rows:
-            rows.append(dense)
-        for phase, title in COMPRESSED_PHASES.items():
-            cells = _cells(run, columns, "perplexity", phase)
-            if any(cells):
-                figures = [f"{report['bits_per_weight']:.3f}", f"{report['sparsity']:.1%}"]
-                cells += _cells(run, columns, "kl_divergence", phase)
-                rows.append([run.name, model, title, *figures, *cells])
-    return header, rows
+
+def _table(rows: Sequence[Row], number: int, title: str, labels: Mapping[str, str]) -> Table:
+    """Lay out the figures of one protocol for a terminal of 80 columns."""
+    table = Table(title=shown(title), box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left")
+    for place, column in enumerate(COLUMNS):
+        justify: Literal["left", "right"] = "left" if place < _NUM_WORDS else "right"
+        table.add_column(column, justify=justify, no_wrap=place > 0, overflow="fold")
+    for cells in _cells(rows, number):
+        table.add_row(*map(shown, (labels[cells[0]], *cells[1:])))
+    return table
+
+
+def _cells(rows: Sequence[Row], number: int) -> list[tuple[str, ...]]:
+    """Return the rows of the table of one protocol; what was not measured by it, and what is there, is left out."""
+    # A dense model has a row for each way in which runs have measured it on all texts.
+    found = dict.fromkeys(row.cells(number) for row in rows)
+    return [cells for cells in found if any(cells[_NUM_WORDS : _NUM_WORDS + len(METRICS)])]
 
 
 def comparison_page(runs: Sequence[Run]) -> str:
@@ -223,25 +325,31 @@ def comparison_page(runs: Sequence[Run]) -> str:
     from nowag_pl.reports.figures.curves import scatter_figure
     from nowag_pl.reports.page import render
 
-    header, rows = comparison_rows(runs)
-    figures = []
-    for protocol, name in zip(protocols(runs), column_names(protocols(runs)), strict=True):
+    rows, texts = comparison_rows(runs), []
+    for number, (protocol, name) in enumerate(zip(protocols(runs), column_names(protocols(runs)), strict=True)):
         points, title = _points(runs, protocol), f"Perplexity on {name}"
-        figures.append(to_svg(scatter_figure(title, points, "bits per weight", "perplexity", _dense(runs, protocol))))
+        figure = to_svg(scatter_figure(title, points, "bits per weight", "perplexity", _dense(runs, protocol)))
+        texts.append({"name": name, "rows": _cells(rows, number), "best": _best(rows, number), "figure": figure})
     return render(
         "comparison.html",
         title=f"Comparison of {len(runs)} runs",
-        header=header,
-        rows=rows,
+        header=COLUMNS,
+        num_words=_NUM_WORDS,
+        texts=texts,
+        models=list(dict.fromkeys(row.model for row in rows)),
         notes=differences(runs),
-        figures=figures,
         runs=[{"name": run.name, "method": run.report["method"], "command": run.report.get("command")} for run in runs],
     )
 
 
-def _cells(run: Run, columns: Sequence[Protocol], metric: str, phase: str) -> list[str]:
-    values = [run.figures(metric, column).get(phase) for column in columns]
-    return ["" if value is None else f"{value:.{3 if metric == 'perplexity' else 4}f}" for value in values]
+def _best(rows: Sequence[Row], number: int) -> tuple[str, ...]:
+    """Return the best figures of compressed models under one protocol, as they are written, in the order of columns."""
+    best = []
+    for place, (spec, choose) in enumerate(zip(METRICS.values(), (min, min, max), strict=True)):
+        values = [row.figures[number][place] for row in rows if row.run]
+        found = [value for value in values if value is not None]
+        best.append(_written(choose(found), spec) if len(found) > 1 else "-")
+    return (*best, *["-"] * (len(COLUMNS) - _NUM_WORDS - len(best)))
 
 
 def _points(runs: Sequence[Run], protocol: Protocol) -> list[tuple[str, str, float, float]]:

@@ -1,7 +1,7 @@
 """Small views of compressed linears: a few linears of a few blocks, one block at a time."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,6 @@ from nowag_pl.functional.pruning import nowag_scores
 from nowag_pl.functional.ranges import check_whole
 from nowag_pl.functional.thumbnails import downsample, even_indices, log_scale, principal_axes, sample
 from nowag_pl.models.selection import find_linears
-from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear, MaskedLinear, VQLinear
 from nowag_pl.run.layout import MOMENTS
 from nowag_pl.stages import compression
@@ -163,49 +162,3 @@ def _codewords(weight: Tensor, compressed: VQLinear, num_samples: int) -> Codewo
     mean, axes = principal_axes(points)
     counts = torch.bincount(compressed.unpacked_codes.flatten().long(), minlength=compressed.codebook_size)
     return Codewords((points - mean) @ axes, (compressed.codebook - mean) @ axes, counts)
-
-
-@dataclass(frozen=True)
-class BlockErrors:
-    """Error of each block's output, relative to the dense block's output minus its input; 1 is as good as no block.
-
-    Attributes:
-        alone: of the compressed block on the inputs of the dense one.
-        accumulated: of the compressed block on the outputs of the compressed blocks before it.
-    """
-
-    alone: list[float]
-    accumulated: list[float]
-
-
-@torch.no_grad()
-def block_errors(model: StreamedModel, load_compressed: Callable[[int], nn.Module], windows: Tensor) -> BlockErrors:
-    """Run a few windows, one at a time, through the dense and the compressed blocks.
-
-    Args:
-        model: dense model.
-        load_compressed: gives a compressed block.
-        windows: token ids `[num_windows, seq_len]`.
-    """
-    dense = [model.embed(window).hidden.cpu() for window in windows.split(1)]
-    accumulated = list(dense)
-    errors = BlockErrors([], [])
-    for index in range(len(model)):
-        arguments = model.arguments(index, 1, windows.shape[1])
-        block, compressed = model.load_block(index), load_compressed(index).to(model.device)
-        added = alone = together = 0.0
-        for number, hidden in enumerate(dense):
-            inputs = hidden.to(model.device)
-            target = model.forward_block(block, inputs, arguments)
-            added += _sum_of_squares(target - inputs)
-            alone += _sum_of_squares(model.forward_block(compressed, inputs, arguments) - target)
-            output = model.forward_block(compressed, accumulated[number].to(model.device), arguments)
-            together += _sum_of_squares(output - target)
-            dense[number], accumulated[number] = target.cpu(), output.cpu()
-        errors.alone.append(alone / (added or 1.0))
-        errors.accumulated.append(together / (added or 1.0))
-    return errors
-
-
-def _sum_of_squares(hidden: Tensor) -> float:
-    return float(hidden.float().square().sum(dtype=torch.float64))

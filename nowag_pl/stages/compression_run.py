@@ -52,6 +52,7 @@ from nowag_pl.stages.budget.candidates import Choices
 from nowag_pl.stages.budget.spread import Budgeted, compress_within_budget
 from nowag_pl.stages.calibration import calibrate, moment_source
 from nowag_pl.stages.compression import compress, read_block
+from nowag_pl.stages.damage import Damage
 from nowag_pl.stages.guidance import read_guidance, write_guidance
 from nowag_pl.stages.head import compress_head, head_method, read_head
 from nowag_pl.stages.plan import CalibrationSettings, CompressionSettings, ExportFormat, FinetuningSettings, Plan
@@ -90,6 +91,7 @@ class CompressionRun:
         self.calibration: dict[str, Any] = {}
         self.bos: BosPlace = "stream"
         self.peak_memory: dict[str, int] = {}  # bytes, by stage, in this process
+        self.damage: dict[str, Damage] = {}  # by phase, where it was measured
         self._settings: dict[str, dict[str, Any]] = {}  # of the stages so far
         self._windows: Tensor | None = None
         self._prepared: StreamedModel | None = None  # rotated, or with a compressed head
@@ -445,9 +447,13 @@ class CompressionRun:
         return dict(self.store.read_metadata(HEAD, 0)["statistics"])
 
     def finetuning_statistics(self) -> list[dict[str, Any]]:
-        """Return held-out error before and after, and epochs, of every finetuned block."""
+        """Return held-out error before, after each epoch ("curve") and after finetuning, of every finetuned block."""
         rows = (self.store.read_metadata(FINETUNED, index) for index in range(len(self.model)))
-        return [{key: row[key] for key in ("before", "after", "epochs", "seconds")} for row in rows]
+        # An artefact of an earlier version has no curve.
+        return [
+            {"curve": row.get("curve", []), **{key: row[key] for key in ("before", "after", "epochs", "seconds")}}
+            for row in rows
+        ]
 
     def later_phases(self) -> list[str]:
         """Return the phases after one-shot compression whose artefacts are there, of whichever process."""

@@ -203,18 +203,21 @@ class PromptSettings:
 
 @dataclass(frozen=True)
 class ReportSettings:
-    """Settings for recording the dense model's predictions.
+    """Settings for comparing with the dense model.
 
     Attributes:
         batch_size: windows of the evaluation texts that pass through a block together.
         samples: the prompts to continue.
+        damage_windows: evaluation windows on which the damage after each block is measured; 0: none.
     """
 
     batch_size: int = 8
     samples: PromptSettings = field(default_factory=PromptSettings)
+    damage_windows: int = 2
 
     def __post_init__(self) -> None:
         check_whole("report.batch_size", self.batch_size, 1)
+        check_whole("report.damage_windows", self.damage_windows, 0)
 
 
 @dataclass

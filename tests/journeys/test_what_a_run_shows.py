@@ -28,6 +28,10 @@ def events(folder) -> EventAccumulator:
     return EventAccumulator(str(folder), {"images": 0, "tensors": 0}).Reload()
 
 
+def report_of(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
 def steps(found: EventAccumulator, tag: str) -> list[int]:
     return [image.step for image in found.Images(tag)]
 
@@ -43,7 +47,7 @@ def test_pruned_run_shows_its_linears_blocks_and_itself(fit, tmp_path):
         f"{kind}/{name}" for kind in ("weight", "normalized_weight", "log10_importance") for name in LINEARS
     }
     for kind in ("alone", "accumulated"):
-        scalars = found.Scalars(f"block_error/{kind}_one_shot")
+        scalars = found.Scalars(f"within_blocks/error_{kind}_one_shot")
         assert [scalar.step for scalar in scalars] == [0, 1, 2]
         assert all(0 < scalar.value < 5 for scalar in scalars)
     text = found.Tensors("summary/one_shot/text_summary")[0].tensor_proto.string_val[0].decode()
@@ -51,7 +55,13 @@ def test_pruned_run_shows_its_linears_blocks_and_itself(fit, tmp_path):
     assert f"| held_out | {figures['dense']:.3f} | {figures['one_shot']:.3f} |" in text
     assert "17.000 bits per weight" in text
 
-    table = events(folder / "hparams")
+    assert report["damage"]["one_shot"]["divergence"] == pytest.approx(
+        [scalar.value for scalar in found.Scalars("within_blocks/kl_divergence_after_one_shot")], rel=1e-5
+    )
+    # One run of TensorBoard for one run, and figures that are the same in every linear are left out.
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == []
+    assert {tag for tag in tags["scalars"] if "q_proj" in tag} == {"within_linears/loss/self_attn.q_proj"}
+    table = found
     assert table.Scalars("perplexity/held_out/dense")[0].value == pytest.approx(figures["dense"], rel=1e-5)
     assert table.Scalars("perplexity/held_out/one_shot")[0].value == pytest.approx(figures["one_shot"], rel=1e-5)
     start_info = metadata.parse_session_start_info_plugin_data(
@@ -71,11 +81,16 @@ def test_quantized_and_finetuned_run_shows_codewords_and_curves(fit, tmp_path):
     assert steps(found, "codewords/mlp.up_proj") == [0, 2]
     assert steps(found, "model/finetuning") == [0]
     for key in ("before", "after"):
-        values = [scalar.value for scalar in found.Scalars(f"finetuning/held_out_error_{key}")]
+        values = [scalar.value for scalar in found.Scalars(f"within_blocks/held_out_error_{key}")]
         assert values == pytest.approx([row[key] for row in report["finetuned_blocks"]], rel=1e-5)
-    assert len(found.Scalars("block_error/alone_blockwise")) == 3
+    assert len(found.Scalars("within_blocks/error_alone_blockwise")) == 3
     measured = report["perplexity"]["held_out"]["finetuned"]
-    value = events(folder / "hparams").Scalars("perplexity/held_out/blockwise")[0].value
+    for index, row in enumerate(report["finetuned_blocks"]):
+        curve = [scalar.value for scalar in found.Scalars(f"train/held_out_error/block_{index:03d}")]
+        assert curve == pytest.approx(row["curve"], rel=1e-5)
+        assert len(curve) == 2
+    assert not list((tmp_path / "run").glob("finetuning"))
+    value = found.Scalars("perplexity/held_out/blockwise")[0].value
     assert value == pytest.approx(measured, rel=1e-5)
 
 
@@ -86,12 +101,12 @@ def test_inspection_and_page_can_be_switched_off(finished_fit):
 
 
 @pytest.mark.parametrize(
-    ("setting", "least"), [("max_blocks", 1), ("max_image_size", 1), ("num_samples", 1), ("num_windows", 0)]
+    ("setting", "least"), [("inspection.max_blocks", 1), ("inspection.max_image_size", 1), ("report.damage_windows", 0)]
 )
-def test_limits_of_inspection_are_checked(setting, least, fit):
-    outcome = fit(f"--inspection.{setting}={least - 1}")
+def test_limits_of_what_is_shown_are_checked(setting, least, fit):
+    outcome = fit(f"--{setting}={least - 1}")
     assert outcome.code == 1
-    assert f"inspection.{setting} of at least {least}, but got {least - 1}" in outcome.message
+    assert f"{setting} of at least {least}, but got {least - 1}" in outcome.message
 
 
 def test_two_runs_are_compared(fit, command_line, tmp_path, monkeypatch):
@@ -104,6 +119,7 @@ def test_two_runs_are_compared(fit, command_line, tmp_path, monkeypatch):
     assert sample.keys() == {"prompt", "dense", "one_shot"}
     assert sample["prompt"] == "the model"
     assert "<h2>Continuations</h2>" in page
+    assert "Divergence after each block" in page
     assert "Greedy continuations" in outcome.output
     assert fit(*QUANTIZER, "--data.seq_len=16", name="second").code == 0
     page = tmp_path / "compare.html"
@@ -112,6 +128,7 @@ def test_two_runs_are_compared(fit, command_line, tmp_path, monkeypatch):
     assert outcome.code == 0
     said = " ".join(outcome.output.split())
     assert "tokens per window (seq_len)" in said
+    assert f"{report_of(tmp_path / 'run')['top1_agreement']['held_out']['one_shot']:.3f}" in said
     for name in ("run", "second"):
         value = json.loads((tmp_path / name / "report.json").read_text())["perplexity"]["held_out"]["one_shot"]
         assert f"{value:.3f}" in said

@@ -1,10 +1,19 @@
 import copy
 import json
 import re
+from pathlib import Path
 
 import pytest
 
-from nowag_pl.reports.compare import compare, comparison_page, comparison_rows, differences, read_runs
+from nowag_pl.reports.compare import (
+    column_names,
+    compare,
+    comparison_page,
+    comparison_rows,
+    differences,
+    protocols,
+    read_runs,
+)
 from nowag_pl.reports.page import report_page
 
 REPORT = {
@@ -19,8 +28,10 @@ REPORT = {
     "bytes_on_disk": 900,
     "perplexity": {"held_out": {"dense": 20.0, "one_shot": 25.0, "blockwise": 22.0, "finetuned": None}},
     "kl_divergence": {"held_out": {"one_shot": 0.25, "blockwise": 0.125, "finetuned": None}},
+    "top1_agreement": {"held_out": {"one_shot": 0.75, "blockwise": 0.875, "finetuned": None}},
     "seconds": {"calibration": 1.5, "compression": 2.5, "finetuning": 0.0, "evaluation": 3.5},
-    "finetuned_blocks": [{"before": 0.2, "after": 0.1, "epochs": 2, "seconds": 1.0}],
+    "finetuned_blocks": [{"before": 0.2, "after": 0.1, "epochs": 2, "seconds": 1.0, "curve": [0.15, 0.1]}] * 2,
+    "damage": {"one_shot": {"alone": [0.1, 0.2], "accumulated": [0.1, 0.3], "divergence": [0.05, 0.15]}},
     "peak_memory_bytes": 2**30,
     "peak_memory": {"calibration": 2**29, "compression": 2**30, "evaluation": 2**30},
     "protocol": {"held_out": {"num_windows": 7, "sha256": "a" * 64}},
@@ -64,15 +75,15 @@ def without(*names):
 
 def test_equal_protocols_share_a_column(runs):
     read = read_runs(runs({}, {"bits_per_weight": 4.0}))
-    header, rows = comparison_rows(read)
-    assert header == ["run", "model", "state", "bits", "sparsity", "held_out", "KL held_out"]
-    assert [row[0] + row[2] for row in rows] == [
+    rows = comparison_rows(read)
+    assert [row.run + row.state for row in rows] == [
         "dense", "run_0one-shot", "run_0blockwise", "run_1one-shot", "run_1blockwise"
     ]  # fmt: skip
-    assert rows[0][5:] == ["20.000", ""]
-    assert rows[1][3:] == ["9.000", "50.0%", "25.000", "0.2500"]
-    assert rows[4][3:] == ["4.000", "50.0%", "22.000", "0.1250"]
+    assert rows[0].cells(0) == ("some/model", "dense", "20.000", *[""] * 6)
+    assert rows[1].cells(0)[2:] == ("25.000", "0.2500", "0.750", "9.00", "50%", "0.00 MiB", "8 s")
+    assert rows[4].cells(0)[2:6] == ("22.000", "0.1250", "0.875", "4.00")
     assert differences(read) == []
+    assert comparison_page(read).count("<b>22.000</b>") == 2
 
 
 @pytest.mark.parametrize(
@@ -94,9 +105,10 @@ def test_equal_protocols_share_a_column(runs):
 )
 def test_different_protocols_never_share_a_column_and_it_is_said_why(change, columns, reason, runs):
     read = read_runs(runs({}, change))
-    header, rows = comparison_rows(read)
-    assert header[5:7] == columns
-    own = {row[0]: row[5:7] for row in rows if row[2] == "one-shot"}
+    assert column_names(protocols(read)) == columns
+    own = {
+        row.run: [row.cells(number)[2] for number in (0, 1)] for row in comparison_rows(read) if row.state == "one-shot"
+    }
     assert own == {"run_0": ["25.000", ""], "run_1": ["", "25.000"]}
     notes = differences(read)
     assert any(note.startswith(f"{columns[0]}: run_0;") for note in notes)
@@ -112,7 +124,7 @@ def test_different_protocols_never_share_a_column_and_it_is_said_why(change, col
 def test_texts_of_different_names_need_no_note(runs):
     other = {"perplexity": {"c4": {"dense": 1.0, "one_shot": 2.0}}, "kl_divergence": {}}
     read = read_runs(runs({}, other | {"protocol": {"c4": {"num_windows": 7, "sha256": "d" * 64}}}))
-    assert comparison_rows(read)[0][5:7] == ["held_out", "c4"]
+    assert column_names(protocols(read)) == ["held_out", "c4"]
     assert differences(read) == []
 
 
@@ -153,8 +165,9 @@ def test_names_have_as_many_parents_as_tell_them_apart(tmp_path):
 
 def test_older_reports_still_compare(runs):
     read = read_runs(runs({}))
-    older = [type(read[0])("old", without("protocol", "bytes", "command"))]
-    assert comparison_rows(older)[1][1][5] == "25.000"
+    older = [type(read[0])("old", without("protocol", "bytes", "command", "seconds", "top1_agreement"))]
+    row = comparison_rows(older)[1]
+    assert row.cells(0)[2:] == ("25.000", "0.2500", "", "9.00", "50%", "", "")
     assert "not recorded" in comparison_page(older)
 
 
@@ -174,11 +187,28 @@ def test_report_page_says_everything(tmp_path):
         "20.000", "25.000", "1.25 x", "22.000", "0.1250", "windows of 128 tokens", "127 predictions",
         "56.2 %", "65.0 %",
         "1.5 512 MiB", "python main.py fit --model.path &#39;some model&#39;", "torch 2.13.0", "c" * 16,
-        "model.layers.1.q_proj 20 x 20 0.3750", "blockwise 22.000 1.10 x", "calibration.mode dense", "0.2500 loss",
+        "model.layers.1.q_proj 20 x 20 0.3750", "blockwise 22.000 1.10 x 0.1250 87.5 %", "calibration.mode dense",
+        "22.00 perplexity on held_out, dense 20.00", "0.125 KL to dense", "87.5 % same first choice",
+        "9.00 bits a weight, 50 % removed", "The same in every linear: sparsity 0.50, bits per weight 9.00.",
     ):  # fmt: skip
         assert part in text, part
-    assert page.count("<svg") == 3
-    assert report_page(REPORT | {"finetuned_blocks": []}).count("<svg") == 2
+    # Loss by block and by linear, two of damage, finetuning before and after and by epoch.
+    assert page.count("<svg") == 6
+    assert report_page(REPORT | {"finetuned_blocks": []}).count("<svg") == 4
+    older = report_page({name: value for name, value in REPORT.items() if name not in ("damage", "top1_agreement")})
+    assert older.count("<svg") == 4
+
+
+def test_tables_of_a_terminal_fit_into_80_columns(runs, tmp_path, capsys):
+    folders = runs({}, {"perplexity": {"held_out": REPORT["perplexity"]["held_out"], "other": {"one_shot": 5.0}}})
+    long = tmp_path / ("a_name_of_a_run_" * 4)
+    Path(folders[1]).rename(long)
+    compare([folders[0], str(long)], str(tmp_path / "page.html"))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines if "page.html" not in line) <= 80
+    assert [line.strip() for line in lines if "runs on" in line] == ["2 runs on held_out", "2 runs on other"]
+    assert any(line == f"run 2: {long.name}" for line in lines)
+    assert any("0.2500" in line and "0.750" in line and "0.00 MiB" in line for line in lines)
 
 
 def test_report_page_escapes_what_it_is_given():

@@ -6,9 +6,8 @@ from torch import nn
 
 from nowag_pl import NoWagPruner, NoWagQuantizer
 from nowag_pl.models.checkpoint import Checkpoint
-from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.reports.figures.linears import split_name
-from nowag_pl.reports.views import Limits, block_errors, inspect_linear, inspect_linears, inspected_blocks
+from nowag_pl.reports.views import Limits, inspect_linear, inspect_linears, inspected_blocks
 from nowag_pl.stages.compression_run import CompressionRun
 
 pytest_plugins = ["tiny_fixtures"]
@@ -84,34 +83,6 @@ def test_limits_bound_what_is_looked_at(run):
     for view in views:
         assert {tuple(image.shape) for image in view.images.values()} == {(7, 7)}
         assert {len(values) for values in view.histograms.values()} == {11}
-
-
-def test_errors_of_blocks_are_those_of_the_whole_model(run, model_folder):
-    compress(run, NoWagPruner(sparsity=0.8))
-    windows = random_tokens(3, seed=5)
-    model = run.model
-    errors = block_errors(model, run.compressed().load_block, windows)
-    hidden = [model.embed(windows).hidden]
-    compressed = list(hidden)
-    for index in range(3):
-        arguments = model.arguments(index, *windows.shape)
-        hidden.append(model.forward_block(model.load_block(index), hidden[-1], arguments))
-        block = run.compressed().load_block(index)
-        alone = model.forward_block(block, hidden[index], arguments)
-        compressed.append(model.forward_block(block, compressed[-1], arguments))
-        added = (hidden[index + 1] - hidden[index]).square().sum()
-        assert errors.alone[index] == pytest.approx(float((alone - hidden[-1]).square().sum() / added), rel=1e-4)
-        assert errors.accumulated[index] == pytest.approx(
-            float((compressed[-1] - hidden[-1]).square().sum() / added), rel=1e-4
-        )
-    assert errors.alone[0] == errors.accumulated[0]
-    assert errors.accumulated[2] != errors.alone[2]
-
-
-def test_dense_blocks_have_no_error(model_folder):
-    model = StreamedModel(Checkpoint(str(model_folder())))
-    errors = block_errors(model, model.load_block, random_tokens(2))
-    assert errors.alone == errors.accumulated == [0, 0, 0]
 
 
 def test_name_in_the_block_begins_behind_the_first_number():

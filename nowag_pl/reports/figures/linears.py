@@ -34,20 +34,27 @@ def linear_drawing(view: LinearView) -> Figure:
     return panel_figure(f"block {view.block}, {view.name}", [above, below])
 
 
-def linears_drawing(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw heat maps of loss, sparsity and bits, blocks from top to bottom and linears from left to right.
+def linears_drawing(rows: Sequence[Mapping[str, Any]]) -> tuple[Figure | None, list[str]]:
+    """Draw heat maps of loss, sparsity and bits, linears from top to bottom and blocks from left to right.
 
     Args:
         rows: "name" in the model, "loss", "sparsity" and "bits_per_weight" of every linear.
+
+    Returns:
+        The maps of what differs between linears, or None; and a clause for each figure that is the same everywhere.
     """
     places = {split_name(row["name"]): row for row in rows}
     blocks = sorted({block for block, _ in places})
     names = list(dict.fromkeys(name for _, name in places))
-    maps = []
+    maps, same = [], []
     for key, spec in _MAPS.items():
-        values = [[places.get((block, name), {}).get(key) for name in names] for block in blocks]
-        maps.append((key.replace("_", " "), values, spec))
-    return heat_map_figure(maps, names)
+        title, found = key.replace("_", " "), {row[key] for row in rows}
+        if len(found) == 1:
+            same.append(f"{title} {format(found.pop(), spec)}")
+        else:
+            values = [[places.get((block, name), {}).get(key) for block in blocks] for name in names]
+            maps.append((title, values, spec))
+    return heat_map_figure(maps, names) if maps else None, same
 
 
 def split_name(name: str) -> tuple[int, str]:

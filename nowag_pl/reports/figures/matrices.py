@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from nowag_pl.reports.figures.canvas import DPI, new_figure
@@ -15,6 +16,10 @@ _SIDE = 160  # pixels of a panel
 _GAP = 66  # pixels between two panels, for the scale
 _HEAD = 34  # pixels above a row, for its titles
 _BAR = 8  # pixels: width of the scale
+_EDGE = 16  # pixels beside and below a panel for the names of its sides
+_MAP_WIDTH = 5.4  # inches
+_MOST_WRITTEN = 10  # columns of a map whose values are written into its cells
+_DARK = "#010101"  # black that stays so on a dark page
 
 
 @dataclass(frozen=True)
@@ -43,15 +48,22 @@ def panel_figure(title: str, rows: Sequence[Sequence[Panel | None]]) -> Figure:
         title: of the whole figure.
         rows: panels from top to bottom, and from left to right; None leaves a gap.
     """
-    width = max(len(row) for row in rows) * (_SIDE + _GAP) + 16
-    height = len(rows) * (_SIDE + _HEAD) + 36
+    width = max(len(row) for row in rows) * (_SIDE + _GAP) + 16 + _EDGE
+    height = len(rows) * (_SIDE + _HEAD) + 36 + _EDGE
     figure = new_figure(width / DPI, height / DPI)
     figure.text(12 / width, 1 - 6 / height, title, va="top", fontsize=11, weight="bold")
     for row_number, row in enumerate(rows):
         bottom = height - 24 - (row_number + 1) * (_SIDE + _HEAD)
+        middle = (bottom + _SIDE / 2) / height
+        figure.text(_EDGE / width, middle, "out", fontsize=8, rotation=90, ha="right", va="center")
+        below = rows[row_number + 1] if row_number + 1 < len(rows) else []
         for column, panel in enumerate(row):
+            left = 12 + _EDGE + column * (_SIDE + _GAP)
             if panel is not None:
-                _draw(figure, panel, 12 + column * (_SIDE + _GAP), bottom)
+                _draw(figure, panel, left, bottom)
+                if column >= len(below) or below[column] is None:
+                    place = ((left + _SIDE / 2) / width, (bottom - 4) / height)
+                    figure.text(*place, "in", fontsize=8, ha="center", va="top")
     return figure
 
 
@@ -80,47 +92,41 @@ def color_limits(values: Tensor) -> tuple[float, float]:
 
 
 def heat_map_figure(
-    maps: Sequence[tuple[str, Sequence[Sequence[float | None]], str]], columns: Sequence[str], row_label: str = "block"
+    maps: Sequence[tuple[str, Sequence[Sequence[float | None]], str]], rows: Sequence[str], column_label: str = "block"
 ) -> Figure:
-    """Show values by block and linear, in maps side by side, each with its own colours.
+    """Show values by linear and block, in maps one below the other, each with its own colours.
 
     Args:
         maps: title, values by row and column (None for no value), and the format of a value, such as ".3f".
-        columns: their names.
-        row_label: name of a row.
+        rows: their names.
+        column_label: name of a column.
     """
-    num_rows = len(maps[0][1])
-    height = max(2.6, min(0.26 * num_rows, 14.0)) + 1.4
-    figure = new_figure(min(1.3 + 0.38 * len(columns), 6) * len(maps), height)
-    grid = figure.subplots(1, len(maps), squeeze=False)[0]
-    figure.subplots_adjust(left=0.05, right=0.97, top=1 - 0.4 / height, bottom=1.1 / height, wspace=0.28)
+    each = 0.26 * len(rows) + 0.95
+    figure = new_figure(_MAP_WIDTH, each * len(maps))
+    grid = figure.subplots(len(maps), 1, squeeze=False)[:, 0]
+    height = each * len(maps)
+    # Constrained layouts take a second: names and titles have places of a fixed size.
+    figure.subplots_adjust(left=0.23, right=0.95, top=1 - 0.32 / height, bottom=0.5 / height, hspace=0.9 / (each - 0.9))
     for axes, (title, values, spec) in zip(grid, maps, strict=True):
         array = np.array([[np.nan if value is None else value for value in row] for row in values], dtype=float)
         image = axes.imshow(array, aspect="auto", interpolation="nearest")
-        axes.set_title(title, fontsize=10)
-        axes.set_ylabel(row_label, fontsize=8)
-        axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=7)
-        axes.yaxis.get_major_locator().set_params(integer=True)
-        axes.tick_params(axis="y", labelsize=7)
-        if np.nanmax(array) > np.nanmin(array):
-            figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02).ax.tick_params(labelsize=7)
-        if num_rows <= 16:
+        axes.set_title(title.capitalize(), fontsize=10, loc="left")
+        axes.set_xlabel(column_label, fontsize=9)
+        axes.set_yticks(range(len(rows)), rows, fontsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.tick_params(axis="x", labelsize=8)
+        axes.spines[:].set_visible(False)
+        figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02).ax.tick_params(labelsize=8)
+        if array.shape[1] <= _MOST_WRITTEN:
             _write_values(axes, array, spec)
     return figure
 
 
 def _write_values(axes: Axes, array: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]", spec: str) -> None:
-    """Write each value into its cell, light on dark and dark on light."""
+    """Write each value into its cell, light on dark and dark on light, whatever the colour of the page."""
     low, high = np.nanmin(array), np.nanmax(array)
     for (row, column), value in np.ndenumerate(array):
         if np.isfinite(value):
             light = high > low and (value - low) / (high - low) > 0.6
-            axes.text(
-                column,
-                row,
-                format(value, spec),
-                ha="center",
-                va="center",
-                fontsize=6,
-                color="black" if light else "white",
-            )
+            colour = _DARK if light else "white"
+            axes.text(column, row, format(value, spec), ha="center", va="center", fontsize=7, color=colour)
