@@ -221,6 +221,28 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[s
         return {name: file.get_tensor(name) for name in file.keys()}, _metadata(file)  # noqa: SIM118
 
 
+def read_rows(path: Path, rows: Mapping[str, slice], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Read some rows of tensors in a safetensors file, whose digest is not looked at.
+
+    Args:
+        path: the file.
+        rows: name of each tensor to its rows; those of a number are all of it.
+        device: where they go.
+
+    Returns:
+        Copies, so that nothing of the file stays in memory.
+
+    Raises:
+        ValueError: the file is damaged, or lacks one of them.
+    """
+    with _opened(path, device) as file:
+        found = {}
+        for name, wanted in rows.items():
+            part = file.get_slice(name)
+            found[name] = (part[wanted] if part.get_shape() else file.get_tensor(name)).clone()
+        return found
+
+
 def read_metadata(path: Path) -> dict[str, Any]:
     """Read only the metadata of what :func:`write_tensors` wrote.
 

@@ -1,5 +1,6 @@
 """The processes of a run, whether there is one or many."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -53,3 +54,23 @@ class Ranks:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def gather_work(self, work: Callable[[], T]) -> list[T]:
+        """Do a part of a work on each rank, and return the results of all, in their order, on every rank.
+
+        Args:
+            work: this rank's part, without exchange between ranks.
+
+        Raises:
+            ValueError: the work of a rank has raised one, on every rank, as the others wait for it.
+        """
+        problem, result = None, None
+        try:
+            result = work()
+        except (OSError, ValueError) as error:
+            problem = str(error)
+        gathered: list[Any] = self.gather((problem, result))
+        for told, _ in gathered:
+            if told is not None:
+                raise ValueError(told)
+        return [each for _, each in gathered]
