@@ -200,6 +200,8 @@ def quiet_libraries() -> None:
     # The values are reduced over the ranks already.
     warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
+    # Nothing writes into what a compressed linear returns; each process would say it.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     set_parsing_settings(add_print_completion_argument=True)
 
 
