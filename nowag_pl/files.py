@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ from nowag_pl.digests import TensorsDigest, check_seal, json_digest, once, seal
 _METADATA_KEY = "nowag_pl"
 SHA256 = "sha256"
 _DIGEST_KEY = "nowag_pl_sha256"
+LATE = 60.0  # seconds after which a network file system has shown a file for certain
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.nowag_pl\.tmp")
 
 
@@ -99,6 +101,21 @@ def flush(path: Path) -> None:
         pass
     finally:
         os.close(descriptor)
+
+
+def await_file(path: Path, seconds: float = LATE) -> None:
+    """Wait for a file that another machine has renamed into its place; a network file system may show it late.
+
+    Args:
+        path: the file; where it does not come, whoever reads it says so.
+        seconds: for which to wait.
+    """
+    end = time.monotonic() + seconds
+    while not path.is_file() and time.monotonic() < end:
+        with suppress(OSError):
+            # Looking at the folder makes such a system ask again.
+            os.listdir(path.parent)
+        time.sleep(0.05)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from math import ceil
 
 import pytest
 import torch
@@ -256,15 +257,18 @@ def test_sharding_divides_states_but_not_restored_weights(sizes):
         assert two.device - one.device == sizes.total.keeping
     large = replace(changed(sizes, values=10**6), skeleton=0, block=LinearSizes(), compressed_block=0)
     states = [needs.end_to_end(large, DATA, Training(50), holding).device for holding in (whole, sharded)]
-    divisible = 16 * large.trained_values
-    assert states[0] - states[1] == divisible - divisible // 4
+    divisible = 16 * large.trained_values + large.total.packed
+    assert states[0] - states[1] == divisible - ceil(divisible / 4)
 
 
-def test_every_rank_builds_a_sharded_model_in_float32(sizes):
+def test_a_sharded_model_is_made_a_block_at_a_time(sizes):
     holding = Holding(4, sharded=True, streams=False, widened=True)
-    built = 4 * (sizes.trained_values + sizes.frozen_values) + sizes.total.packed
+    built = max(ceil(max(sizes.compressed_block, sizes.skeleton) / 4), sizes.linear.held)
     assert needs.end_to_end(sizes, DATA, Training(2), holding).built == built
     assert needs.validation(sizes, DATA, holding).built == built
+    # One of random weights is made whole, with trained values in float32.
+    whole = 4 * sizes.trained_values + sizes.itemsize * sizes.frozen_values + sizes.total.packed
+    assert needs.end_to_end(sizes, DATA, Training(2), replace(holding, random=True)).built == whole
 
 
 @pytest.mark.parametrize(

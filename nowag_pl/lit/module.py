@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from nowag_pl.functional.chunks import CHUNK_BYTES, LOSS_BYTES, position_chunks
 from nowag_pl.lit.batches import ResumableLoader
 from nowag_pl.lit.building import begin_run, build_sharded, build_whole, empty_copy
 from nowag_pl.lit.datamodule import TokenDataModule, data_of
@@ -23,7 +24,7 @@ from nowag_pl.lit.sharding import ignore_buffers_in_ddp, reshard
 from nowag_pl.lit.text_module import TextModule
 from nowag_pl.lit.validation import DenseReference, Head, StreamedTexts, Validation
 from nowag_pl.models.checkpoint import EMBEDDED, Checkpoint
-from nowag_pl.models.heads import last_hidden, logits_of
+from nowag_pl.models.heads import PositionLoss, chunked_losses, last_hidden, logits_of, recompute_activations
 from nowag_pl.models.shards import local_part
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.run.ranks import Ranks
@@ -52,6 +53,8 @@ class LitCausalLM(TextModule):
         objective: loss of the training, by class_path and init_args: nowag_pl.lit.objectives.NextToken, or
             nowag_pl.lit.objectives.Distillation to train a compressed model on the dense model's predictions.
         verify: compare each weight file with its checksum, if the model has checksums, as exports do.
+        recompute: keep the inputs of blocks alone in a training, and compute their other activations again for the
+            gradients: a third slower, and far less memory.
         run_dir: folder of artefacts and report; required for compression.
     """
 
@@ -67,6 +70,7 @@ class LitCausalLM(TextModule):
         lr_scheduler: dict[str, Any] | None = None,
         objective: Objective = _NEXT_TOKEN,
         verify: bool = True,
+        recompute: bool = False,
         run_dir: str | None = None,
     ) -> None:
         super().__init__()
@@ -75,7 +79,7 @@ class LitCausalLM(TextModule):
         self.optimizer_settings = OptimizerSettings(
             learning_rate, weight_decay, warmup_fraction, optimizer, lr_scheduler
         )
-        self.objective = objective
+        self.objective, self.recompute = objective, recompute
         self.plan = Plan()
         self.model: nn.Module | None = None
         self.compressed: CompressedModel | None = None  # set by the stages that compress and finetune
@@ -120,8 +124,13 @@ class LitCausalLM(TextModule):
         streams = function == TrainerFn.VALIDATING and not self.is_sharded and not self.random_init
         if self.model is None and not streams:
             self.model = self._build_sharded() if self.is_sharded else self._build()
-        if self.model is not None and function == TrainerFn.FITTING and not self._types:
-            self._widen(self.model)
+        if self.model is not None and function == TrainerFn.FITTING:
+            if not self._types:
+                self._widen(self.model)
+            if self.recompute:
+                # A transformers model, whose type only the models may name.
+                whole: Any = self.model
+                recompute_activations(whole)
 
     def _build(self) -> nn.Module:
         return build_whole(self.checkpoint, self.compressed, self.random_init, self.verify)
@@ -161,6 +170,14 @@ class LitCausalLM(TextModule):
         """Return logits `[batch, seq_len, vocabulary]` for tokens `[batch, seq_len]`."""
         assert self.model is not None
         return self.model(input_ids=tokens, use_cache=False).logits
+
+    def losses(self, tokens: Tensor, loss: PositionLoss, logit_bytes: int = LOSS_BYTES) -> Tensor:
+        """Return the loss of every position that predicts a token; see :class:`TextModule`."""
+        # A transformers model, whose type only the models may name.
+        model: Any = self.model
+        shape = (len(tokens), tokens.shape[1] - 1)
+        parts = [*position_chunks(*shape, self.checkpoint.vocab_size, CHUNK_BYTES, logit_bytes)]
+        return chunked_losses(model, last_hidden(model, tokens), parts, loss)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with a linear warm-up and a cosine decay, or what was chosen in their place."""

@@ -24,6 +24,7 @@ REFERENCE = "reference"  # the dense model's predictions
 HIDDEN = f"{FINETUNED}/hidden"  # hidden states, while blocks are finetuned
 BLOCK_CHECKPOINTS = f"{FINETUNED}/checkpoints"
 FINETUNING_LOGS = "finetuning"  # TensorBoard, a folder for each block
+LOGS = "logs"  # of each process, where there are several
 TRAINING = "training"
 CHECKPOINT = f"{TRAINING}/last.ckpt"  # where end-to-end training stands
 EXPORT = "export"

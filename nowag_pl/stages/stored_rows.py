@@ -46,7 +46,7 @@ class CompressedRows:
             prefix = model.block_name(index)
             self.descriptions |= {f"{prefix}.{name}": each for name, each in by_block[index].items()}
             for stage in (COMPRESSED, FINETUNED) if is_finetuned else (COMPRESSED,):
-                file = store.path(stage, index)
+                file = store.shown(stage, index)
                 self._places |= {f"{prefix}.{name}": _Place(file, name) for name in read_headers([file])}
 
     @staticmethod

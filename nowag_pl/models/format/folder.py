@@ -27,11 +27,13 @@ class BlockwiseModel(Protocol):
 
     Attributes:
         checkpoint: source of tokenizer and generation settings.
-        skeleton: all of the model but its blocks.
     """
 
     checkpoint: Checkpoint
-    skeleton: "PreTrainedModel"
+
+    @property
+    def skeleton(self) -> "PreTrainedModel":
+        """All of the model but its blocks."""
 
     def __len__(self) -> int:
         """Return the number of blocks."""
