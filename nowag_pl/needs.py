@@ -164,9 +164,10 @@ def compression(sizes: ModelSizes, settings: CalibrationSettings, seq_len: int) 
     """Return the needs of calibration and compression: one stage if compression gathers second moments."""
     hidden = sizes.hidden_states(settings.num_sequences, seq_len)
     activations, pairs = sizes.activations(settings.batch_size * seq_len), sizes.block.pairs
+    passing = sizes.dense_block + activations
     calibration = StageNeeds(
         "calibration",
-        device=max(sizes.skeleton, sizes.dense_block + activations),
+        device=max(sizes.skeleton, passing),
         shared_host=hidden,
         disk=4 * sizes.total.inputs,
         device_option="calibration.batch_size or data.seq_len",
@@ -184,14 +185,14 @@ def compression(sizes: ModelSizes, settings: CalibrationSettings, seq_len: int) 
     along = replace(alone, disk=alone.disk + calibration.disk, host_option=calibration.host_option)
     if settings.mode != "corrected":
         # Full second moments are summed in float64 on the device; their means go to the host in float32.
-        device = max(alone.device, calibration.device + 8 * pairs)
+        device = max(alone.device, passing + 8 * pairs)
         return [replace(along, device=device, host=alone.host + 4 * pairs, shared_host=hidden)]
     # Both models; drifts of all linears, in float64 and as means; a matrix to invert, or compressing.
     inputs = sizes.widest**2
     working = 12 * sizes.dense_block // sizes.itemsize + 4 * inputs + max(40 * inputs, sizes.linear.compressing)
-    device = calibration.device + activations + sizes.compressed_block + working + CHUNK_BYTES
+    both = passing + activations + sizes.compressed_block + working + CHUNK_BYTES
     option = f"{calibration.device_option}, or calibration.mode"
-    return [replace(along, device=device, shared_host=2 * hidden, device_option=option)]
+    return [replace(along, device=max(sizes.skeleton, both), shared_host=2 * hidden, device_option=option)]
 
 
 def budget(sizes: ModelSizes, settings: CalibrationSettings, num_sequences: int, seq_len: int) -> StageNeeds:

@@ -185,8 +185,8 @@ def test_full_second_moments_are_counted_for_all_linears_where_one_needs_them(mo
     settings = CalibrationSettings(7, batch_size=3)
     (stage,) = needs.compression(some, settings, 24)
     assert stage.host == some.compressed_block + 4 * some.block.pairs
-    little = replace(some, linear=some.linear._replace(compressing=-needs.CHUNK_BYTES))
-    gathering = some.skeleton + some.dense_block + some.activations(3 * 24) + 8 * some.block.pairs
+    little = replace(some, skeleton=0, linear=some.linear._replace(compressing=-needs.CHUNK_BYTES))
+    gathering = some.dense_block + some.activations(3 * 24) + 8 * some.block.pairs
     assert needs.compression(little, settings, 24)[0].device == gathering
 
 
@@ -211,7 +211,7 @@ def test_corrected_compression_needs_both_models_drifts_and_a_matrix_to_invert(s
     sizes = replace(sizes, linear=sizes.linear._replace(compressing=0))
     settings = CalibrationSettings(7, mode="corrected", batch_size=3)
     (stage,) = needs.compression(sizes, settings, 24)
-    both = sizes.skeleton + sizes.dense_block + sizes.compressed_block + 2 * sizes.activations(72)
+    both = sizes.dense_block + sizes.compressed_block + 2 * sizes.activations(72)
     num_weights = sizes.dense_block // sizes.itemsize
     assert stage.device - both - needs.CHUNK_BYTES == 12 * num_weights + 44 * sizes.widest**2
     larger = replace(sizes, linear=sizes.linear._replace(compressing=50 * sizes.widest**2))
@@ -274,13 +274,27 @@ def test_a_sharded_model_is_made_a_block_at_a_time(sizes):
 @pytest.mark.parametrize(
     ("teacher", "per_logit"), [(None, needs.LOSS_BYTES), (TeacherSettings(), needs.DISTILLATION_BYTES)]
 )
-def test_logits_of_a_batch_are_counted(teacher, per_logit, sizes):
+def test_logits_of_a_batch_are_counted_as_many_as_are_there_together(teacher, per_logit, sizes):
     wide = replace(sizes, vocabulary=sizes.vocabulary + 1)
-    one, two = (needs.end_to_end(each, DATA, Training(500, teacher), Holding()) for each in (sizes, wide))
-    assert two.device - one.device == per_logit * 500 * 24
+    for batch_size, counted in ((50, 50 * 24), (500, 0)):
+        one, two = (needs.end_to_end(each, DATA, Training(batch_size, teacher), Holding()) for each in (sizes, wide))
+        assert two.device - one.device == per_logit * counted
     assert "data.train_batch_size" in one.device_option
     evaluating = replace(DATA, eval_batch_size=5000)
     assert "data.eval_batch_size" in needs.end_to_end(sizes, evaluating, Training(2), Holding()).device_option
+
+
+def test_recomputed_activations_are_those_of_a_block(sizes):
+    kept, recomputed = (
+        needs.end_to_end(sizes, DATA, Training(50, recompute=each), Holding()) for each in (False, True)
+    )
+    others = sizes.num_blocks - 1
+    each = 50 * 24 * 4 * (13 * sizes.hidden + 5 * sizes.widest)
+    inputs = sizes.num_blocks * 4 * 50 * 24 * sizes.hidden
+    weights = sizes.total.keeping - sizes.block.keeping
+    assert kept.device - recomputed.device == others * each + weights - inputs
+    assert "model.recompute=true" in kept.device_option
+    assert "model.recompute=true" not in recomputed.device_option
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

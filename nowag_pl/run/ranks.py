@@ -53,7 +53,7 @@ class Ranks:
         """Return rank zero's value on every rank."""
         if self.world_size == 1:
             return value
-        self._meet()
+        self.meet()
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
@@ -62,17 +62,19 @@ class Ranks:
         """Return the values of all ranks, in their order, on every rank."""
         if self.world_size == 1:
             return [value]
-        self._meet()
+        self.meet()
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
-    def _meet(self) -> None:
+    def meet(self) -> None:
         """Wait until every rank has come here.
 
         Raises:
             TimeoutError: a rank does not come; the message says which.
         """
+        if self.world_size == 1 or not dist.is_initialized():
+            return
         number, seconds = next(_meetings), float(os.environ.get(TIMEOUT, _DEFAULT_TIMEOUT))
         store = dist.distributed_c10d._get_default_store()
         names = [f"nowag_pl/{number}/{rank}" for rank in range(self.world_size)]

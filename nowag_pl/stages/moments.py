@@ -290,6 +290,8 @@ class Observed:
             ValueError: an activation is NaN or infinite; the message names block and linear.
         """
         moments = self.shared(ranks)
+        # Before sums that wait without a word.
+        ranks.meet()
         computed: dict[SecondMoment, Tensor] = {}
         num_tokens = 0
         for name, moment in moments.items():

@@ -72,7 +72,7 @@ def test_codes_and_masks_are_sharded_too(method, mesh_of, alone, model_folder, t
     model = Checkpoint(str(model_folder("qwen2"))).load()
     linears = {name: linear for name, linear in find_linears(model).items() if name.endswith("1.mlp.up_proj")}
     for name, linear in linears.items():
-        moment = SecondMoment(linear.in_features)
+        moment = SecondMoment(linear.in_features, full=method.full_second_moment)
         moment.update(torch.randn(64, linear.in_features, generator=torch.Generator().manual_seed(0)))
         model.set_submodule(name, method.compress(linear, moment.compute()))
     save_compressed(model, tmp_path / "export")

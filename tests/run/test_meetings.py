@@ -7,7 +7,6 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: F401 - registers the backend
 
 from nowag_pl.files import await_file, new_array
 from nowag_pl.run import ranks
@@ -21,6 +20,7 @@ def store(monkeypatch):
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=1))
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(ranks, "_meetings", iter(range(100)))
     return store
 
@@ -29,21 +29,21 @@ def test_who_does_not_come_is_named(store, monkeypatch):
     monkeypatch.setenv(ranks.TIMEOUT, "0.2")
     store.set("nowag_pl/0/0", "")
     with pytest.raises(TimeoutError, match=r"all 4 ranks within 0\.2 s, but rank 2 and rank 3 did not come"):
-        Ranks(1, 4)._meet()
+        Ranks(1, 4).meet()
 
 
 def test_a_meeting_ends_when_all_are_there(store):
     for number in range(2):
         for rank in (0, 2):
             store.set(f"nowag_pl/{number}/{rank}", "")
-        Ranks(1, 3)._meet()
+        Ranks(1, 3).meet()
     assert store.check(["nowag_pl/0/0"])  # only rank zero tidies
 
 
 def test_rank_zero_deletes_the_meeting_before(store):
     for number in range(2):
         store.set(f"nowag_pl/{number}/1", "")
-        Ranks(0, 2)._meet()
+        Ranks(0, 2).meet()
     assert not store.check(["nowag_pl/0/1"])
 
 
