@@ -136,9 +136,38 @@ def first_screen() -> str:
     return markdown(("method", "weights of the linears", "perplexity", "KL (nats)"), rows)
 
 
+def scale() -> str:
+    """Return what whole runs take, by model and number of GPUs; see benchmarks/scale.py."""
+    rows = read_results("scale")["rows"]
+    lines = []
+    for model, gpus in dict.fromkeys((row["model"], row["gpus"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["gpus"]) == (model, gpus)]
+        before = [row for row in own if row["stage"] != "training"]
+        (training,) = (row for row in own if row["stage"] == "training")
+        line = [model, str(gpus)]
+        line += [f"{max(row[key] for row in before) / 2**30:,.0f}" for key in ("device", "host")]
+        line += [f"{training[key] / 2**30:,.0f}" for key in ("device", "host")]
+        line += [f"{sum(row['disk'] for row in own) / 2**30:,.0f}", f"{sum(row['network'] for row in own) / 1e12:,.1f}"]
+        hours = (sum(row["seconds"] for row in each) / 3600 for each in (before, [training]))
+        lines.append([*line, *(f"{each:,.1f}" for each in hours)])
+    header = ("model", "GPUs", "device, GiB", "host of a machine", "device, training", "host, training")
+    return markdown((*header, "disk", "network, TB a device", "hours", "hours, training"), lines)
+
+
+def sharded_memory() -> str:
+    """Return what making shards takes; see benchmarks/sharded_memory.py."""
+    lines = []
+    for row in read_results("sharded_memory")["rows"]:
+        sizes = [f"{row[key] / 2**20:,.0f}" for key in ("held", "peak", "expected")]
+        lines.append(["dense" if row["model"] == "dense" else "2:4", str(row["processes"]), *sizes])
+    return markdown(("model", "processes", "held, MiB a process", "highest", "expected at most"), lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "first_screen": first_screen,
     "real_model": real_model,
+    "scale": scale,
+    "sharded_memory": sharded_memory,
     "peers": peers,
     "peers_prose_llama": lambda: peers("peers_prose_llama"),
 }

@@ -2,7 +2,6 @@
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -10,14 +9,11 @@ from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.phases import Phase, is_compressing, phase_of, trains_end_to_end, validated_phase
 from nowag_pl.lit.stage import Stage, module_of
 from nowag_pl.models.format.card import add_figures
-from nowag_pl.models.format.exl3 import save_exl3
-from nowag_pl.models.format.saving import save_compressed, save_dense
 from nowag_pl.stages.plan import ExportFormat, ExportSettings, Plan
 
 _log = logging.getLogger("nowag_pl")
 EXPORT = "export"  # folder in the run directory
 EXPORT_FINETUNED = f"{EXPORT}_finetuned"
-_SAVE = {"packed": save_compressed, "dense": save_dense, "exl3": save_exl3}
 
 
 class ModelExport(Stage):
@@ -55,10 +51,8 @@ class ModelExport(Stage):
         """Called before a validation: write the model in memory, if it was trained end to end; all ranks take part."""
         module = module_of(pl_module)
         if validated_phase(trainer) == "finetuned" and (folder := self._folder(module, "finetuned")):
-            # A transformers model, whose type only the models may name.
-            model: Any = module.whole_model()
+            module.save(folder, self.settings.format)
             if trainer.is_global_zero:
-                _SAVE[self.settings.format](model, folder, source=module.checkpoint.path)
                 _log.info("Model written to %s", folder)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

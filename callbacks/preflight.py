@@ -152,6 +152,7 @@ def _holding(trainer: Trainer, module: LitCausalLM) -> Holding:
         mixed=str(trainer.precision) != "32-true",
         streams=not (sharded or module.random_init),
         widened=sharded and trainer.max_epochs != 0,
+        random=module.random_init,
     )
 
 
@@ -162,7 +163,7 @@ def _training(trainer: Trainer, module: LitCausalLM) -> Training | None:
     num_windows = 0 if teacher is None else len(data.train_windows)
     checkpoints = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
     num_checkpoints = sum(_num_checkpoints(each, trainer) for each in checkpoints)
-    return Training(data.train_batch_size, teacher, num_windows, num_checkpoints)
+    return Training(data.train_batch_size, teacher, num_windows, num_checkpoints, module.recompute)
 
 
 def _num_checkpoints(callback: ModelCheckpoint, trainer: Trainer) -> int:

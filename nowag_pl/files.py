@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ from nowag_pl.digests import TensorsDigest, check_seal, json_digest, once, seal
 _METADATA_KEY = "nowag_pl"
 SHA256 = "sha256"
 _DIGEST_KEY = "nowag_pl_sha256"
+LATE = 60.0  # seconds after which a network file system has shown a file for certain
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.nowag_pl\.tmp")
 
 
@@ -99,6 +101,21 @@ def flush(path: Path) -> None:
         pass
     finally:
         os.close(descriptor)
+
+
+def await_file(path: Path, seconds: float = LATE) -> None:
+    """Wait for a file that another machine has renamed into its place; a network file system may show it late.
+
+    Args:
+        path: the file; where it does not come, whoever reads it says so.
+        seconds: for which to wait.
+    """
+    end = time.monotonic() + seconds
+    while not path.is_file() and time.monotonic() < end:
+        with suppress(OSError):
+            # Looking at the folder makes such a system ask again.
+            os.listdir(path.parent)
+        time.sleep(0.05)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -219,6 +236,28 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[s
     check_tensors(path)
     with _opened(path, device) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, _metadata(file)  # noqa: SIM118
+
+
+def read_rows(path: Path, rows: Mapping[str, slice], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Read some rows of tensors in a safetensors file, whose digest is not looked at.
+
+    Args:
+        path: the file.
+        rows: name of each tensor to its rows; those of a number are all of it.
+        device: where they go.
+
+    Returns:
+        Copies, so that nothing of the file stays in memory.
+
+    Raises:
+        ValueError: the file is damaged, or lacks one of them.
+    """
+    with _opened(path, device) as file:
+        found = {}
+        for name, wanted in rows.items():
+            part = file.get_slice(name)
+            found[name] = (part[wanted] if part.get_shape() else file.get_tensor(name)).clone()
+        return found
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 
+from nowag_pl.functional.chunks import CHUNK_BYTES as LOGITS_CHUNK
+from nowag_pl.functional.chunks import DISTILLATION_BYTES, LOSS_BYTES
 from nowag_pl.stages.plan import CalibrationSettings, FinetuningSettings, Plan
 from nowag_pl.stages.sizes import Holding, ModelSizes
 from nowag_pl.stages.teacher import TeacherSettings
 
 CHUNK_BYTES = 2**27  # intermediate results of work in chunks; distances of a chunk of points
-LOSS_BYTES = 24  # per logit: itself, its log-probability, gradients and copies in float32
-DISTILLATION_BYTES = 40  # and the same of the teacher
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,14 @@ class Training:
         teacher: settings for recording the dense model's predictions, if they are trained on.
         num_windows: windows on which they are recorded.
         num_checkpoints: checkpoints on disk at once.
+        recompute: whether activations of blocks are computed again for gradients.
     """
 
     batch_size: int
     teacher: TeacherSettings | None = None
     num_windows: int = 0
     num_checkpoints: int = 1
+    recompute: bool = False
 
 
 def stages_of_fit(
@@ -163,9 +165,10 @@ def compression(sizes: ModelSizes, settings: CalibrationSettings, seq_len: int) 
     """Return the needs of calibration and compression: one stage if compression gathers second moments."""
     hidden = sizes.hidden_states(settings.num_sequences, seq_len)
     activations, pairs = sizes.activations(settings.batch_size * seq_len), sizes.block.pairs
+    passing = sizes.dense_block + activations
     calibration = StageNeeds(
         "calibration",
-        device=sizes.skeleton + sizes.dense_block + activations,
+        device=max(sizes.skeleton, passing),
         shared_host=hidden,
         disk=4 * sizes.total.inputs,
         device_option="calibration.batch_size or data.seq_len",
@@ -173,7 +176,7 @@ def compression(sizes: ModelSizes, settings: CalibrationSettings, seq_len: int) 
     )
     alone = StageNeeds(
         "compression",
-        device=sizes.skeleton + sizes.dense_block + sizes.linear.compressing + CHUNK_BYTES,
+        device=max(sizes.skeleton, sizes.dense_block + sizes.linear.compressing + CHUNK_BYTES),
         host=sizes.compressed_block,
         disk=sizes.total.stored,
         device_option="model.dtype or another compressor",
@@ -183,14 +186,14 @@ def compression(sizes: ModelSizes, settings: CalibrationSettings, seq_len: int) 
     along = replace(alone, disk=alone.disk + calibration.disk, host_option=calibration.host_option)
     if settings.mode != "corrected":
         # Full second moments are summed in float64 on the device; their means go to the host in float32.
-        device = max(alone.device, calibration.device + 8 * pairs)
+        device = max(alone.device, passing + 8 * pairs)
         return [replace(along, device=device, host=alone.host + 4 * pairs, shared_host=hidden)]
     # Both models; drifts of all linears, in float64 and as means; a matrix to invert, or compressing.
     inputs = sizes.widest**2
     working = 12 * sizes.dense_block // sizes.itemsize + 4 * inputs + max(40 * inputs, sizes.linear.compressing)
-    device = calibration.device + activations + sizes.compressed_block + working + CHUNK_BYTES
+    both = passing + activations + sizes.compressed_block + working + CHUNK_BYTES
     option = f"{calibration.device_option}, or calibration.mode"
-    return [replace(along, device=device, shared_host=2 * hidden, device_option=option)]
+    return [replace(along, device=max(sizes.skeleton, both), shared_host=2 * hidden, device_option=option)]
 
 
 def head(sizes: ModelSizes) -> StageNeeds:
@@ -226,7 +229,7 @@ def reference(sizes: ModelSizes, data: DataShape, batch_size: int) -> StageNeeds
     """Return the needs of recording the dense model's predictions, so many windows at a time."""
     return StageNeeds(
         "dense reference",
-        device=sizes.skeleton + sizes.dense_block + sizes.activations(batch_size * data.seq_len),
+        device=max(sizes.skeleton, sizes.dense_block + sizes.activations(batch_size * data.seq_len)),
         shared_host=sizes.hidden_states(max(data.eval_windows.values(), default=0), data.seq_len),
         disk=sizes.hidden_states(sum(data.eval_windows.values()), data.seq_len),
         device_option="report.batch_size",
@@ -242,7 +245,7 @@ def teacher(sizes: ModelSizes, settings: TeacherSettings, num_windows: int, seq_
     hidden = sizes.hidden_states(num_windows, seq_len)
     return StageNeeds(
         "teacher",
-        device=sizes.skeleton + max(sizes.dense_block + sizes.activations(tokens), head),
+        device=max(sizes.dense_block + sizes.activations(tokens), sizes.skeleton + head),
         shared_host=hidden,
         disk=hidden if top_k is None else 8 * top_k * num_windows * seq_len,
         device_option="model.objective.batch_size",
@@ -258,18 +261,18 @@ def validation(sizes: ModelSizes, data: DataShape, holding: Holding) -> StageNee
         logits = sizes.measuring(tokens, data.eval_chunk_bytes)
         return StageNeeds(
             "validation",
-            device=sizes.skeleton + max(sizes.compressed_block + sizes.passing(tokens, sizes.itemsize), logits),
+            device=max(sizes.compressed_block + sizes.passing(tokens, sizes.itemsize), sizes.skeleton + logits),
             host=sizes.compressed_block,
             shared_host=sizes.hidden_states(sum(data.eval_windows.values()), data.seq_len),
             device_option="data.eval_batch_size",
             host_option="data.max_eval_windows",
         )
-    parameters = holding.parameters(sizes) if holding.widened else sizes.stored - sizes.total.packed
+    parameters = holding.parameters(sizes) if holding.widened else sizes.stored
     device = holding.share(sizes, parameters) + sizes.forward(tokens, sizes.itemsize, data.eval_chunk_bytes)
     return StageNeeds(
         "validation",
         device=device + sizes.skeleton * sizes.is_compressed_here,
-        built=parameters + sizes.total.packed,
+        built=holding.building(sizes, parameters),
         device_option="data.eval_batch_size, or trainer.strategy=fsdp2 on more devices",
         host_option="fewer trainer.devices on this machine",
     )
@@ -283,7 +286,7 @@ def finetuning(sizes: ModelSizes, settings: FinetuningSettings, seq_len: int, nu
     states = 16 * sizes.block_values + sizes.block.packed + sizes.block.keeping + 8 * sizes.linear.weights
     return StageNeeds(
         "finetuning",
-        device=sizes.skeleton + max(sizes.dense_block + activations, states + 4 * activations),
+        device=max(sizes.skeleton, sizes.dense_block + activations, states + 4 * activations),
         host=2 * sizes.compressed_block + (settings.num_held * hidden if settings.activations == "memory" else 0),
         disk=settings.num_streams * hidden + sizes.total.stored + sizes.others,
         device_option="finetuning.batch_size (with finetuning.accumulate_grad_batches)",
@@ -307,23 +310,25 @@ def end_to_end(sizes: ModelSizes, data: DataShape, training: Training, holding: 
     """Return the needs of training end to end.
 
     Every trained value has a gradient and two moments in float32. Restored weights that are kept for gradients
-    are whole on every rank, as activations are; none of these is computed twice.
+    are whole on every rank, as activations are; these are of all blocks, or of one where they are computed again.
     """
-    trained, parameters, packed = sizes.trained_values, holding.parameters(sizes), sizes.total.packed
+    trained, parameters = sizes.trained_values, holding.parameters(sizes)
     buckets = 4 * trained if holding.num_ranks > 1 and not holding.sharded else 0  # of DDP
     states = holding.share(sizes, parameters + 12 * trained + buckets)
-    weights = sizes.total.keeping + 2 * holding.mixed * (trained - sizes.total.values)
-    activations = sizes.num_blocks * 4 * (13 * sizes.hidden + 5 * sizes.widest)
-    logits = sizes.vocabulary * (LOSS_BYTES if training.teacher is None else DISTILLATION_BYTES)
-    step = weights + training.batch_size * data.seq_len * (activations + logits)
+    tokens = training.batch_size * data.seq_len
+    each = sizes.vocabulary * (LOSS_BYTES if training.teacher is None else DISTILLATION_BYTES)
+    # Hidden states of all positions, with their gradients, and logits of some.
+    logits = min(each * tokens, max(LOGITS_CHUNK, each * training.batch_size)) + 8 * tokens * sizes.hidden
+    step = sizes.stepping(tokens, holding.mixed, training.recompute) + logits
     between = sizes.forward(data.eval_batch_size * data.seq_len, 4, data.eval_chunk_bytes)
-    checkpoint = parameters + packed + 8 * trained
+    checkpoint = parameters + 8 * trained
     batch = "data.train_batch_size (with trainer.accumulate_grad_batches)" if step > between else "data.eval_batch_size"
+    batch += ", model.recompute=true" * (step > between and not training.recompute)
     without = "trainer.enable_checkpointing=false"
     return StageNeeds(
         "training",
         device=sizes.skeleton * sizes.is_compressed_here + states + max(step, between),
-        built=parameters + packed if holding.sharded else sizes.stored,
+        built=holding.building(sizes, parameters if holding.sharded else sizes.stored),
         shared_host=0 if holding.sharded else checkpoint * 9 // 8 * (training.num_checkpoints > 0),
         disk=training.num_checkpoints * checkpoint,
         device_option=f"{batch}, data.seq_len, or trainer.strategy=fsdp2 on more devices",

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from math import ceil
 
 import pytest
 import torch
@@ -184,8 +185,8 @@ def test_full_second_moments_are_counted_for_all_linears_where_one_needs_them(mo
     settings = CalibrationSettings(7, batch_size=3)
     (stage,) = needs.compression(some, settings, 24)
     assert stage.host == some.compressed_block + 4 * some.block.pairs
-    little = replace(some, linear=some.linear._replace(compressing=-needs.CHUNK_BYTES))
-    gathering = some.skeleton + some.dense_block + some.activations(3 * 24) + 8 * some.block.pairs
+    little = replace(some, skeleton=0, linear=some.linear._replace(compressing=-needs.CHUNK_BYTES))
+    gathering = some.dense_block + some.activations(3 * 24) + 8 * some.block.pairs
     assert needs.compression(little, settings, 24)[0].device == gathering
 
 
@@ -210,7 +211,7 @@ def test_corrected_compression_needs_both_models_drifts_and_a_matrix_to_invert(s
     sizes = replace(sizes, linear=sizes.linear._replace(compressing=0))
     settings = CalibrationSettings(7, mode="corrected", batch_size=3)
     (stage,) = needs.compression(sizes, settings, 24)
-    both = sizes.skeleton + sizes.dense_block + sizes.compressed_block + 2 * sizes.activations(72)
+    both = sizes.dense_block + sizes.compressed_block + 2 * sizes.activations(72)
     num_weights = sizes.dense_block // sizes.itemsize
     assert stage.device - both - needs.CHUNK_BYTES == 12 * num_weights + 44 * sizes.widest**2
     larger = replace(sizes, linear=sizes.linear._replace(compressing=50 * sizes.widest**2))
@@ -256,27 +257,44 @@ def test_sharding_divides_states_but_not_restored_weights(sizes):
         assert two.device - one.device == sizes.total.keeping
     large = replace(changed(sizes, values=10**6), skeleton=0, block=LinearSizes(), compressed_block=0)
     states = [needs.end_to_end(large, DATA, Training(50), holding).device for holding in (whole, sharded)]
-    divisible = 16 * large.trained_values
-    assert states[0] - states[1] == divisible - divisible // 4
+    divisible = 16 * large.trained_values + large.total.packed
+    assert states[0] - states[1] == divisible - ceil(divisible / 4)
 
 
-def test_every_rank_builds_a_sharded_model_in_float32(sizes):
+def test_a_sharded_model_is_made_a_block_at_a_time(sizes):
     holding = Holding(4, sharded=True, streams=False, widened=True)
-    built = 4 * (sizes.trained_values + sizes.frozen_values) + sizes.total.packed
+    built = max(ceil(max(sizes.compressed_block, sizes.skeleton) / 4), sizes.linear.held)
     assert needs.end_to_end(sizes, DATA, Training(2), holding).built == built
     assert needs.validation(sizes, DATA, holding).built == built
+    # One of random weights is made whole, with trained values in float32.
+    whole = 4 * sizes.trained_values + sizes.itemsize * sizes.frozen_values + sizes.total.packed
+    assert needs.end_to_end(sizes, DATA, Training(2), replace(holding, random=True)).built == whole
 
 
 @pytest.mark.parametrize(
     ("teacher", "per_logit"), [(None, needs.LOSS_BYTES), (TeacherSettings(), needs.DISTILLATION_BYTES)]
 )
-def test_logits_of_a_batch_are_counted(teacher, per_logit, sizes):
+def test_logits_of_a_batch_are_counted_as_many_as_are_there_together(teacher, per_logit, sizes):
     wide = replace(sizes, vocabulary=sizes.vocabulary + 1)
-    one, two = (needs.end_to_end(each, DATA, Training(500, teacher), Holding()) for each in (sizes, wide))
-    assert two.device - one.device == per_logit * 500 * 24
+    for batch_size, counted in ((50, 50 * 24), (500, 0)):
+        one, two = (needs.end_to_end(each, DATA, Training(batch_size, teacher), Holding()) for each in (sizes, wide))
+        assert two.device - one.device == per_logit * counted
     assert "data.train_batch_size" in one.device_option
     evaluating = replace(DATA, eval_batch_size=5000)
     assert "data.eval_batch_size" in needs.end_to_end(sizes, evaluating, Training(2), Holding()).device_option
+
+
+def test_recomputed_activations_are_those_of_a_block(sizes):
+    kept, recomputed = (
+        needs.end_to_end(sizes, DATA, Training(50, recompute=each), Holding()) for each in (False, True)
+    )
+    others = sizes.num_blocks - 1
+    each = 50 * 24 * 4 * (13 * sizes.hidden + 5 * sizes.widest)
+    inputs = sizes.num_blocks * 4 * 50 * 24 * sizes.hidden
+    weights = sizes.total.keeping - sizes.block.keeping
+    assert kept.device - recomputed.device == others * each + weights - inputs
+    assert "model.recompute=true" in kept.device_option
+    assert "model.recompute=true" not in recomputed.device_option
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,6 +9,8 @@ from torch import Tensor
 CHUNK_ELEMENTS = 2**20
 # Logits of two models that are compared, a copy of each, in float32.
 LOGIT_BYTES = 16
+LOSS_BYTES = 24  # in training: itself, its log-probability, gradients and copies in float32
+DISTILLATION_BYTES = 40  # and the same of the teacher
 CHUNK_BYTES = 2**28
 
 
@@ -29,7 +31,11 @@ def row_chunks(num_rows: int, num_columns: int) -> Iterator[slice]:
 
 
 def position_chunks(
-    num_sequences: int, num_positions: int, vocabulary: int, max_bytes: int = CHUNK_BYTES
+    num_sequences: int,
+    num_positions: int,
+    vocabulary: int,
+    max_bytes: int = CHUNK_BYTES,
+    logit_bytes: int = LOGIT_BYTES,
 ) -> Iterator[slice]:
     """Yield positions of sequences whose logits are in memory together, one of each sequence at least.
 
@@ -37,13 +43,14 @@ def position_chunks(
         num_sequences: sequences in a batch.
         num_positions: positions of each.
         vocabulary: logits at each position.
-        max_bytes: memory for them, with 16 bytes for a logit, as two models are compared.
+        max_bytes: memory for them.
+        logit_bytes: bytes for each of them; by default of two models that are compared.
 
     Example:
         >>> [*position_chunks(num_sequences=2, num_positions=5, vocabulary=100, max_bytes=10_000)]
         [slice(0, 3, None), slice(3, 5, None)]
     """
-    size = max(max_bytes // (LOGIT_BYTES * max(num_sequences, 1) * vocabulary), 1)
+    size = max(max_bytes // (logit_bytes * max(num_sequences, 1) * vocabulary), 1)
     for start in range(0, num_positions if num_sequences else 0, size):
         yield slice(start, min(start + size, num_positions))
 

@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from math import isnan
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,20 +12,24 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from nowag_pl.functional.chunks import CHUNK_BYTES, LOSS_BYTES, position_chunks
 from nowag_pl.lit.batches import ResumableLoader
-from nowag_pl.lit.building import begin_run, build_whole
+from nowag_pl.lit.building import begin_run, build_sharded, build_whole, empty_copy
 from nowag_pl.lit.datamodule import TokenDataModule, data_of
 from nowag_pl.lit.objectives import NextToken, Objective
 from nowag_pl.lit.optimizers import OWN_SCHEDULE, OptimizerSettings, num_steps
 from nowag_pl.lit.precision import Types, check_precision, narrow, widen
-from nowag_pl.lit.sharding import gathered, ignore_buffers_in_ddp, local_part, shard
+from nowag_pl.lit.sharded_saving import SAVE, save_sharded
+from nowag_pl.lit.sharding import ignore_buffers_in_ddp, reshard
 from nowag_pl.lit.text_module import TextModule
 from nowag_pl.lit.validation import DenseReference, Head, StreamedTexts, Validation
 from nowag_pl.models.checkpoint import EMBEDDED, Checkpoint
-from nowag_pl.models.heads import last_hidden, logits_of
+from nowag_pl.models.heads import PositionLoss, chunked_losses, last_hidden, logits_of, recompute_activations
+from nowag_pl.models.shards import local_part
 from nowag_pl.models.streaming import StreamedModel
+from nowag_pl.run.ranks import Ranks
 from nowag_pl.stages.compression_run import CompressedModel, CompressionRun
-from nowag_pl.stages.plan import Plan
+from nowag_pl.stages.plan import ExportFormat, Plan
 
 _NEXT_TOKEN = NextToken()
 
@@ -48,6 +53,8 @@ class LitCausalLM(TextModule):
         objective: loss of the training, by class_path and init_args: nowag_pl.lit.objectives.NextToken, or
             nowag_pl.lit.objectives.Distillation to train a compressed model on the dense model's predictions.
         verify: compare each weight file with its checksum, if the model has checksums, as exports do.
+        recompute: keep the inputs of blocks alone in a training, and compute their other activations again for the
+            gradients: a third slower, and far less memory.
         run_dir: folder of artefacts and report; required for compression.
     """
 
@@ -63,6 +70,7 @@ class LitCausalLM(TextModule):
         lr_scheduler: dict[str, Any] | None = None,
         objective: Objective = _NEXT_TOKEN,
         verify: bool = True,
+        recompute: bool = False,
         run_dir: str | None = None,
     ) -> None:
         super().__init__()
@@ -71,7 +79,7 @@ class LitCausalLM(TextModule):
         self.optimizer_settings = OptimizerSettings(
             learning_rate, weight_decay, warmup_fraction, optimizer, lr_scheduler
         )
-        self.objective = objective
+        self.objective, self.recompute = objective, recompute
         self.plan = Plan()
         self.model: nn.Module | None = None
         self.compressed: CompressedModel | None = None  # set by the stages that compress and finetune
@@ -115,31 +123,61 @@ class LitCausalLM(TextModule):
         function = self.trainer.state.fn if self._trainer is not None else None
         streams = function == TrainerFn.VALIDATING and not self.is_sharded and not self.random_init
         if self.model is None and not streams:
-            self.model = self._build()
-            if self.is_sharded:
-                if self.trainer.max_epochs != 0:
-                    self._widen(self.model)
-                assert self.device_mesh is not None
-                shard(self.model, self.device_mesh["data_parallel"], self.checkpoint.dtype)
-        if self.model is not None and function == TrainerFn.FITTING and not self._types:
-            self._widen(self.model)
+            self.model = self._build_sharded() if self.is_sharded else self._build()
+        if self.model is not None and function == TrainerFn.FITTING:
+            if not self._types:
+                self._widen(self.model)
+            if self.recompute:
+                # A transformers model, whose type only the models may name.
+                whole: Any = self.model
+                recompute_activations(whole)
 
     def _build(self) -> nn.Module:
         return build_whole(self.checkpoint, self.compressed, self.random_init, self.verify)
+
+    def _build_sharded(self) -> nn.Module:
+        assert self.device_mesh is not None
+        mesh = self.device_mesh["data_parallel"]
+        return build_sharded(self.checkpoint, self.compressed, self.random_init, mesh, self._prepare_shards)
+
+    def _prepare_shards(self, model: nn.Module) -> None:
+        """Hold in float32 what is trained, and nothing else: FSDP2 computes in the model's own type."""
+        if self.trainer.max_epochs == 0:
+            model.requires_grad_(False)
+        else:
+            self._types = widen(model, everything=False)
 
     def _widen(self, model: nn.Module) -> None:
         self._types = widen(model, everything=self.trainer.precision == "32-true")
         ignore_buffers_in_ddp(self)
 
-    def whole_model(self) -> nn.Module:
-        """Return the model with whole parameters, those of a sharded one on rank zero only; all ranks must call."""
+    def save(self, folder: Path, format: ExportFormat) -> None:
+        """Write the model in memory as a folder, a sharded one block by block; all ranks must call it.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
         assert self.model is not None
-        return gathered(self.model, self._build, self.trainer.is_global_zero) if self.is_sharded else self.model
+        if self.is_sharded:
+            copy = empty_copy(self.checkpoint, self.compressed)
+            save_sharded(self.model, copy, folder, format, Ranks.current())
+        elif self.trainer.is_global_zero:
+            # A transformers model, whose type only the models may name.
+            model: Any = self.model
+            SAVE[format](model, folder, source=self.checkpoint.path)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits `[batch, seq_len, vocabulary]` for tokens `[batch, seq_len]`."""
         assert self.model is not None
         return self.model(input_ids=tokens, use_cache=False).logits
+
+    def losses(self, tokens: Tensor, loss: PositionLoss, logit_bytes: int = LOSS_BYTES) -> Tensor:
+        """Return the loss of every position that predicts a token; see :class:`TextModule`."""
+        # A transformers model, whose type only the models may name.
+        model: Any = self.model
+        shape = (len(tokens), tokens.shape[1] - 1)
+        parts = [*position_chunks(*shape, self.checkpoint.vocab_size, CHUNK_BYTES, logit_bytes)]
+        return chunked_losses(model, last_hidden(model, tokens), parts, loss)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with a linear warm-up and a cosine decay, or what was chosen in their place."""
@@ -176,6 +214,7 @@ class LitCausalLM(TextModule):
     def on_fit_end(self) -> None:
         """Round trained values to the types in which they are stored."""
         assert self.model is not None
+        reshard(self.model)
         narrow(self.model, self._types, self.is_sharded)
         self._types = {}
 

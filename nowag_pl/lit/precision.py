@@ -64,6 +64,9 @@ def narrow(model: nn.Module, types: Mapping[str, Types], sharded: bool) -> None:
         sharded: keep the type of every parameter, as FSDP2 needs it, and round only the values.
     """
     for name, parameter in model.named_parameters():
+        if name not in types:
+            # Masks and codes of a sharded model.
+            continue
         rounded = parameter.data.to(types[name].stored)
         if sharded:
             parameter.data.copy_(rounded)

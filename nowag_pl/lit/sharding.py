@@ -1,18 +1,15 @@
 """A model over ranks: sharded with FSDP2, compressed linears included, or whole with DDP."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from nowag_pl.files import flush, temporary_name
 from nowag_pl.lit.checkpoint_io import check_folder, digests_of, local_path, read_checkpoint, seal_folder
@@ -95,13 +92,13 @@ StrategyRegistry.register("fsdp2", ShardedStrategy, description="FSDP2 over all 
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    """Shard the parameters of a model; masks and codes stay whole on every rank.
+    """Shard the parameters of a model, and masks and codes, which become parameters without gradients.
 
     A compressed linear is a group of its own, as its parameters have types of their own and it computes in that of its
     input; the rest of each block is a group, and the rest of the model is one.
 
     Args:
-        model: model with at least one list of blocks.
+        model: model with at least one list of blocks, perhaps on the meta device.
         mesh: ranks, one-dimensional.
         dtype: type in which everything but compressed linears computes.
     """
@@ -109,6 +106,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, CompressedLinear):
             _unify_types(module)
+            _make_parameters(module)
             fully_shard(module, mesh=mesh)
     for module in list(model.modules()):
         if isinstance(module, nn.ModuleList):
@@ -118,34 +116,27 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
 
 
 def _unify_types(linear: CompressedLinear) -> None:
-    """Hold the parameters of a linear in one type, as FSDP2 needs it: float32 where they differ."""
-    if len({parameter.dtype for parameter in linear.parameters()}) > 1:
-        for parameter in linear.parameters():
+    """Hold the trained parameters of a linear in one type, as FSDP2 needs it: float32 where they differ."""
+    trained = [parameter for parameter in linear.parameters() if parameter.requires_grad]
+    if len({parameter.dtype for parameter in trained}) > 1:
+        for parameter in trained:
             parameter.data = parameter.data.float()
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, which may be sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def _make_parameters(linear: CompressedLinear) -> None:
+    """Hold masks and codes as parameters, as FSDP2 leaves buffers whole."""
+    for name, buffer in list(linear.named_buffers()):
+        delattr(linear, name)
+        linear.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+
+
+def reshard(model: nn.Module) -> None:
+    """Let every group of a model hold its shards alone; the root keeps whole parameters after a forward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def ignore_buffers_in_ddp(module: nn.Module) -> None:
     """Keep DDP from sending buffers around: masks and codes are equal on every rank."""
     module._ddp_params_and_buffers_to_ignore = [name for name, _ in module.named_buffers()]  # type: ignore[assignment]
-
-
-def gathered(model: nn.Module, build: Callable[[], nn.Module], is_zero: bool) -> nn.Module:
-    """Return a sharded model with whole parameters in host memory on rank zero, itself on the others; all must call.
-
-    Args:
-        model: sharded.
-        build: makes an equal model that is whole.
-        is_zero: whether this is rank zero.
-    """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: dict[str, Any] = get_model_state_dict(model, options=options)
-    if not is_zero:
-        return model
-    whole = build()
-    whole.load_state_dict(state)
-    return whole

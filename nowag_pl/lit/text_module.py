@@ -5,9 +5,12 @@ from textwrap import shorten
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from torch import Tensor
 
+from nowag_pl.functional.chunks import LOSS_BYTES
 from nowag_pl.lit.batches import ResumableLoader
 from nowag_pl.models.checkpoint import Checkpoint
+from nowag_pl.models.heads import PositionLoss
 from nowag_pl.stages.compression_run import CompressionRun
 
 
@@ -28,6 +31,19 @@ class TextModule(LightningModule):
     def own_train_dataloader(self) -> ResumableLoader | None:
         """Return the batches to train on; None for those of the data module."""
         return None
+
+    def losses(self, tokens: Tensor, loss: PositionLoss, logit_bytes: int = LOSS_BYTES) -> Tensor:
+        """Return the loss of every position that predicts a token, for some of whose logits there is memory at a time.
+
+        Args:
+            tokens: `[batch, seq_len]`.
+            loss: from logits `[batch, positions, vocabulary]` and their positions to losses `[batch, positions]`.
+            logit_bytes: memory that it takes for each logit.
+
+        Returns:
+            `[batch, seq_len - 1]`.
+        """
+        raise NotImplementedError
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load a state as torch does.

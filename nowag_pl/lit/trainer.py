@@ -32,6 +32,7 @@ from nowag_pl.lit.phases import (
     validated_phase,
 )
 from nowag_pl.lit.precision import check_precision
+from nowag_pl.lit.rank_logs import log_by_rank
 from nowag_pl.lit.settings import training_settings
 from nowag_pl.lit.stage import Stage, module_of
 from nowag_pl.needs import questions
@@ -96,6 +97,8 @@ class CompressionTrainer(PhasedTrainer):
             self.strategy.checkpoint_io = WholeCheckpoints()
         if not any(isinstance(callback, ClaimsCheck) for callback in self.callbacks):
             self.callbacks.insert(0, ClaimsCheck())
+        if run_dir is not None:
+            log_by_rank(run_dir, self.global_rank, self.world_size)
         with writing(run_dir if self.is_global_zero else None):
             self._fit_stages(module, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
 

@@ -1,7 +1,7 @@
 """Open a model folder or hub id: configuration, tokenizer, weights. Only safetensors are read, never a pickle."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from functools import cached_property
 from importlib.resources import files
@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from nowag_pl.files import read_json
+from nowag_pl.files import read_json, read_rows
 from nowag_pl.models import gguf
 from nowag_pl.models.bounds import check_num_blocks, check_plain_files, check_sizes, key_holding
 from nowag_pl.models.format import exl3_reading
@@ -286,6 +286,39 @@ class Checkpoint:
         for name in names:
             stored = self._read_stored(exl3_reading.stored_names(name, self._stored_files), device)
             tensors[name] = exl3_reading.restored(name, stored, self._shapes[name], self.dtype)
+        return tensors
+
+    def __contains__(self, name: str) -> bool:
+        """Tell whether there is a tensor of a name in the model."""
+        return name in self.weight_map
+
+    def check_files(self, rank: int = 0, world_size: int = 1) -> None:
+        """Compare one process's share of the weight files with their checksums, where the folder has them.
+
+        Raises:
+            ValueError: a file is damaged.
+        """
+        files = sorted({header.file for header in self.headers.values()})
+        self._checksums.check(*files[rank::world_size])
+
+    def read_rows(self, rows: Mapping[str, slice]) -> dict[str, Tensor]:
+        """Read some rows of tensors, as :meth:`read` does all; of checksums see :meth:`check_files`.
+
+        Args:
+            rows: name of each tensor in the model to its rows.
+
+        Raises:
+            ValueError: the checkpoint lacks one of them, or a file is damaged.
+        """
+        self.require(rows)
+        if self._is_exl3:
+            # Its tiles hold rows and columns.
+            return {name: self.read([name])[name][part].clone() for name, part in rows.items()}
+        tensors: dict[str, Tensor] = {}
+        for file in sorted({self._stored_files[name] for name in rows}):
+            names = {self._stored_names[name]: name for name in rows if self._stored_files[name] == file}
+            found = read_rows(file, {stored: rows[name] for stored, name in names.items()})
+            tensors |= {names[stored]: tensor for stored, tensor in found.items()}
         return tensors
 
     def _read_stored(self, names: list[str], device: torch.device | str) -> dict[str, Tensor]:

@@ -1,9 +1,11 @@
 """The head of a whole model apart from its blocks, so that the logits of a few positions are in memory at a time."""
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,20 +28,62 @@ def last_hidden(model: "PreTrainedModel", tokens: Tensor) -> Tensor:
     return found[0]
 
 
-def logits_of(model: "PreTrainedModel", hidden: Tensor) -> Tensor:
+def logits_of(model: "PreTrainedModel", hidden: Tensor, in_training: bool = False) -> Tensor:
     """Return the logits `[batch, positions, vocabulary]` of hidden states, with all that a family does to them.
 
     Args:
         model: a whole model, possibly sharded.
         hidden: some positions of the result of :func:`last_hidden`.
+        in_training: whether this is a part of a step, in which a sharded model holds its head whole since then.
     """
     base, name = model.base_model, model.base_model_prefix
     tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
     model.set_submodule(name, _Ended(hidden))
     try:
-        return model(input_ids=tokens, use_cache=False).logits
+        # In a step without the hooks of FSDP2, which would take the head for a model of its own.
+        run = model.forward if in_training else model
+        return run(input_ids=tokens, use_cache=False).logits
     finally:
         model.set_submodule(name, base)
+
+
+PositionLoss = Callable[[Tensor, slice], Tensor]
+
+
+def chunked_losses(model: "PreTrainedModel", hidden: Tensor, parts: Sequence[slice], loss: PositionLoss) -> Tensor:
+    """Return the losses of positions, whose logits are there for some of them at a time, for their gradients as well.
+
+    Where there is more than one part, logits are computed once more when gradients are.
+
+    Args:
+        model: a whole model, possibly sharded, of which `hidden` was computed in this step.
+        hidden: result of :func:`last_hidden`.
+        parts: positions that are in memory together, in order.
+        loss: from logits `[batch, positions, vocabulary]` and these positions to losses `[batch, positions]`.
+
+    Returns:
+        `[batch, positions]`, over all parts.
+    """
+
+    def of_part(states: Tensor, part: slice) -> Tensor:
+        return loss(logits_of(model, states, in_training=True), part)
+
+    if len(parts) == 1:
+        return of_part(hidden[:, parts[0]], parts[0])
+    return torch.cat([checkpoint(of_part, hidden[:, part], part, use_reentrant=False) for part in parts], dim=1)
+
+
+def recompute_activations(model: "PreTrainedModel") -> None:
+    """Let the blocks of a model keep their inputs alone while it is trained, and compute the rest again for gradients.
+
+    Raises:
+        ValueError: its family does not know how.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ValueError(
+            f"Expected model.recompute=false, as {type(model).__name__} cannot compute its activations again."
+        )
+    model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 class _Ended(nn.Module):

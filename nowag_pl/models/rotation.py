@@ -169,7 +169,7 @@ def rotated_ends(model: StreamedModel, rotation: Tensor) -> "PreTrainedModel":
         model: dense model.
         rotation: R, `[hidden, hidden]`, float32.
     """
-    ends = copy.deepcopy(model.skeleton)
+    ends: Any = copy.deepcopy(model.skeleton)
     embeddings, head = ends.get_input_embeddings(), cast(nn.Linear, ends.get_output_embeddings())
     norm = ends.get_submodule(f"{ends.base_model_prefix}.norm")
     scale = norm.get_parameter("weight")

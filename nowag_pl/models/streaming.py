@@ -38,7 +38,8 @@ class StreamedModel:
 
     Args:
         checkpoint: where the weights are.
-        device: where computations happen; embeddings and head stay there, blocks only while they are used.
+        device: where computations happen; embeddings and head are there until a block is read, blocks only while they
+            are used.
         selection: which linears are compressed, where any are.
         head: a compressed head in the place of the dense one.
 
@@ -57,24 +58,47 @@ class StreamedModel:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
         with torch.inference_mode(False):  # a validation may build it; some families change their buffers
-            self.skeleton = checkpoint.build(empty=True).eval()
-        self.blocks_name = find_blocks(self.skeleton)
-        blocks = cast(nn.ModuleList, self.skeleton.get_submodule(self.blocks_name))
+            self._skeleton = checkpoint.build(empty=True).eval()
+        self.blocks_name = find_blocks(self._skeleton)
+        blocks = cast(nn.ModuleList, self._skeleton.get_submodule(self.blocks_name))
         check_no_experts(checkpoint.config.model_type, self.blocks_name, blocks)
-        empty_like_described(self.skeleton, checkpoint.compressed_linears)
+        empty_like_described(self._skeleton, checkpoint.compressed_linears)
+        self._head = head
         if head is not None:
-            self.skeleton.set_submodule(str(head_name(self.skeleton)), head)
-            untie(self.skeleton)
+            self._skeleton.set_submodule(str(head_name(self._skeleton)), head)
+            untie(self._skeleton)
         self.blocks = list(blocks.children())  # on meta, never filled
-        self.skeleton.set_submodule(self.blocks_name, nn.ModuleList())
+        self._skeleton.set_submodule(self.blocks_name, nn.ModuleList())
         checkpoint.require(
             f"{self.block_name(index)}.{name}" for index, block in enumerate(self.blocks) for name in block.state_dict()
         )
         self._checked: set[str] = set()  # beginnings of the names of compressed linears
-        self._load(self.skeleton, "", () if head is None else (f"{head_name(self.skeleton)}.",))
-        self.skeleton.requires_grad_(False)
+        self._is_there = False  # all but the blocks
         self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self._selected = None if selection is None else selection.of(self.linear_names)
+        # So that what is damaged is told now.
+        assert self.skeleton
+
+    @property
+    def skeleton(self) -> "PreTrainedModel":
+        """All but the blocks; it is read again after :meth:`release`."""
+        if not self._is_there:
+            self._load(self._skeleton, "", () if self._head is None else (f"{head_name(self._skeleton)}.",))
+            self._skeleton.requires_grad_(False)
+            self._is_there = True
+        return self._skeleton
+
+    def release(self) -> None:
+        """Give the memory of embeddings, head and norms outside of the blocks back, until they are used."""
+        if self._is_there:
+            if (head := compressed_head(self._skeleton)) is not None:
+                head.pack()
+            # A head that was given is in no file.
+            for module in (each for each in self._skeleton.modules() if each is not self._head):
+                for name, parameter in module.named_parameters(recurse=False):
+                    module.register_parameter(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+            self._skeleton.tie_weights()
+            self._is_there = False
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -82,7 +106,7 @@ class StreamedModel:
     @property
     def hidden_size(self) -> int:
         """Length of a hidden state."""
-        return self.skeleton.get_input_embeddings().weight.shape[1]
+        return self._skeleton.get_input_embeddings().weight.shape[1]
 
     def block_name(self, index: int) -> str:
         """Return the name of a block in the model, such as "model.layers.3"."""
@@ -110,12 +134,13 @@ class StreamedModel:
         return {name: linear for name, linear in found.items() if f"{prefix}.{name}" in self._selected}
 
     def load_block(self, index: int, linears: Mapping[str, nn.Module] | None = None) -> nn.Module:
-        """Read a block from disk.
+        """Read a block from disk. Embeddings and head are not held beside it, unless they are used again.
 
         Args:
             index: its number.
             linears: what takes the place of some of its linears, which are not read then.
         """
+        self.release()
         block = copy.deepcopy(self.blocks[index])
         for name, linear in (linears or {}).items():
             block.set_submodule(name, linear)
@@ -125,8 +150,8 @@ class StreamedModel:
     def _load(self, module: nn.Module, prefix: str, replaced: tuple[str, ...] = ()) -> None:
         """Fill the parameters and persistent buffers of `module` from the checkpoint, but for what is replaced."""
         names = {name for name in module.state_dict() if not name.startswith(replaced)}
-        tied, given = set(), None if prefix else tied_embedding(self.skeleton)
-        if not prefix and self.skeleton.config.tie_word_embeddings:
+        tied, given = set(), None if prefix else tied_embedding(self._skeleton)
+        if not prefix and self._skeleton.config.tie_word_embeddings:
             tied = {name for name in names if name not in self.checkpoint.weight_map or name == given}
         tensors = self.checkpoint.read([prefix + name for name in sorted(names - tied)], self.device)
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -138,11 +163,11 @@ class StreamedModel:
                 f"Expected weights in {self.checkpoint.folder} of the shapes that its config.json says, but got: "
                 f"{str(error).splitlines()[-1].strip()}"
             ) from error
-        if not prefix and (head := compressed_head(self.skeleton)) is not None:
+        if not prefix and (head := compressed_head(self._skeleton)) is not None:
             # Every batch needs it.
             head.unpack(self.checkpoint.dtype)
         if tied:
-            tie(self.skeleton, self.checkpoint.dtype)
+            tie(self._skeleton, self.checkpoint.dtype)
         for name, parameter in module.named_parameters():
             if parameter.is_meta:
                 raise ValueError(f"Expected {self.checkpoint.folder} to hold {prefix + name!r}, but it is not there.")
@@ -183,7 +208,7 @@ class StreamedModel:
             self._run([record] * len(self), tokens)
         if len(calls) != len(self) or any(hidden is not calls[0][0] for hidden, _ in calls):
             raise ValueError(
-                f"Expected {type(self.skeleton).__name__} to pass hidden states from block to block as they are, but "
+                f"Expected {type(self._skeleton).__name__} to pass hidden states from block to block as they are, but "
                 f"got {len(calls)} calls of {len(self)} blocks with something between: this family is not supported."
             )
         return BlockInputs(calls[0][0], [arguments for _, arguments in calls])

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nowag_pl.files import check_array, new_array, read_array
+from nowag_pl.files import LATE, check_array, new_array, read_array
 from nowag_pl.run.ranks import Ranks
 
 _log = logging.getLogger("nowag_pl")
@@ -103,9 +104,16 @@ class ArrayFolder:
         Raises:
             ValueError: a file is damaged, or of another type.
         """
-        count = self._num_shares(name)
+        count = self._shown(name)
         shares = [read_array(self._file(name, rank, count), dtype) for rank in range(count)]
         return SequenceArray([share.clone() for share in shares] if self._in_memory else shares)
+
+    def _shown(self, name: str) -> int:
+        """Return how many files hold an array that was written; those of other machines may be seen late."""
+        end = time.monotonic() + (LATE if self.ranks.world_size > 1 else 0.0)
+        while not (found := self._num_shares(name)) and time.monotonic() < end:
+            time.sleep(0.05)
+        return found
 
     def remove(self, name: str) -> None:
         """Delete an array, if it is there."""

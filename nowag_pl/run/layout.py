@@ -24,6 +24,7 @@ LOCK = ".lock"
 REFERENCE = "reference"  # the dense model's predictions
 HIDDEN = f"{FINETUNED}/hidden"  # hidden states, while blocks are finetuned
 BLOCK_CHECKPOINTS = f"{FINETUNED}/checkpoints"
+LOGS = "logs"  # of each process, where there are several
 TRAINING = "training"
 CHECKPOINT = f"{TRAINING}/last.ckpt"  # where end-to-end training stands
 EXPORT = "export"

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nowag_pl.files import check_tensors, read_metadata, read_tensors, set_aside, write_tensors
+from nowag_pl.files import await_file, check_tensors, read_metadata, read_tensors, set_aside, write_tensors
 from nowag_pl.run import lock, manifest
 from nowag_pl.run.layout import artefact
 from nowag_pl.run.manifest import Claim
@@ -59,11 +59,18 @@ class ArtefactStore:
 
     def read(self, stage: str, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the tensors and the metadata of an artefact."""
-        return read_tensors(self.path(stage, index))
+        return read_tensors(self.shown(stage, index))
 
     def read_metadata(self, stage: str, index: int) -> dict[str, Any]:
         """Return the metadata of an artefact."""
-        return read_metadata(self.path(stage, index))
+        return read_metadata(self.shown(stage, index))
+
+    def shown(self, stage: str, index: int) -> Path:
+        """Return the file of an artefact that was written, perhaps on another machine, when it can be seen here."""
+        path = self.path(stage, index)
+        if not self.ranks.is_zero:
+            await_file(path)
+        return path
 
     def remove(self, stage: str) -> None:
         """Delete the artefacts of a stage, on rank zero, when no rank needs them any more."""

@@ -57,6 +57,7 @@ from nowag_pl.stages.guidance import read_guidance, write_guidance
 from nowag_pl.stages.head import compress_head, head_method, read_head
 from nowag_pl.stages.plan import CalibrationSettings, CompressionSettings, ExportFormat, FinetuningSettings, Plan
 from nowag_pl.stages.rotation import Tokens, write_rotated
+from nowag_pl.stages.stored_rows import CompressedRows
 from nowag_pl.stages.teacher import DenseReference, Teacher, TeacherSettings
 
 
@@ -545,6 +546,15 @@ class CompressedModel:
             state, _ = run.store.read(FINETUNED, index)
             model.get_submodule(run.model.block_name(index)).load_state_dict(state)
         return model
+
+    def rows(self) -> CompressedRows:
+        """Return its tensors, of which each process may read some rows; every process must call it."""
+        return CompressedRows(self._run.model, self._run.store, self._finetuned)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The model that was compressed: the one that was given, or that one rotated."""
+        return self._run.model.checkpoint
 
     def save(self, folder: str | Path, format: ExportFormat = "packed") -> None:
         """Write the model as a folder, a block at a time."""

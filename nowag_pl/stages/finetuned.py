@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from nowag_pl.models.shards import local_part, local_rows
 from nowag_pl.models.state import stored_state
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.run.layout import FINETUNED
@@ -46,5 +47,6 @@ def check_fixed(block: nn.Module, store: ArtefactStore, index: int) -> None:
             raise RuntimeError(f"Expected {title} to stay {original}, but training made it {linear}.")
         fixed = linear.fixed()
         for key, tensor in original.fixed().items():
-            if not tensor.equal(fixed[key].cpu()):
+            # Of a sharded model, each process has some rows.
+            if not local_rows(tensor, fixed[key]).equal(local_part(fixed[key]).cpu()):
                 raise RuntimeError(f"Expected {key} of {title} to stay fixed, but training changed it.")

@@ -291,6 +291,8 @@ class Observed:
                 linear.
         """
         moments = self.shared(ranks)
+        # Before sums that wait without a word.
+        ranks.meet()
         computed: dict[SecondMoment, Tensor] = {}
         num_tokens = 0
         for name, moment in moments.items():

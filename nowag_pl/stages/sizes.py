@@ -216,6 +216,22 @@ class ModelSizes:
         """Return the memory of a block in addition to its weights while that many tokens pass through it."""
         return num_tokens * (4 * self.itemsize * self.hidden + (3 * self.itemsize + 8) * self.widest)
 
+    def stepping(self, num_tokens: int, mixed: bool, recompute: bool) -> int:
+        """Return the memory of a step of a training for restored weights and activations.
+
+        Args:
+            num_tokens: tokens of a batch.
+            mixed: whether it computes in 16 bits with weights in float32.
+            recompute: whether blocks keep their inputs alone, and one block at a time all.
+        """
+        each = num_tokens * 4 * (13 * self.hidden + 5 * self.widest)
+        # Weights that are not compressed have copies in 16 bits.
+        copies = 2 * mixed * (self.trained_values - self.total.values)
+        if recompute:
+            inputs = 4 * num_tokens * self.hidden * self.num_blocks
+            return self.block.keeping + copies + inputs + each
+        return self.total.keeping + copies + self.num_blocks * each
+
     def passing(self, num_tokens: int, itemsize: int) -> int:
         """Return the memory in addition to a block while tokens pass through it: a restored weight, and activations."""
         weight = itemsize * self.linear.weights + self.linear.restoring
@@ -322,6 +338,7 @@ class Holding:
         mixed: whether it computes in 16 bits with weights in float32.
         streams: whether a validation holds a block at a time.
         widened: whether a validation of the whole model has trained values in float32.
+        random: whether it begins with random weights, which every process makes whole.
     """
 
     num_ranks: int = 1
@@ -329,14 +346,30 @@ class Holding:
     mixed: bool = False
     streams: bool = True
     widened: bool = False
+    random: bool = False
 
     def parameters(self, sizes: ModelSizes) -> int:
-        """Return the parameters of a model whose trained values are in float32."""
-        return 4 * sizes.trained_values + (sizes.itemsize if self.mixed else 4) * sizes.frozen_values
+        """Return the parameters of a model whose trained values are in float32, with its masks and codes."""
+        # A sharded one computes in its own type, whatever the precision.
+        frozen = sizes.itemsize if self.mixed or self.sharded else 4
+        return 4 * sizes.trained_values + frozen * sizes.frozen_values + sizes.total.packed
 
     def share(self, sizes: ModelSizes, divisible: int) -> int:
-        """Return one process's share of divisible bytes, with the masks, codes and groups that it holds whole."""
+        """Return one process's share of divisible bytes, with the groups that it gathers while it computes."""
         if not self.sharded or self.num_ranks == 1:
-            return divisible + sizes.total.packed
+            return divisible
         gathered = 4 * (1 if sizes.is_compressed else 2) * (sizes.skeleton + 2 * sizes.compressed_block)
-        return ceil(divisible / self.num_ranks) + sizes.total.packed + gathered // sizes.itemsize
+        return ceil(divisible / self.num_ranks) + gathered // sizes.itemsize
+
+    def building(self, sizes: ModelSizes, parameters: int) -> int:
+        """Return the host memory in which one process makes its part of a model, before that goes to the device.
+
+        A sharded model is read a block at a time, and of a block the process's rows; of one linear all is looked at.
+
+        Args:
+            sizes: sizes of the model.
+            parameters: of the whole model.
+        """
+        if not self.sharded or self.random:
+            return parameters
+        return max(ceil(max(sizes.compressed_block, sizes.skeleton) / self.num_ranks), sizes.linear.held)

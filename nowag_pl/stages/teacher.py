@@ -157,26 +157,35 @@ class Teacher:
             arrays.write({values: (shape, torch.float32), tokens: (shape, torch.int32)}, len(windows), batches)
         self._top = arrays.read(values, torch.float32), arrays.read(tokens, torch.int32)
 
-    def loss(self, indices: Tensor, logits: Tensor) -> Tensor:
-        """Return the divergence from the dense model at every position that predicts a token of its window, in nats.
+    def loss_of(self, indices: Tensor) -> Callable[[Tensor, slice], Tensor]:
+        """Return the function that gives the divergence from the dense model on some windows, in nats.
+
+        It maps the student's logits `[batch, positions, vocabulary]` and these positions to losses
+        `[batch, positions]`; the teacher's logits are there for these positions alone.
 
         Args:
             indices: numbers of the windows `[batch]`.
-            logits: the student's `[batch, seq_len, vocabulary]`.
-
-        Returns:
-            `[batch, seq_len - 1]`.
         """
-        student = logits[:, :-1].flatten(0, 1)
         if self._top is None:
-            teacher = self._reference.logits(TRAINING_TEXT, indices)[:, :-1].flatten(0, 1).to(student.device)
-            losses = distillation_loss(teacher, student, self._temperature)
-        else:
-            values, tokens = (array.take(indices.tolist())[:, :-1].flatten(0, 1) for array in self._top)
-            losses = top_distillation_loss(
-                values.to(student.device), tokens.to(student.device), student, self._temperature
-            )
-        return losses.unflatten(0, (len(logits), -1))
+            return self._of_all(self._reference.head(TRAINING_TEXT, indices))
+        values, tokens = (array.take(indices.tolist()) for array in self._top)
+        return self._of_top(values, tokens)
+
+    def _of_all(self, head: Callable[[slice], Tensor]) -> Callable[[Tensor, slice], Tensor]:
+        def loss(logits: Tensor, positions: slice) -> Tensor:
+            teacher = head(positions).flatten(0, 1).to(logits.device)
+            losses = distillation_loss(teacher, logits.flatten(0, 1), self._temperature)
+            return losses.unflatten(0, logits.shape[:2])
+
+        return loss
+
+    def _of_top(self, values: Tensor, tokens: Tensor) -> Callable[[Tensor, slice], Tensor]:
+        def loss(logits: Tensor, positions: slice) -> Tensor:
+            likeliest, own = (part[:, positions].flatten(0, 1).to(logits.device) for part in (values, tokens))
+            losses = top_distillation_loss(likeliest, own, logits.flatten(0, 1), self._temperature)
+            return losses.unflatten(0, logits.shape[:2])
+
+        return loss
 
 
 def _key(tokens: Tensor) -> str:

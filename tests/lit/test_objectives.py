@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_lit_module import data, quiet, trainer  # noqa: F401 - fixtures
-from tiny_models import SEQ_LEN, load_whole, random_tokens
+from tiny_models import SEQ_LEN, VOCABULARY, load_whole, random_tokens
 
 from nowag_pl.lit.batches import ResumableLoader, SharedBatches
 from nowag_pl.lit.datamodule import _Windows, data_of
@@ -70,3 +70,35 @@ def test_what_the_result_depends_on_goes_into_the_manifest():
     assert NextToken().settings() == {}
     assert Distillation(2.0, 7, batch_size=3).settings() == {"temperature": 2.0, "top_k": 7}
     assert (NextToken().needs_dense, Distillation().needs_dense) == (False, True)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_logits_in_parts_give_the_losses_and_gradients_of_all(family, model_folder, monkeypatch):
+    tokens, found = random_tokens(2), []
+    for max_bytes in (2**28, 5 * 24 * 2 * VOCABULARY):
+        monkeypatch.setattr("nowag_pl.lit.module.CHUNK_BYTES", max_bytes)
+        module = built(model_folder(family, tied=False))
+        largest = []
+        module.model.lm_head.register_forward_hook(lambda _, __, output, seen=largest: seen.append(output.shape[1]))
+        losses = NextToken().losses(module, {"tokens": tokens})
+        losses.square().sum().backward()
+        found.append((losses, {name: each.grad for name, each in module.model.named_parameters()}))
+    # The first one is that of the whole forward, which has one position.
+    assert max(largest) == 5
+    torch.testing.assert_close(found[1][0], found[0][0])
+    for name, gradient in found[0][1].items():
+        atol = 1e-5 * float(gradient.abs().max())
+        torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-4, atol=atol)
+
+
+def test_recomputed_activations_give_the_same_gradients(data, model_folder, tmp_path):  # noqa: F811
+    def trained(recompute: bool) -> dict[str, torch.Tensor]:
+        module = LitCausalLM(str(model_folder()), recompute=recompute)
+        fit = trainer(tmp_path / str(recompute), max_epochs=1, max_steps=1, num_sanity_val_steps=0)
+        fit.fit(module, datamodule=data)
+        assert module.model.model.layers[0].gradient_checkpointing == recompute
+        return module.model.state_dict()
+
+    kept, recomputed = trained(False), trained(True)
+    for name, tensor in kept.items():
+        assert torch.equal(recomputed[name], tensor), name

@@ -255,3 +255,17 @@ def test_nothing_is_as_long_as_the_models_own_context(family, tmp_path):
     tensors = [*model.skeleton.buffers(), *(value for each in arguments for value in each.values())]
     assert all(tensor.numel() < 10**6 for tensor in tensors if isinstance(tensor, torch.Tensor))
     assert streamed_logits(model, TOKENS).isfinite().all()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_and_head_are_held_while_they_are_used_only(tied, model_folder):
+    model, tokens = StreamedModel(Checkpoint(str(model_folder("qwen2", tied=tied)))), random_tokens(2)
+    before = model.embed(tokens).hidden
+    logits = model.head(before)
+    model.load_block(0)
+    assert all(parameter.is_meta for parameter in model._skeleton.parameters())
+    assert torch.equal(model.embed(tokens).hidden, before)
+    assert torch.equal(model.head(before), logits)
+    head, embeddings = model.skeleton.lm_head.weight, model.skeleton.get_input_embeddings().weight
+    assert (head is embeddings) == tied
+    assert not head.requires_grad

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nowag_pl.functional.chunks import DISTILLATION_BYTES
 from nowag_pl.lit.datamodule import data_of
 from nowag_pl.lit.objectives.base import Objective
 from nowag_pl.lit.text_module import TextModule
@@ -38,7 +39,7 @@ class Distillation(Objective):
         """Return the divergence from the dense model at every position that predicts, `[batch, seq_len - 1]`."""
         if self._teacher is None:
             raise RuntimeError("Expected prepare before losses.")
-        return self._teacher.loss(batch["index"], module(batch["tokens"]))
+        return module.losses(batch["tokens"], self._teacher.loss_of(batch["index"]), DISTILLATION_BYTES)
 
     def settings(self) -> dict[str, Any]:
         """Return all settings except the batch size, which does not affect the result."""

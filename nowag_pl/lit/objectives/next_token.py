@@ -13,6 +13,10 @@ class NextToken(Objective):
     def losses(self, module: TextModule, batch: dict[str, Tensor]) -> Tensor:
         """Return the negative log-likelihood of every token but the first, `[batch, seq_len - 1]`."""
         tokens = batch["tokens"]
-        logits = module(tokens)
-        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
-        return losses.unflatten(0, (len(tokens), -1))
+
+        def loss(logits: Tensor, positions: slice) -> Tensor:
+            targets = tokens[:, 1:][:, positions]
+            # The classes stand second.
+            return F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+
+        return module.losses(tokens, loss)

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from nowag_pl.models.compressed_head import compressed_head, tied_embedding
 from nowag_pl.models.format.exl3_reading import METHOD
-from nowag_pl.models.format.folder import QUANTIZATION_FILE, FolderConfig, sharded, write_folder
+from nowag_pl.models.format.folder import QUANTIZATION_FILE, BlockwiseModel, FolderConfig, sharded, write_folder
 from nowag_pl.models.state import compressed_linears, plain_tensors
-from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear, TrellisLinear
 
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ def save_exl3(
     write_folder(Path(folder), model, shards, source, config)
 
 
-def save_streamed_exl3(model: StreamedModel, load_block: Callable[[int], nn.Module], folder: str | Path) -> None:
+def save_streamed_exl3(model: BlockwiseModel, load_block: Callable[[int], nn.Module], folder: str | Path) -> None:
     """Do as :func:`save_exl3` with a model that is never in memory as a whole, one file for each block.
 
     Args:

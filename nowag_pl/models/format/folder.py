@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,26 @@ if TYPE_CHECKING:
 
 QUANTIZATION_FILE = "quantization_config.json"  # of other programs, beside config.json
 _STAGE = ".incomplete"
+
+
+class BlockwiseModel(Protocol):
+    """A model whose blocks are given one after the other.
+
+    Attributes:
+        checkpoint: source of tokenizer and generation settings.
+    """
+
+    checkpoint: Checkpoint
+
+    @property
+    def skeleton(self) -> "PreTrainedModel":
+        """All of the model but its blocks."""
+
+    def __len__(self) -> int:
+        """Return the number of blocks."""
+
+    def block_name(self, index: int) -> str:
+        """Return the name of a block in the model."""
 
 
 class FolderConfig(NamedTuple):

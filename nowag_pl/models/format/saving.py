@@ -14,7 +14,7 @@ from nowag_pl.files import read_json
 from nowag_pl.models.assembly import empty_like_described, fill
 from nowag_pl.models.checkpoint import CONFIG_FILE, DESCRIPTION_FILE, Checkpoint
 from nowag_pl.models.format.descriptions import FORMAT, METHOD
-from nowag_pl.models.format.folder import FolderConfig, sharded, write_folder
+from nowag_pl.models.format.folder import BlockwiseModel, FolderConfig, sharded, write_folder
 from nowag_pl.models.state import (
     check_linears,
     compressed_linears,
@@ -22,7 +22,6 @@ from nowag_pl.models.state import (
     held_state,
     packed_tensors,
 )
-from nowag_pl.models.streaming import StreamedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,7 +88,7 @@ def save_dense(
 
 
 def save_streamed(
-    model: StreamedModel, load_block: Callable[[int], nn.Module], folder: str | Path, dense: bool = False
+    model: BlockwiseModel, load_block: Callable[[int], nn.Module], folder: str | Path, dense: bool = False
 ) -> None:
     """Write a compressed model that is never in memory as a whole, one file for each block.
 

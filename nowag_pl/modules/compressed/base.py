@@ -121,7 +121,9 @@ class CompressedLinear(nn.Module, ABC):
 
     def fixed(self) -> dict[str, Tensor]:
         """Return the tensors that training must not change: masks, codes."""
-        return dict(self.named_buffers())
+        # Buffers; of a sharded model they are parameters, as only these are sharded.
+        tensors = (*self.named_buffers(), *self.named_parameters())
+        return {name: tensor for name, tensor in tensors if not tensor.is_floating_point()}
 
     @property
     def storage_bytes(self) -> int:
