@@ -15,12 +15,14 @@ from torch import Tensor
 from nowag_pl.files import read_json
 from nowag_pl.models import gguf
 from nowag_pl.models.bounds import check_num_blocks, check_plain_files, check_sizes, key_holding
+from nowag_pl.models.experts import fused_places, take_apart
 from nowag_pl.models.format import exl3_reading
 from nowag_pl.models.format.checksums import INDEX_FILE, SINGLE_FILE, Checksums
 from nowag_pl.models.format.descriptions import METHOD, check_stored, described_linears, empty_linears
 from nowag_pl.models.names import stored_names
 from nowag_pl.models.state import guard_of
 from nowag_pl.models.weights import Header, floating_type, indexed_files, read_headers, weight_files
+from nowag_pl.modules.experts import Place
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -248,6 +250,17 @@ class Checkpoint:
         return stored_names(self.build(empty=True), self.headers)
 
     @cached_property
+    def _places(self) -> dict[str, Place]:
+        """The places of those weights of experts that are stored in a fused tensor, by name in the model."""
+        places = fused_places(self.build(empty=True))
+        return {name: place for name, (whole, place) in places.items() if self._is_in_fused(name, place)}
+
+    def _is_in_fused(self, name: str, place: Place) -> bool:
+        # A fused tensor has one dimension more: that of the experts.
+        stored = self.headers.get(self._stored_names.get(name, ""))
+        return stored is not None and len(stored.shape) == (2 if name.endswith(".bias") else 3)
+
+    @cached_property
     def weight_map(self) -> dict[str, Path]:
         """Name of every tensor in the model to the file that holds it."""
         stored = self._stored_files
@@ -293,18 +306,22 @@ class Checkpoint:
         for file in sorted({self._stored_files[name] for name in names}):
             self._checksums.check(file)
             with safe_open(file, framework="pt", device=str(device)) as opened:
-                tensors |= {
-                    name: opened.get_tensor(self._stored_names[name])
-                    for name in names
-                    if self._stored_files[name] == file
-                }
+                tensors |= {name: self._tensor(opened, name) for name in names if self._stored_files[name] == file}
         return tensors
+
+    def _tensor(self, opened: Any, name: str) -> Tensor:
+        """Read a tensor of an open file; of fused experts only the part of one is read."""
+        place = self._places.get(name)
+        if place is None:
+            return opened.get_tensor(self._stored_names[name])
+        return place.take(opened.get_slice(self._stored_names[name])[place.expert : place.expert + 1][0])
 
     def build(self, empty: bool = False) -> "PreTrainedModel":
         """Build the model from its configuration alone.
 
         Args:
-            empty: with parameters on the meta device, which take no memory, and real buffers; else random weights.
+            empty: with parameters on the meta device, which take no memory, real buffers, and a linear for each expert
+                and projection; else with random weights, as transformers builds it.
         """
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
@@ -320,6 +337,9 @@ class Checkpoint:
                 f"Expected a causal language model in {self.folder}, but a model of type "
                 f"{self.config.model_type!r} could not be built as one: {self._reason(error)}"
             ) from error
+        if empty:
+            take_apart(model)
+        _keep_wide(model)
         if (self.folder / GENERATION_FILE).is_file():
             model.generation_config = self.generation_config
         return model
@@ -369,6 +389,15 @@ class Checkpoint:
         model.tie_weights()
         self.require(name for name, parameter in model.named_parameters() if parameter.is_meta)
         return model.eval()
+
+
+def _keep_wide(model: "PreTrainedModel") -> None:
+    """Hold in float32, whatever the type of the model, the buffers that transformers would: biases of routers."""
+    kept: Iterable[str] = model._keep_in_fp32_modules_strict or ()
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] in kept:
+            parent, _, own = name.rpartition(".")
+            model.get_submodule(parent).register_buffer(own, buffer.float())
 
 
 def _first_sentence(error: Exception) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nowag_pl.models.assembly import empty_like_described
 from nowag_pl.models.checkpoint import Checkpoint
-from nowag_pl.models.family_checks import check_arguments, check_no_experts
+from nowag_pl.models.family_checks import check_arguments, check_experts
 from nowag_pl.models.selection import Selection, find_linears
 from nowag_pl.models.state import check_linears, held_state
 
@@ -40,8 +40,8 @@ class StreamedModel:
         selection: which linears are compressed, where any are.
 
     Raises:
-        ValueError: the checkpoint is damaged, its decoder blocks are not found, or they hold experts; or the selection
-            does not fit the model.
+        ValueError: the checkpoint is damaged, its decoder blocks are not found, or they hold experts of an unknown
+            layout; or the selection does not fit the model.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class StreamedModel:
             self.skeleton = checkpoint.build(empty=True).eval()
         self.blocks_name = find_blocks(self.skeleton)
         blocks = cast(nn.ModuleList, self.skeleton.get_submodule(self.blocks_name))
-        check_no_experts(checkpoint.config.model_type, self.blocks_name, blocks)
+        check_experts(checkpoint.config.model_type, self.blocks_name, blocks)
         empty_like_described(self.skeleton, checkpoint.compressed_linears)
         self.blocks = list(blocks.children())  # on meta, never filled
         self.skeleton.set_submodule(self.blocks_name, nn.ModuleList())
