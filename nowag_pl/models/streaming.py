@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nowag_pl.models.assembly import empty_like_described
 from nowag_pl.models.checkpoint import Checkpoint
+from nowag_pl.models.experts import routed_experts
 from nowag_pl.models.family_checks import check_arguments, check_experts
 from nowag_pl.models.selection import Selection, find_linears
 from nowag_pl.models.state import check_linears, held_state
@@ -85,6 +86,11 @@ class StreamedModel:
             [f"{self.block_name(index)}.{name}" for name in find_linears(block)]
             for index, block in enumerate(self.blocks)
         ]
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a router sends the tokens of any block to experts."""
+        return any(routed_experts(block) for block in self.blocks)
 
     def linears(self, index: int, block: nn.Module | None = None) -> dict[str, nn.Linear]:
         """Return the selected linears of a block by their name in it.

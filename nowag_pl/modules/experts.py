@@ -6,7 +6,7 @@ trained as any other.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,10 @@ class RoutedExperts(nn.ModuleList):
         super().__init__(Expert(sizes, gating) for _ in range(count))
         self.places = places
 
+    def __iter__(self) -> Iterator[Expert]:
+        """Iterate over the experts."""
+        return cast(Iterator[Expert], super().__iter__())
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum of every token's experts, `[tokens, hidden]`.
 
@@ -137,7 +141,7 @@ class RoutedExperts(nn.ModuleList):
             output.index_add_(0, tokens, share.to(output.dtype))
         return output
 
-    def _dispatched(self, chosen: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
+    def _dispatched(self, chosen: Tensor) -> Iterator[tuple[Expert, Tensor]]:
         """Yield each expert that is chosen, and the places where it is; every expert while any of them is trained.
 
         Gradients that are zero in place of none let several processes average them.

@@ -46,6 +46,21 @@ class Board:
         """Show loss, sparsity and bits of every linear, blocks from top to bottom."""
         self._figure("model/linears", linears_drawing(rows), 0)
 
+    def experts(self, statistics: Mapping[str, Any]) -> None:
+        """Show how many calibration tokens each expert saw: the fewest and most by block, and all of them as a table.
+
+        Args:
+            statistics: as :meth:`CompressionRun.expert_statistics` gives them.
+        """
+        lines = ["| experts | tokens of each |", "|---|---|"]
+        for row in statistics["tokens"]:
+            for key, value in {"fewest": min(row["tokens"]), "most": max(row["tokens"])}.items():
+                self._writer.add_scalar(f"experts/{key}_tokens", value, row["block"])
+            lines.append(f"| block {row['block']}, {row['name']} | {' '.join(map(str, row['tokens']))} |")
+        lines += ["", f"Without any token: {', '.join(statistics['unseen']) or 'none'}."]
+        lines += ["", f"Kept dense: {', '.join(statistics['dense'])}."]
+        self._writer.add_text("experts/tokens", "\n".join(lines))
+
     def finetuning(self, logs: Path, statistics: Sequence[Mapping[str, Any]]) -> None:
         """Show the held-out error of every block by epoch, and before and after.
 

@@ -47,6 +47,7 @@ def build_report(
         "bits_per_weight": mean_over_weights(rows, "bits_per_weight"),
         "sparsity": mean_over_weights(rows, "sparsity"),
         "budget": run.budget,
+        "experts": run.expert_statistics(),
         "bytes_on_disk": num_bytes,
         **_quality(metrics),
         "seconds": _seconds(run, seconds),

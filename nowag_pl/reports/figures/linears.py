@@ -6,9 +6,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from nowag_pl.reports.averages import mean_over_weights
 from nowag_pl.reports.figures.matrices import Panel, color_limits, heat_map_figure, panel_figure
 from nowag_pl.reports.views import LinearView
 
+EXPERT = re.compile(r"\.experts\.\d+\.")
 _ERROR_DECADES = 3
 _MAPS = {"loss": ".3f", "sparsity": ".2f", "bits_per_weight": ".2f"}
 
@@ -37,17 +39,38 @@ def linear_drawing(view: LinearView) -> Figure:
 def linears_drawing(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw heat maps of loss, sparsity and bits, blocks from top to bottom and linears from left to right.
 
+    The experts of a block are one, by the mean over their weights.
+
     Args:
-        rows: "name" in the model, "loss", "sparsity" and "bits_per_weight" of every linear.
+        rows: "name" in the model, "shape", "loss", "sparsity" and "bits_per_weight" of every linear.
     """
-    places = {split_name(row["name"]): row for row in rows}
+    places = by_kind(rows)
     blocks = sorted({block for block, _ in places})
     names = list(dict.fromkeys(name for _, name in places))
     maps = []
     for key, spec in _MAPS.items():
-        values = [[places.get((block, name), {}).get(key) for name in names] for block in blocks]
+        means = {place: mean_over_weights(of_kind, key) for place, of_kind in places.items()}
+        values = [[means.get((block, name)) for name in names] for block in blocks]
         maps.append((key.replace("_", " "), values, spec))
     return heat_map_figure(maps, names)
+
+
+def by_kind(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], list[Mapping[str, Any]]]:
+    """Return the rows of linears by number of the block and name in it, those of its experts together.
+
+    Args:
+        rows: "name" in the model of every linear.
+
+    Example:
+        >>> rows = [{"name": f"layers.3.mlp.experts.{number}.up_proj"} for number in range(2)]
+        >>> {place: len(of_kind) for place, of_kind in by_kind(rows).items()}
+        {(3, 'mlp.experts.*.up_proj'): 2}
+    """
+    kinds: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        block, name = split_name(row["name"])
+        kinds.setdefault((block, EXPERT.sub(".experts.*.", name)), []).append(row)
+    return kinds
 
 
 def split_name(name: str) -> tuple[int, str]:
