@@ -1,7 +1,7 @@
 """Open a model folder or hub id: configuration, tokenizer, weights. Only safetensors are read, never a pickle."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from functools import cached_property
 from importlib.resources import files
@@ -15,7 +15,7 @@ from torch import Tensor
 from nowag_pl.files import read_json
 from nowag_pl.models import gguf
 from nowag_pl.models.bounds import check_num_blocks, check_plain_files, check_sizes, key_holding
-from nowag_pl.models.experts import fused_places, take_apart
+from nowag_pl.models.experts import fused, fused_places, take_apart
 from nowag_pl.models.format import exl3_reading
 from nowag_pl.models.format.checksums import INDEX_FILE, SINGLE_FILE, Checksums
 from nowag_pl.models.format.descriptions import METHOD, check_stored, described_linears, empty_linears
@@ -219,6 +219,11 @@ class Checkpoint:
         return linears
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the files hold ordinary weights alone."""
+        return not self._is_exl3 and not self._quantization
+
+    @property
     def _is_exl3(self) -> bool:
         """Whether linears are stored in the EXL3 format; they are read as dense ones."""
         quantization = getattr(self._whole_config, "quantization_config", None)
@@ -231,6 +236,11 @@ class Checkpoint:
         if quantization is None and (self.folder / DESCRIPTION_FILE).is_file():
             return {"quant_method": METHOD, **read_json(self.folder / DESCRIPTION_FILE)}
         return quantization or {}
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the folder holds more than a configuration."""
+        return any(self.folder.glob("*.safetensors"))
 
     @cached_property
     def headers(self) -> dict[str, Header]:
@@ -259,6 +269,16 @@ class Checkpoint:
         # A fused tensor has one dimension more: that of the experts.
         stored = self.headers.get(self._stored_names.get(name, ""))
         return stored is not None and len(stored.shape) == (2 if name.endswith(".bias") else 3)
+
+    def as_stored(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield tensors of the model as the files have them: under their names there, experts fused where they are.
+
+        Args:
+            tensors: names in the model and tensors; those of experts near to each other.
+        """
+        places = {name: (self._stored_names[name], place) for name, place in self._places.items()}
+        for name, tensor in fused(tensors, places):
+            yield (name if name in self.headers else self._stored_names.get(name, name)), tensor
 
     @cached_property
     def weight_map(self) -> dict[str, Path]:

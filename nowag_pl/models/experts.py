@@ -126,6 +126,9 @@ def fused(
     Args:
         tensors: names and tensors; those of one fused tensor are best near to each other, as it is held until the last.
         places: as :func:`fused_places` returns; tensors that are not in it pass.
+
+    Raises:
+        ValueError: a part of a fused tensor does not come.
     """
     missing: dict[str, int] = {}
     for whole, _ in places.values():
@@ -143,3 +146,7 @@ def fused(
         missing[whole] -= 1
         if not missing[whole]:
             yield whole, held.pop(whole)
+    if held:
+        raise ValueError(
+            f"Expected all experts of {next(iter(held))!r}, but {missing[next(iter(held))]} parts are missing."
+        )

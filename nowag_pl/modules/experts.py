@@ -149,9 +149,11 @@ class RoutedExperts(nn.ModuleList):
         places = chosen.argsort(stable=True)
         counts = chosen.bincount(minlength=len(self)).tolist()
         are_trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
-        for expert, own in zip(self, places.split(counts), strict=True):
-            if len(own) or are_trained:
-                yield expert, own
+        start = 0
+        for number, count in enumerate(counts):
+            if count or are_trained:
+                yield cast(Expert, self[number]), places[start : start + count]
+            start += count
 
     def entering(self, hidden_states: Tensor, *_: Tensor) -> Tensor:
         """Return all tokens that enter the experts, whichever they are routed to, `[tokens, hidden]`.
