@@ -1,6 +1,6 @@
 """Write a small mixture of experts that computes what the embedded model does, to be trained on by `fit`.
 
-    python scripts/make_small_moe.py runs/small-moe/model
+    python scripts/make_small_moe.py runs/small-moe-model
 
 It is a Mixtral of 3.3 million parameters: 4 blocks, 8 experts, of which 2 are active. As in sparse upcycling
 (arXiv:2212.05055) the experts are made of the dense model's neurons: each pair of them, which the router at first

@@ -237,11 +237,6 @@ class Checkpoint:
             return {"quant_method": METHOD, **read_json(self.folder / DESCRIPTION_FILE)}
         return quantization or {}
 
-    @property
-    def has_weights(self) -> bool:
-        """Whether the folder holds more than a configuration."""
-        return any(self.folder.glob("*.safetensors"))
-
     @cached_property
     def headers(self) -> dict[str, Header]:
         """What the files say of each tensor, by its name there.
@@ -262,10 +257,14 @@ class Checkpoint:
     @cached_property
     def _places(self) -> dict[str, Place]:
         """The places of those weights of experts that are stored in a fused tensor, by name in the model."""
-        places = fused_places(self.build(empty=True))
-        return {name: place for name, (whole, place) in places.items() if self._is_in_fused(name, place)}
+        return {name: place for name, (_, place) in self._own_places.items() if self._is_in_fused(name)}
 
-    def _is_in_fused(self, name: str, place: Place) -> bool:
+    @cached_property
+    def _own_places(self) -> dict[str, tuple[str, Place]]:
+        """The places of all weights of experts in the tensors that transformers fuses them to."""
+        return fused_places(self.build(empty=True))
+
+    def _is_in_fused(self, name: str) -> bool:
         # A fused tensor has one dimension more: that of the experts.
         stored = self.headers.get(self._stored_names.get(name, ""))
         return stored is not None and len(stored.shape) == (2 if name.endswith(".bias") else 3)
@@ -273,9 +272,14 @@ class Checkpoint:
     def as_stored(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Yield tensors of the model as the files have them: under their names there, experts fused where they are.
 
+        Where the files hold more than this model, compressed linears or nothing, they are as transformers has them.
+
         Args:
             tensors: names in the model and tensors; those of experts near to each other.
         """
+        if self.is_part or not self.is_plain or not any(self.folder.glob("*.safetensors")):
+            yield from fused(tensors, self._own_places)
+            return
         places = {name: (self._stored_names[name], place) for name, place in self._places.items()}
         for name, tensor in fused(tensors, places):
             yield (name if name in self.headers else self._stored_names.get(name, name)), tensor

