@@ -21,6 +21,9 @@ class ModelCalibration(Stage):
             null: 8, or as many as fit by the preflight's estimate.
         guidance: weight every token by the squared gradient of the final loss at each linear's output, which takes a
             forward and a backward pass. null: all tokens have equal weight.
+        expert_shrinkage: in a model with experts, each of which sees only the tokens that are routed to it, the number
+            of tokens that the moments over all tokens of the block count for in its own; 0 takes only its own, and a
+            large number those over all tokens.
         enabled: Calibrate. On the command line, compression.enabled decides this.
     """
 
@@ -31,10 +34,11 @@ class ModelCalibration(Stage):
         mode: CalibrationMode = "dense",
         batch_size: int | None = None,
         guidance: GuidanceSettings | None = None,
+        expert_shrinkage: float = 128.0,
         enabled: bool = True,
     ) -> None:
         self.settings = CalibrationSettings(
-            num_sequences, seed, mode, DEFAULT_BATCH if batch_size is None else batch_size, guidance
+            num_sequences, seed, mode, DEFAULT_BATCH if batch_size is None else batch_size, guidance, expert_shrinkage
         )
         self._is_free = batch_size is None
         self.enabled = enabled

@@ -59,6 +59,8 @@ class ModelInspection(Stage):
             for view in inspect_linears(run, self.limits):
                 board.linear(view)
             board.heat_maps(rows)
+            if (experts := run.expert_statistics()) is not None:
+                board.experts(experts)
         if phase == "blockwise":
             board.finetuning(run.finetuning_statistics())
         if phase in run.damage:

@@ -60,6 +60,7 @@ class ModelPreflight(Stage):
         module = module_of(pl_module)
         data, holding = _data_shape(trainer), _holding(trainer, module)
         compressing = is_compressing(trainer, stage)
+        _check_head(module, holding)
         if compressing:
             _check_export(module)
             if module.plan.compression is not None:
@@ -77,6 +78,17 @@ class ModelPreflight(Stage):
             _check_beginnings(trainer, module, compressing)
             folder = Path(module.run_dir or trainer.default_root_dir)
             show(stages, folder, trainer.strategy.root_device, max(trainer.num_devices, 1))
+
+
+def _check_head(module: LitCausalLM, holding: Holding) -> None:
+    """Raise ValueError where a compressed head, whose embeddings may be tied to it, would be sharded."""
+    described = module.checkpoint.compressed_linears
+    is_asked_for = module.plan.compression is not None and module.plan.compression.head is not None
+    if holding.sharded and holding.num_ranks > 1 and (is_asked_for or any("head" in name for name in described)):
+        raise ValueError(
+            "Expected a dense head where the model is sharded (FSDP2), but compression.head compresses it. Use DDP, or "
+            "compression.head=null."
+        )
 
 
 def _check_export(module: LitCausalLM) -> None:

@@ -236,6 +236,12 @@ def _summary_table(report: dict[str, Any]) -> Table:
         "seconds": ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if value),
         "peak memory": readable(report["peak_memory_bytes"]),
     }
+    if (experts := report["experts"]) is not None:
+        counts = [count for row in experts["tokens"] for count in row["tokens"]]
+        rows["experts"] = (
+            f"{min(counts, default=0):,} to {max(counts, default=0):,} calibration tokens each, "
+            f"{len(experts['unseen'])} without any; {len(experts['dense'])} routers and gates stay dense"
+        )
     if (budget := report["budget"]) is not None:
         rows["budget"] = (
             f"{budget['taken']} taken: KL on calibration text {budget['spread']['divergence']:.4f} with bits spread "

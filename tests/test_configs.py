@@ -75,7 +75,8 @@ GROUPS = {path: FOLDERS[path.split("/")[1]] for path in SHIPPED}
 MODES = {method: "corrected" for method in METHODS if method.endswith("_plus")} | {"sparsegpt_50": "propagated"}
 GROUPS |= {f"configs/method/{method}.yaml": {"calibration", "compression"} for method in MODES}
 GROUPS |= {path: {"model", "trainer"} for path in SHIPPED if path.endswith("distillation.yaml")}
-GROUPS["configs/recipes/embedded_model.yaml"] = {"seed_everything", "model", "compression", "data", "trainer"}
+for recipe in ("embedded_model", "small_moe"):
+    GROUPS[f"configs/recipes/{recipe}.yaml"] = {"seed_everything", "model", "compression", "data", "trainer"}
 
 
 @pytest.fixture

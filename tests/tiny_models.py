@@ -68,9 +68,75 @@ _SPECIFICS: dict[str, tuple[str, dict[str, Any]]] = {  # beginning of the classe
     ),
     "olmo2": ("Olmo2", {}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 24,
+            "decoder_sparse_step": 2,
+        },
+    ),
     "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}),
+    "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16}),
+    "granitemoe": (
+        "GraniteMoe",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16, "residual_multiplier": 0.5},
+    ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 16,
+            "head_dim": 8,
+            "sliding_window": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "num_nextn_predict_layers": 0,
+        },
+    ),
+    "llama4": (
+        "Llama4",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "intermediate_size": 16,
+            "intermediate_size_mlp": 24,
+            "interleave_moe_layer_step": 2,
+            "head_dim": 8,
+            "attention_chunk_size": 16,
+            "no_rope_layer_interval": 2,
+        },
+    ),
 }
-EXPERT_FAMILIES = ["mixtral", "qwen3_moe"]
+EXPERT_FAMILIES = [
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "granitemoe",
+    "gpt_oss",
+    "deepseek_v3",
+    "llama4",
+]
 FAMILIES = [family for family in _SPECIFICS if family not in EXPERT_FAMILIES]
 VOCABULARY = 2048
 SEQ_LEN = 32
@@ -88,7 +154,7 @@ def save_tiny_model(
     dtype: torch.dtype = torch.float32,
     **overrides: Any,
 ) -> Path:
-    """Save a random model with its tokenizer. Every parameter is random, also norms and biases."""
+    """Save a random model with its tokenizer. Every stored tensor is random, also norms and biases."""
     import transformers
 
     settings: dict[str, Any] = {
@@ -105,7 +171,7 @@ def save_tiny_model(
         "pad_token_id": None,
     }
     name, specifics = _SPECIFICS[family]
-    text = "Text" if family == "gemma3" else ""  # beside the multimodal one
+    text = "Text" if family in ("gemma3", "llama4") else ""  # beside the multimodal one
     config = getattr(transformers, f"{name}{text}Config")(**settings | specifics | overrides)
     torch_state = torch.get_rng_state()
     torch.manual_seed(seed)
@@ -116,6 +182,10 @@ def save_tiny_model(
                 parameter.add_(0.2 * torch.randn_like(parameter))
             else:
                 parameter.normal_(0, 0.15)
+        # Those that are stored, such as the bias of a router.
+        for name, buffer in model.named_buffers():
+            if name in model.state_dict():
+                buffer.normal_(0, 0.1)
     torch.set_rng_state(torch_state)
     model.to(dtype).save_pretrained(folder, max_shard_size="60KB" if sharded else "5GB")
     for name in ("tokenizer.json", "tokenizer_config.json"):

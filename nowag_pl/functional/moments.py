@@ -17,6 +17,26 @@ def mean_squares(second_moment: Tensor) -> Float[Tensor, " in"]:
     return second_moment.diagonal() if second_moment.dim() == 2 else second_moment
 
 
+def shrunk(own: Tensor, everywhere: Tensor, num_tokens: int, shrinkage: float) -> Tensor:
+    """Return `(n own + s everywhere) / (n + s)`: second moments over few tokens, shrunk towards those over all tokens.
+
+    Args:
+        own: mean of x_j^2 `[in]`, or of x x^T `[in, in]`, over some tokens.
+        everywhere: the same over all tokens.
+        num_tokens: n, the number of those in `own`.
+        shrinkage: s, the number of tokens that `everywhere` counts for.
+
+    Example:
+        >>> import torch
+        >>> shrunk(torch.tensor([4.0]), torch.tensor([1.0]), num_tokens=10, shrinkage=5.0).item()
+        3.0
+    """
+    if num_tokens == 0:
+        return everywhere
+    share = num_tokens / (num_tokens + shrinkage)
+    return share * own + (1 - share) * everywhere
+
+
 def output_error(
     weight: Float[Tensor, "out in"],
     reconstruction: Float[Tensor, "out in"],

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.compressed_head import tie, tied_embedding, untie
+from nowag_pl.models.experts import take_apart
 from nowag_pl.models.format.descriptions import empty_linears
 from nowag_pl.models.state import held_state
 from nowag_pl.modules import CompressedLinear
@@ -72,6 +73,8 @@ def fill(
 def empty_like_described(model: "PreTrainedModel", descriptions: Mapping[str, Mapping[str, object]]) -> None:
     """Replace linears of `model` by compressed ones of the given descriptions, on the meta device.
 
+    Compressed models hold a linear for each expert and projection, be they compressed or not.
+
     Args:
         model: a whole model, one without its head, or one with another head.
         descriptions: by their name in the model with its head.
@@ -79,6 +82,8 @@ def empty_like_described(model: "PreTrainedModel", descriptions: Mapping[str, Ma
     Raises:
         ValueError: a description is damaged, or there is no such linear of the same sizes.
     """
+    if descriptions:
+        take_apart(model)
     for name, linear in empty_linears(descriptions).items():
         place = _place(model, name)
         dense = model.get_submodule(place)

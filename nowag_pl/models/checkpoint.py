@@ -1,7 +1,7 @@
 """Open a model folder or hub id: configuration, tokenizer, weights. Only safetensors are read, never a pickle."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import cached_property
 from importlib.resources import files
@@ -15,12 +15,14 @@ from torch import Tensor
 from nowag_pl.files import read_json, read_rows
 from nowag_pl.models import gguf
 from nowag_pl.models.bounds import check_num_blocks, check_plain_files, check_sizes, key_holding
+from nowag_pl.models.experts import fused, fused_places, take_apart
 from nowag_pl.models.format import exl3_reading
 from nowag_pl.models.format.checksums import INDEX_FILE, SINGLE_FILE, Checksums
 from nowag_pl.models.format.descriptions import METHOD, check_stored, described_linears, empty_linears
 from nowag_pl.models.names import stored_names
 from nowag_pl.models.state import guard_of
 from nowag_pl.models.weights import Header, floating_type, indexed_files, read_headers, weight_files
+from nowag_pl.modules.experts import Place
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -217,6 +219,11 @@ class Checkpoint:
         return linears
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the files hold ordinary weights alone."""
+        return not self._is_exl3 and not self._quantization
+
+    @property
     def _is_exl3(self) -> bool:
         """Whether linears are stored in the EXL3 format; they are read as dense ones."""
         quantization = getattr(self._whole_config, "quantization_config", None)
@@ -246,6 +253,36 @@ class Checkpoint:
         if self._is_exl3 or described_linears(self._quantization):
             return {name: name for name in self.headers}
         return stored_names(self.build(empty=True), self.headers)
+
+    @cached_property
+    def _places(self) -> dict[str, Place]:
+        """The places of those weights of experts that are stored in a fused tensor, by name in the model."""
+        return {name: place for name, (_, place) in self._own_places.items() if self._is_in_fused(name)}
+
+    @cached_property
+    def _own_places(self) -> dict[str, tuple[str, Place]]:
+        """The places of all weights of experts in the tensors that transformers fuses them to."""
+        return fused_places(self.build(empty=True))
+
+    def _is_in_fused(self, name: str) -> bool:
+        # A fused tensor has one dimension more: that of the experts.
+        stored = self.headers.get(self._stored_names.get(name, ""))
+        return stored is not None and len(stored.shape) == (2 if name.endswith(".bias") else 3)
+
+    def as_stored(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield tensors of the model as the files have them: under their names there, experts fused where they are.
+
+        Where the files hold more than this model, compressed linears or nothing, they are as transformers has them.
+
+        Args:
+            tensors: names in the model and tensors; those of experts near to each other.
+        """
+        if self.is_part or not self.is_plain or not any(self.folder.glob("*.safetensors")):
+            yield from fused(tensors, self._own_places)
+            return
+        places = {name: (self._stored_names[name], place) for name, place in self._places.items()}
+        for name, tensor in fused(tensors, places):
+            yield (name if name in self.headers else self._stored_names.get(name, name)), tensor
 
     @cached_property
     def weight_map(self) -> dict[str, Path]:
@@ -326,18 +363,22 @@ class Checkpoint:
         for file in sorted({self._stored_files[name] for name in names}):
             self._checksums.check(file)
             with safe_open(file, framework="pt", device=str(device)) as opened:
-                tensors |= {
-                    name: opened.get_tensor(self._stored_names[name])
-                    for name in names
-                    if self._stored_files[name] == file
-                }
+                tensors |= {name: self._tensor(opened, name) for name in names if self._stored_files[name] == file}
         return tensors
+
+    def _tensor(self, opened: Any, name: str) -> Tensor:
+        """Read a tensor of an open file; of fused experts only the part of one is read."""
+        place = self._places.get(name)
+        if place is None:
+            return opened.get_tensor(self._stored_names[name])
+        return place.take(opened.get_slice(self._stored_names[name])[place.expert : place.expert + 1][0])
 
     def build(self, empty: bool = False) -> "PreTrainedModel":
         """Build the model from its configuration alone.
 
         Args:
-            empty: with parameters on the meta device, which take no memory, and real buffers; else random weights.
+            empty: with parameters on the meta device, which take no memory, real buffers, and a linear for each expert
+                and projection; else with random weights, as transformers builds it.
         """
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
@@ -353,6 +394,9 @@ class Checkpoint:
                 f"Expected a causal language model in {self.folder}, but a model of type "
                 f"{self.config.model_type!r} could not be built as one: {self._reason(error)}"
             ) from error
+        if empty:
+            take_apart(model)
+        _keep_wide(model)
         if (self.folder / GENERATION_FILE).is_file():
             model.generation_config = self.generation_config
         return model
@@ -402,6 +446,15 @@ class Checkpoint:
         model.tie_weights()
         self.require(name for name, parameter in model.named_parameters() if parameter.is_meta)
         return model.eval()
+
+
+def _keep_wide(model: "PreTrainedModel") -> None:
+    """Hold in float32, whatever the type of the model, the buffers that transformers would: biases of routers."""
+    kept: Iterable[str] = model._keep_in_fp32_modules_strict or ()
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] in kept:
+            parent, _, own = name.rpartition(".")
+            model.get_submodule(parent).register_buffer(own, buffer.float())
 
 
 def _first_sentence(error: Exception) -> str:

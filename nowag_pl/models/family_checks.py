@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from nowag_pl.modules.experts import RoutedExperts
+
 _FIXED = (bool, int, float, str, type(None))
 
 
@@ -19,8 +21,8 @@ def needs_bos(model_type: str) -> bool:
     return model_type.startswith("gemma")
 
 
-def check_no_experts(model_type: str, blocks_name: str, blocks: nn.ModuleList) -> None:
-    """Check that a model is dense: its blocks hold linears, not experts that a router chooses from.
+def check_experts(model_type: str, blocks_name: str, blocks: nn.ModuleList) -> None:
+    """Check that blocks hold linears and experts that are taken apart, none in a layout that is not known here.
 
     Args:
         model_type: family, for the message.
@@ -33,8 +35,8 @@ def check_no_experts(model_type: str, blocks_name: str, blocks: nn.ModuleList) -
     for name, module in blocks.named_modules(prefix=blocks_name):
         if module is not blocks and (_has_stacked_matrices(module) or _is_list_of_experts(module)):
             raise ValueError(
-                f"Expected a dense model, but got one of type {model_type!r} with experts in {name}: "
-                "expert layers are not supported."
+                f"Expected linears, or experts in a layout that is known, but got a model of type {model_type!r} with "
+                f"others in {name}: such expert layers are not supported."
             )
 
 
@@ -44,7 +46,7 @@ def _has_stacked_matrices(module: nn.Module) -> bool:
 
 
 def _is_list_of_experts(module: nn.Module) -> bool:
-    if not isinstance(module, nn.ModuleList) or not len(module):
+    if not isinstance(module, nn.ModuleList) or isinstance(module, RoutedExperts) or not len(module):
         return False
     return all(any(isinstance(below, nn.Linear) for below in [*child.modules()][1:]) for child in module)
 

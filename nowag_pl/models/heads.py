@@ -94,6 +94,7 @@ class _Ended(nn.Module):
         self._hidden = hidden
 
     def forward(self, *_positional: Any, **_named: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPast
+        # Models with experts ask for what their routers said, too.
+        from transformers.modeling_outputs import MoeModelOutputWithPast
 
-        return BaseModelOutputWithPast(last_hidden_state=self._hidden)
+        return MoeModelOutputWithPast(last_hidden_state=self._hidden)

@@ -8,6 +8,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from nowag_pl.modules.experts import RoutedExperts
+
 _MOST_SHOWN = 6  # names in a message
 
 
@@ -113,5 +115,20 @@ def _near(pattern: str, names: Iterable[str]) -> str:
 
 
 def find_linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """Return all linears of a block by name, in the block's order."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    """Return the linears of a block that may be compressed by name, in the block's order: none of its gates."""
+    gates = find_gates(block)
+    return {name: each for name, each in block.named_modules() if isinstance(each, nn.Linear) and name not in gates}
+
+
+def find_gates(block: nn.Module) -> dict[str, nn.Module]:
+    """Return what stands beside the experts of a block and decides on them: routers, and the gates of shared experts.
+
+    They take a share of the memory that does not count, and an error of theirs sends tokens elsewhere.
+    """
+    experts = {name for name, each in block.named_modules() if isinstance(each, RoutedExperts)}
+    beside = {name.rpartition(".")[0] for name in experts}
+    return {
+        name: each
+        for name, each in block.named_modules()
+        if name and name.rpartition(".")[0] in beside and name not in experts and [*each.parameters(recurse=False)]
+    }

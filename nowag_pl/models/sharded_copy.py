@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from nowag_pl.models.checkpoint import Checkpoint
+from nowag_pl.models.experts import routed_experts
 from nowag_pl.models.shards import whole_state
 from nowag_pl.models.streaming import find_blocks
 
@@ -33,6 +34,11 @@ class ShardedCopy:
 
     def __len__(self) -> int:
         return len(self._blocks)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a router sends the tokens of any block to experts."""
+        return any(routed_experts(block) for block in self._blocks)
 
     def block_name(self, index: int) -> str:
         """Return the name of a block in the model."""

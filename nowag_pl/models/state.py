@@ -28,12 +28,14 @@ def held_state(module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dt
     Args:
         module: the module, perhaps on the meta device, its compressed linears in place.
         tensors: some of its state, by name.
-        dtype: floating type of all that is not compressed; None: as stored.
+        dtype: floating type of all that is neither compressed nor a buffer; None: as stored.
     """
     inside = tuple(f"{name}." if name else "" for name in compressed_linears(module))
+    buffers = {name for name, _ in module.named_buffers()}
     own, held = module.state_dict(), {}
     for name, tensor in tensors.items():
-        wanted = own[name].dtype if name.startswith(inside) and name in own else dtype
+        keeps = name in buffers or (name.startswith(inside) and name in own)
+        wanted = own[name].dtype if keeps else dtype
         held[name] = tensor.to(wanted or tensor.dtype) if tensor.is_floating_point() else tensor
     return held
 

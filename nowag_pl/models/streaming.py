@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from nowag_pl.models.assembly import empty_like_described
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.compressed_head import compressed_head, head_name, tie, tied_embedding, untie
-from nowag_pl.models.family_checks import check_arguments, check_no_experts
+from nowag_pl.models.experts import routed_experts
+from nowag_pl.models.family_checks import check_arguments, check_experts
 from nowag_pl.models.selection import Selection, find_linears
 from nowag_pl.models.state import check_linears, held_state
 from nowag_pl.modules import CompressedLinear
@@ -44,8 +45,8 @@ class StreamedModel:
         head: a compressed head in the place of the dense one.
 
     Raises:
-        ValueError: the checkpoint is damaged, its decoder blocks are not found, or they hold experts; or the selection
-            does not fit the model.
+        ValueError: the checkpoint is damaged, its decoder blocks are not found, or they hold experts of an unknown
+            layout; or the selection does not fit the model.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class StreamedModel:
             self._skeleton = checkpoint.build(empty=True).eval()
         self.blocks_name = find_blocks(self._skeleton)
         blocks = cast(nn.ModuleList, self._skeleton.get_submodule(self.blocks_name))
-        check_no_experts(checkpoint.config.model_type, self.blocks_name, blocks)
+        check_experts(checkpoint.config.model_type, self.blocks_name, blocks)
         empty_like_described(self._skeleton, checkpoint.compressed_linears)
         self._head = head
         if head is not None:
@@ -119,6 +120,11 @@ class StreamedModel:
             [f"{self.block_name(index)}.{name}" for name in find_linears(block)]
             for index, block in enumerate(self.blocks)
         ]
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a router sends the tokens of any block to experts."""
+        return any(routed_experts(block) for block in self.blocks)
 
     def linears(self, index: int, block: nn.Module | None = None) -> dict[str, nn.Linear]:
         """Return the selected linears of a block by their name in it.

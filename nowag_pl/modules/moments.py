@@ -35,6 +35,9 @@ class RunningMean(nn.Module):
 
     def compute(self) -> Tensor:
         """Return the mean, float32."""
+        return self._mean()
+
+    def _mean(self) -> Tensor:
         return (self.total / self.num_tokens).float()
 
 
@@ -113,7 +116,7 @@ class SecondMoment(RunningMean):
         """
         if self.num_tokens == 0:
             raise RuntimeError("Expected at least one update before compute, but got none.")
-        mean = super().compute()
+        mean = self._mean()
         # No product of two is larger than both squares.
         finite = mean_squares(mean).isfinite()
         if not finite.all():
@@ -122,6 +125,57 @@ class SecondMoment(RunningMean):
                 f"{len(mean)} input features."
             )
         return mean
+
+
+class WeightedMoment(SecondMoment):
+    """A mean of squares or products in which each token counts by its weight; the weights need not be 1 on average.
+
+    Args:
+        num_features: as for :class:`SecondMoment`.
+        full: as for :class:`SecondMoment`.
+
+    Example:
+        >>> import torch
+        >>> moment = WeightedMoment(1)
+        >>> moment.update(torch.tensor([[1.0], [2.0]]), torch.tensor([0.75, 0.25]))
+        >>> moment.update(torch.tensor([[4.0]]), torch.tensor([1.0]))
+        >>> moment.compute().tolist()  # (0.75 + 1 + 16) / 2
+        [8.875]
+    """
+
+    total_weight: Tensor
+
+    def __init__(self, num_features: int, full: bool = False) -> None:
+        super().__init__(num_features, full)
+        self.register_buffer("total_weight", torch.zeros((), dtype=torch.float64))
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether any token counted."""
+        return bool(self.total_weight > 0)
+
+    @torch.no_grad()
+    def update(self, activations: Tensor, weights: Tensor | None = None) -> None:
+        """Add tokens, as :meth:`SecondMoment.update` does."""
+        counted = None if weights is None else weights.float()
+        super().update(activations, counted)
+        self.total_weight += activations[..., 0].numel() if counted is None else counted.sum(dtype=torch.float64)
+
+    @torch.no_grad()
+    def all_reduce(self) -> None:
+        """Add up over all ranks of the default process group, if there is one."""
+        super().all_reduce()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.total_weight)
+
+    @torch.no_grad()
+    def merge(self, other: "SecondMoment") -> None:
+        """Add the tokens that another one has seen; without weights, they count 1."""
+        super().merge(other)
+        self.total_weight += other.total_weight if isinstance(other, WeightedMoment) else other.num_tokens
+
+    def _mean(self) -> Tensor:
+        return (self.total / self.total_weight).float()
 
 
 class CrossMoment(RunningMean):

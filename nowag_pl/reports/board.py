@@ -49,6 +49,23 @@ class Board:
         if figure is not None:
             self._figure("model/linears", figure, 0)
 
+    def experts(self, statistics: Mapping[str, Any]) -> None:
+        """Show how many calibration tokens each expert saw: the fewest and most by block, and all of them as a table.
+
+        Args:
+            statistics: as :meth:`CompressionRun.expert_statistics` gives them.
+        """
+        lines = ["| experts | tokens of each |", "|---|---|"]
+        for row in statistics["tokens"]:
+            ends = {"fewest": min(row["tokens"]), "most": max(row["tokens"])}
+            for show in self._shows:
+                show.scalars({f"experts/{key}_tokens": value for key, value in ends.items()}, row["block"])
+            lines.append(f"| block {row['block']}, {row['name']} | {' '.join(map(str, row['tokens']))} |")
+        lines += ["", f"Without any token: {', '.join(statistics['unseen']) or 'none'}."]
+        lines += ["", f"Kept dense: {', '.join(statistics['dense'])}."]
+        for show in self._shows:
+            show.text("experts/tokens", "\n".join(lines))
+
     def finetuning(self, statistics: Sequence[Mapping[str, Any]]) -> None:
         """Show the held-out error of every block by epoch, and before and after.
 

@@ -51,6 +51,7 @@ def build_report(
         "sparsity": mean_over_weights(rows, "sparsity"),
         "budget": run.budget,
         "head": run.head_statistics(),
+        "experts": run.expert_statistics(),
         "bytes_on_disk": num_bytes,
         **_quality(metrics),
         "seconds": _seconds(run, seconds),

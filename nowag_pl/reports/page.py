@@ -1,6 +1,7 @@
 """A report as one HTML file, which contains its figures and needs no network."""
 
 from collections.abc import Mapping, Sequence
+from math import nan
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -9,7 +10,7 @@ from matplotlib.figure import Figure
 from nowag_pl.reports.averages import mean_over_weights
 from nowag_pl.reports.figures.canvas import to_svg
 from nowag_pl.reports.figures.curves import line_figure
-from nowag_pl.reports.figures.linears import linears_drawing, split_name
+from nowag_pl.reports.figures.linears import by_kind, linears_drawing
 from nowag_pl.run.wording import BEGINNINGS, PHASES, readable
 
 
@@ -117,10 +118,11 @@ def render(template: str, **values: Any) -> str:
 
 def _by_block(report: Mapping[str, Any]) -> dict[str, list[float]]:
     """Return the loss of each kind of linear over the blocks, and the mean over all weights of a block."""
-    kinds: dict[str, list[float]] = {}
-    blocks: dict[int, list[Mapping[str, Any]]] = {}
-    for row in report["linears"]:
-        block, name = split_name(row["name"])
-        kinds.setdefault(name, []).append(row["loss"])
-        blocks.setdefault(block, []).append(row)
-    return kinds | {"whole block": [mean_over_weights(rows, "loss") for rows in blocks.values()]}
+    rows: dict[int, list[Mapping[str, Any]]] = {}
+    losses: dict[str, dict[int, float]] = {}
+    for (block, name), of_kind in by_kind(report["linears"]).items():
+        rows.setdefault(block, []).extend(of_kind)
+        losses.setdefault(name, {})[block] = mean_over_weights(of_kind, "loss")
+    # Blocks may be of several kinds.
+    kinds = {name: [of_kind.get(block, nan) for block in range(max(rows) + 1)] for name, of_kind in losses.items()}
+    return kinds | {"whole block": [mean_over_weights(each, "loss") for _, each in sorted(rows.items())]}

@@ -1,6 +1,7 @@
 """Small views of compressed linears: a few linears of a few blocks, one block at a time."""
 
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from nowag_pl.stages import compression
 from nowag_pl.stages.compression_run import CompressionRun
 
 _log = logging.getLogger(__name__)
+_LATER_EXPERT = re.compile(r"\.experts\.[1-9]")
 _MASK_CROP = 32  # rows and columns of a mask whose single weights are shown
 
 
@@ -98,17 +100,20 @@ def inspect_linears(run: CompressionRun, limits: Limits) -> Iterator[LinearView]
         run: a run whose linears are compressed. Its artefacts are read; no other process need take part.
         limits: limits of the views.
     """
-    if limits.linears is not None and not any(name.endswith(limits.linears) for name in run.model.linears(0)):
+    names = [name for index in range(len(run.model)) for name in run.model.linears(index)]
+    if limits.linears is not None and not any(name.endswith(limits.linears) for name in names):
         _log.warning(
             "inspection.linears: no linear ends with any of %s; there are %s",
             list(limits.linears),
-            ", ".join(run.model.linears(0)),
+            ", ".join(dict.fromkeys(names)),
         )
     for index in inspected_blocks(len(run.model), limits.max_blocks):
         dense = find_linears(run.model.load_block(index))
         moments, _ = run.store.read(MOMENTS, index)
         for name, compressed in compression.read_block(run.store, index).items():
-            if limits.linears is None or name.endswith(limits.linears):
+            # Of experts, which may be hundreds, only the first.
+            wanted = _LATER_EXPERT.search(name) is None if limits.linears is None else name.endswith(limits.linears)
+            if wanted:
                 yield inspect_linear(index, name, dense.pop(name).cpu(), compressed, moments[name], limits)
 
 

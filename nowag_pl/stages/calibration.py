@@ -1,6 +1,7 @@
 """Calibration: second moments of every linear's input, block by block."""
 
 import logging
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -33,7 +34,8 @@ def calibrate(model: StreamedModel, store: ArtefactStore, windows: Tensor, setti
     if not store.missing(MOMENTS, len(model)):
         return
     states = HiddenStates(model, store.ranks.share(windows), settings.batch_size)
-    source = DenseMoments(model, states, store.ranks, full=False, weights=read_guidance(store, settings.guidance))
+    weights = read_guidance(store, settings.guidance)
+    source = DenseMoments(model, states, store.ranks, False, weights, settings.expert_shrinkage)
 
     def work(index: int, block: nn.Module, report: Report) -> str:
         for _ in source.groups(block, index):
@@ -64,15 +66,37 @@ def moment_source(
     if settings.mode == "corrected":
         return CorrectedMoments(model, states, store.ranks, full, weights)
     kind = DenseMoments if settings.mode == "dense" else PropagatedMoments
-    return kind(model, states, store.ranks, full, weights)
+    return kind(model, states, store.ranks, full, weights, settings.expert_shrinkage)
 
 
 def write_moments(model: StreamedModel, store: ArtefactStore, index: int, gathered: Gathered | None) -> None:
     """Write the mean squares of a block, where any were gathered, and warn of inputs that are always zero."""
     if gathered is None:
         return
-    squares, num_tokens, seconds = gathered
+    squares, num_tokens, seconds, tokens = gathered
     dead = {name: int((square == 0).sum()) for name, square in squares.items() if (square == 0).any()}
     if dead:
         _log.warning("%s: input channels that are always zero: %s", model.block_name(index), dead)
-    store.write(MOMENTS, index, squares, {"seconds": seconds, "num_tokens": num_tokens, "dead_channels": dead})
+    metadata = {"seconds": seconds, "num_tokens": num_tokens, "dead_channels": dead}
+    if tokens:
+        metadata["tokens_per_expert"] = tokens
+        _warn_of_unseen(model.block_name(index), tokens)
+    store.write(MOMENTS, index, squares, metadata)
+
+
+def unseen_experts(tokens: Mapping[str, Sequence[int]]) -> list[str]:
+    """Return the names in their block of experts that no calibration token was routed to.
+
+    Args:
+        tokens: tokens of each expert, by the name of the experts in the block.
+    """
+    return [f"{name}.{number}" for name, counts in tokens.items() for number, count in enumerate(counts) if not count]
+
+
+def _warn_of_unseen(block: str, tokens: Mapping[str, Sequence[int]]) -> None:
+    if unseen := unseen_experts(tokens):
+        _log.warning(
+            "%s: no calibration token was routed to %s, compressed by the moments of all tokens of the block",
+            block,
+            ", ".join(unseen),
+        )

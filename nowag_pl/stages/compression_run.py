@@ -25,7 +25,7 @@ from nowag_pl.models.compressed_head import compressed_head, head_name
 from nowag_pl.models.format.exl3 import save_streamed_exl3
 from nowag_pl.models.format.saving import save_streamed
 from nowag_pl.models.rotation import check_rotatable
-from nowag_pl.models.selection import Selection, find_linears
+from nowag_pl.models.selection import Selection, find_gates, find_linears
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear
 from nowag_pl.run.fingerprint import check_finite, fingerprint
@@ -50,7 +50,7 @@ from nowag_pl.stages import finetuned
 from nowag_pl.stages.assignment import Assignment, assignment_of, describe, selection_of, title
 from nowag_pl.stages.budget.candidates import Choices
 from nowag_pl.stages.budget.spread import Budgeted, compress_within_budget
-from nowag_pl.stages.calibration import calibrate, moment_source
+from nowag_pl.stages.calibration import calibrate, moment_source, unseen_experts
 from nowag_pl.stages.compression import compress, read_block
 from nowag_pl.stages.damage import Damage
 from nowag_pl.stages.guidance import read_guidance, write_guidance
@@ -254,6 +254,8 @@ class CompressionRun:
         del described["batch_size"]
         if described["guidance"] is None:
             del described["guidance"]
+        if not self.dense.has_experts:
+            del described["expert_shrinkage"]
         if self.plan.rotation is not None:
             described["rotation"] = dataclasses.asdict(self.plan.rotation)
         if (head := self._describe_head()) is not None:
@@ -329,7 +331,15 @@ class CompressionRun:
         return any(method.output_moment for method in [*self.assignment.methods, *self._budget_settings])
 
     def check_guidance(self) -> None:
-        """Raise ValueError if a method needs gradients of the final loss and the plan has no guidance."""
+        """Check the guidance and the mode of the calibration.
+
+        Raises:
+            ValueError: a method needs gradients of the final loss and the plan has no guidance; or the model has
+                experts, whose tokens change with what is compressed before them, and each of which lacks most tokens.
+        """
+        if self.dense.has_experts and (self._calibration.guidance is not None or self._calibration.mode == "corrected"):
+            option = "mode=corrected" if self._calibration.mode == "corrected" else "guidance"
+            raise ValueError(f"Expected a model without experts for calibration.{option}, but got one with experts.")
         if self._needs_output_moment and self._calibration.guidance is None:
             raise ValueError("Expected calibration.guidance with update 'two_sided', but got none.")
 
@@ -446,6 +456,25 @@ class CompressionRun:
         if settings is None or settings.head is None:
             return None
         return dict(self.store.read_metadata(HEAD, 0)["statistics"])
+
+    def expert_statistics(self) -> dict[str, Any] | None:
+        """Return what is known of experts, or None where there are none.
+
+        Returns:
+            "dense": what stands beside experts and is never compressed, such as routers, by name in the model.
+            "tokens": "block", "name" of the experts, and "tokens", the calibration tokens that each of them saw.
+            "unseen": names of experts that saw none.
+        """
+        if not self.model.has_experts:
+            return None
+        dense, tokens, unseen = [], [], []
+        for index, block in enumerate(self.model.blocks):
+            title = self.model.block_name(index)
+            dense += [f"{title}.{name}" for name in find_gates(block)]
+            counts = self.store.read_metadata(MOMENTS, index).get("tokens_per_expert", {})
+            tokens += [{"block": index, "name": name, "tokens": each} for name, each in counts.items()]
+            unseen += [f"{title}.{name}" for name in unseen_experts(counts)]
+        return {"dense": dense, "tokens": tokens, "unseen": unseen}
 
     def finetuning_statistics(self) -> list[dict[str, Any]]:
         """Return held-out error before, after each epoch ("curve") and after finetuning, of every finetuned block."""

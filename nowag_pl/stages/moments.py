@@ -9,17 +9,18 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from nowag_pl.functional.moments import mean_squares
+from nowag_pl.models.experts import routed_experts
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.modules import CompressedLinear, SecondMoment
 from nowag_pl.run.layout import MOMENTS
 from nowag_pl.run.ranks import Ranks
 from nowag_pl.run.store import ArtefactStore
+from nowag_pl.stages.expert_moments import ObservedExperts, naming
 from nowag_pl.stages.hidden import HiddenStates
 
 TokenWeights = Callable[[int, str], Tensor]  # number of a block, name of a linear to `[num_mine, seq_len]`
@@ -47,11 +48,13 @@ class Gathered(NamedTuple):
         squares: mean squares of the input of each linear, `[in]`.
         num_tokens: number of tokens in the means.
         seconds: time it took.
+        tokens: tokens that were routed to each expert, by the name of the experts in the block.
     """
 
     squares: dict[str, Tensor]
     num_tokens: int
     seconds: float
+    tokens: Mapping[str, list[int]] = {}
 
 
 class MomentSource(ABC):
@@ -135,16 +138,24 @@ class DenseMoments(MomentSource):
         ranks: the processes of the run.
         full: whether to gather the matrices of x x^T.
         weights: weight of each token; None: equal weights.
+        shrinkage: as for :class:`~nowag_pl.stages.expert_moments.ObservedExperts`.
     """
 
     def __init__(
-        self, model: StreamedModel, states: HiddenStates, ranks: Ranks, full: bool, weights: TokenWeights | None = None
+        self,
+        model: StreamedModel,
+        states: HiddenStates,
+        ranks: Ranks,
+        full: bool,
+        weights: TokenWeights | None = None,
+        shrinkage: float = 0.0,
     ) -> None:
         self._model = model
         self._states = states
         self._ranks = ranks
         self._full = full
         self._weights = weights
+        self._shrinkage = shrinkage
         self._gathered: Gathered | None = None
         self._has_passed = False
 
@@ -157,12 +168,13 @@ class DenseMoments(MomentSource):
     def _gather(self, block: nn.Module, index: int, advance: bool) -> dict[str, Tensor]:
         started = time.perf_counter()
         check_finite_weights(self._model, block, index)
-        observed = Observed(self._model, block, index, self._full, self._weights)
+        observed = Observed(self._model, block, index, self._full, self._weights, self._shrinkage)
         with observed:
             self._states.run(block, index, advance)
-        moments, num_tokens = observed.compute(self._ranks)
-        squares = {name: mean_squares(moment).contiguous() for name, moment in moments.items()}
-        self._gathered = Gathered(squares, num_tokens, time.perf_counter() - started)
+        moments, num_tokens, tokens = observed.compute(self._ranks)
+        # Linears may share a tensor, which a file may hold only once.
+        squares = {name: mean_squares(moment).clone() for name, moment in moments.items()}
+        self._gathered = Gathered(squares, num_tokens, time.perf_counter() - started, tokens)
         return moments
 
     def gathered(self) -> Gathered | None:
@@ -216,13 +228,26 @@ class Observed:
         index: its number.
         full: whether to gather the matrices of x x^T.
         weights: weight of each token; None: equal weights.
+        shrinkage: as for :class:`~nowag_pl.stages.expert_moments.ObservedExperts`.
     """
 
     def __init__(
-        self, model: StreamedModel, block: nn.Module, index: int, full: bool, weights: TokenWeights | None = None
+        self,
+        model: StreamedModel,
+        block: nn.Module,
+        index: int,
+        full: bool,
+        weights: TokenWeights | None = None,
+        shrinkage: float = 0.0,
     ) -> None:
         self._title = model.block_name(index)
-        self._linears = model.linears(index, block)
+        selected = model.linears(index, block)
+        self._order = list(selected)
+        self._experts = {}
+        for name, experts in routed_experts(block).items():
+            if inside := [each.removeprefix(f"{name}.") for each in selected if each.startswith(f"{name}.")]:
+                self._experts[name] = ObservedExperts(experts, inside, full, shrinkage)
+        self._linears = {name: each for name, each in selected.items() if not name.startswith(tuple(self._within))}
         self._full = full
         self._weights = weights and {name: Weights(weights(index, name)) for name in self._linears}
         self.moments: dict[str, SecondMoment] = {}
@@ -234,6 +259,10 @@ class Observed:
         self._leader = ""
         self._handles: list[Callable[[], None]] = []
 
+    @property
+    def _within(self) -> list[str]:
+        return [f"{name}." for name in self._experts]
+
     def _empty(self, name: str) -> SecondMoment:
         linear = self._linears[name]
         return SecondMoment(linear.in_features, self._full).to(linear.weight.device)
@@ -242,10 +271,14 @@ class Observed:
         for name, linear in self._linears.items():
             hook = linear.register_forward_pre_hook(lambda _, args, name=name: self.observe(name, args[0]))
             self._handles.append(hook.remove)
+        for experts in self._experts.values():
+            experts.attach()
 
     def __exit__(self, *_: object) -> None:
         while self._handles:
             self._handles.pop()()
+        for experts in self._experts.values():
+            experts.detach()
         self._input = None
 
     def observe(self, name: str, activations: Tensor) -> None:
@@ -279,12 +312,12 @@ class Observed:
                 self.moments[name] = self._empty(name)
         return {name: self.moments[leaders.get(name, name)] for name in self._linears}
 
-    def compute(self, ranks: Ranks) -> tuple[dict[str, Tensor], int]:
+    def compute(self, ranks: Ranks) -> tuple[dict[str, Tensor], int, dict[str, list[int]]]:
         """Reduce over the ranks; all of them must call.
 
         Returns:
             Second moment of each linear by its name in the block, `[in]`, or `[in, in]` if full, float32 in host
-            memory; and the number of tokens.
+            memory; the number of tokens; and those of each expert, by the name of the experts.
 
         Raises:
             ValueError: an activation is NaN or infinite, or a linear was never called; the message names block and
@@ -306,7 +339,13 @@ class Observed:
                             f"--compression.ignore=['*{name}']."
                         )
                     computed[moment] = moment.compute().cpu()
-        return {name: computed[moment] for name, moment in moments.items()}, num_tokens
+        found = {name: computed[moment] for name, moment in moments.items()}
+        tokens = {}
+        for name, experts in self._experts.items():
+            own, entered, tokens[name] = experts.compute(ranks, f"{self._title}.{name}")
+            found |= {f"{name}.{linear}": moment for linear, moment in own.items()}
+            num_tokens = num_tokens or entered
+        return {name: found[name] for name in self._order}, num_tokens, tokens
 
 
 class Weights:
@@ -331,12 +370,3 @@ def check_finite_weights(model: StreamedModel, block: nn.Module, index: int) -> 
     for name, linear in model.linears(index, block).items():
         if not linear.weight.isfinite().all():
             raise ValueError(f"{model.block_name(index)}.{name}: Expected finite weights, but got NaN or infinity.")
-
-
-@contextmanager
-def naming(linear: str) -> Iterator[None]:
-    """Put the name of a linear before the message of a ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{linear}: {error}") from error

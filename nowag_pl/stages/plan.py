@@ -41,6 +41,8 @@ class CalibrationSettings:
         mode: as for :class:`~callbacks.calibration.ModelCalibration`.
         batch_size: sequences that pass through a block together on each device.
         guidance: weights of tokens by the final loss; None: all tokens have equal weight.
+        expert_shrinkage: tokens that the moments over all tokens of a block count for in those of an expert, which
+            sees only the tokens that are routed to it.
     """
 
     num_sequences: int = 128
@@ -48,10 +50,12 @@ class CalibrationSettings:
     mode: CalibrationMode = "dense"
     batch_size: int = 8
     guidance: GuidanceSettings | None = None
+    expert_shrinkage: float = 128.0
 
     def __post_init__(self) -> None:
         for name, least in {"num_sequences": 1, "batch_size": 1, "seed": 0}.items():
             check_whole(f"calibration.{name}", getattr(self, name), least)
+        check_real("calibration.expert_shrinkage", self.expert_shrinkage)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_finetuning import BLOCKWISE, DISTILLATION, METHODS
 from test_fit_and_validate import perplexity, perplexity_shown, read_report, text_windows
-from tiny_models import EXPERT_FAMILIES, FAMILIES, fit_arguments, load_whole, validate_arguments
+from tiny_models import FAMILIES, fit_arguments, load_whole, validate_arguments
 
 from nowag_pl import load_compressed, save_compressed
 
@@ -37,10 +37,3 @@ def test_family_from_dense_to_finetuned(family, method, command_line, model_fold
             assert torch.equal(load_compressed(tmp_path / "again")(windows).logits, model(windows).logits)
     outcome = command_line(validate_arguments(workplace, run_dir / "export", tmp_path / "validation"))
     assert perplexity_shown(outcome.output) == pytest.approx(figures["one_shot"], rel=1e-4, abs=1e-3)
-
-
-@pytest.mark.parametrize("family", EXPERT_FAMILIES)
-def test_experts_are_refused(family, command_line, model_folder, workplace, tmp_path):
-    outcome = command_line(fit_arguments(workplace, model_folder(family), tmp_path / "run"))
-    assert outcome.code == 1
-    assert f"type '{family}' with experts in model.layers.0." in outcome.message

@@ -8,7 +8,7 @@ from tiny_models import SEQ_LEN, VOCABULARY, load_whole, random_tokens
 from nowag_pl.lit.batches import ResumableLoader, SharedBatches
 from nowag_pl.lit.datamodule import _Windows, data_of
 from nowag_pl.lit.module import LitCausalLM
-from nowag_pl.lit.objectives import Distillation, NextToken, Objective
+from nowag_pl.lit.objectives import BalancedNextToken, Distillation, NextToken, Objective
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -28,6 +28,35 @@ def test_next_token_is_the_cross_entropy_of_the_text(model_folder):
     for window, position in [(0, 0), (0, 7), (1, tokens.shape[1] - 2)]:
         expected = -log_p[window, position, tokens[window, position + 1]]
         assert float(losses[window, position]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_balanced_next_token_adds_the_use_of_experts(model_folder):
+    folder, tokens = model_folder("mixtral"), random_tokens(2)
+    module = built(folder)
+    losses = {weight: BalancedNextToken(weight).losses(module, {"tokens": tokens}) for weight in (0.0, 0.5)}
+    torch.testing.assert_close(losses[0.0], NextToken().losses(module, {"tokens": tokens}))
+    probabilities, chosen = [], []
+    whole = load_whole(folder)
+
+    def look(_, __, output):
+        probabilities.append(output[0].softmax(-1))
+        chosen.append(output[2])
+
+    for block in whole.model.layers:
+        block.mlp.gate.register_forward_hook(look)
+    with torch.no_grad():
+        whole(tokens)
+    use = torch.stack([(torch.cat(chosen) == expert).float().sum(1) for expert in range(4)], 1).mean(0)
+    balance = 4 * (use * torch.cat(probabilities).mean(0)).sum()
+    torch.testing.assert_close(losses[0.5] - losses[0.0], (0.5 * balance).expand_as(losses[0.0]), atol=1e-4, rtol=1e-4)
+
+
+def test_balanced_next_token_wants_experts(model_folder):
+    checkpoint = built(model_folder()).checkpoint
+    with pytest.raises(ValueError, match="model with experts for BalancedNextToken, but got one of type 'llama'"):
+        BalancedNextToken().check(checkpoint)
+    with pytest.raises(ValueError, match=r"objective\.balance of at least 0, but got -1"):
+        BalancedNextToken(-1)
 
 
 def test_loss_of_a_step_weighs_windows(model_folder):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nowag_pl.models.family_checks import check_arguments, check_no_experts
+from nowag_pl.models.family_checks import check_arguments, check_experts
 
 
 class Experts(nn.Module):
@@ -35,14 +35,14 @@ def mlp() -> nn.Module:
     ],
 )
 def test_dense_blocks_pass(module):
-    check_no_experts("any", "layers", blocks_with(mlp=module))
+    check_experts("any", "layers", blocks_with(mlp=module))
 
 
 @pytest.mark.parametrize("experts", [Experts(4, 2, 3), nn.ModuleList([mlp(), mlp()])])
 def test_experts_are_named(experts):
-    message = re.escape("type 'mix' with experts in model.layers.1.mlp: expert layers are not supported")
+    message = re.escape("type 'mix' with others in model.layers.1.mlp: such expert layers are not supported")
     with pytest.raises(ValueError, match=message):
-        check_no_experts("mix", "model.layers", blocks_with(mlp=experts))
+        check_experts("mix", "model.layers", blocks_with(mlp=experts))
 
 
 RIGHT = {"mask": None, "position": (torch.arange(3), torch.ones(2)), "scale": 2.0, "dtype": torch.float32}

@@ -1,7 +1,8 @@
 """Objectives of end-to-end training, each chosen by its class_path."""
 
+from nowag_pl.lit.objectives.balanced import BalancedNextToken
 from nowag_pl.lit.objectives.base import Objective
 from nowag_pl.lit.objectives.distillation import Distillation
 from nowag_pl.lit.objectives.next_token import NextToken
 
-__all__ = ["Distillation", "NextToken", "Objective"]
+__all__ = ["BalancedNextToken", "Distillation", "NextToken", "Objective"]

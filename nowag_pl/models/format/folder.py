@@ -35,6 +35,10 @@ class BlockwiseModel(Protocol):
     def skeleton(self) -> "PreTrainedModel":
         """All of the model but its blocks."""
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether a router sends the tokens of any block to experts."""
+
     def __len__(self) -> int:
         """Return the number of blocks."""
 

@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nowag_pl.models.assembly import empty_like_described
 from nowag_pl.models.compressed_head import tie, tied_embedding
+from nowag_pl.models.experts import routed_experts
 from nowag_pl.models.format.checksums import Checksums
 from nowag_pl.models.format.descriptions import FORMAT, METHOD, check_stored, described_linears, empty_linears
 from nowag_pl.models.state import check_linears, compressed_linears, guard_of, packed_tensors
@@ -100,6 +101,10 @@ class CompressionQuantizer(HfQuantizer):
         if (given := tied_embedding(model)) is not None:
             model._keys_to_ignore_on_load_missing = _more(model._keys_to_ignore_on_load_missing, [re.escape(given)])
         model._keys_to_ignore_on_load_unexpected = _more(model._keys_to_ignore_on_load_unexpected, ignored)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: "PreTrainedModel") -> list[Any]:
+        """Return no conversions for a model with experts, whose linears are stored under their names in the model."""
+        return [] if routed_experts(model) else super().update_weight_conversions(weight_conversions, model)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         """Unpack the weights, having checked the values, and the files that were fetched meanwhile.

@@ -3,7 +3,7 @@
 docs/format.md describes the folder. Everything that it says of a linear comes from the linear's own class.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nowag_pl.files import read_json
 from nowag_pl.models.assembly import empty_like_described, fill
 from nowag_pl.models.checkpoint import CONFIG_FILE, DESCRIPTION_FILE, Checkpoint
+from nowag_pl.models.experts import fused, fused_places
 from nowag_pl.models.format.descriptions import FORMAT, METHOD
 from nowag_pl.models.format.folder import BlockwiseModel, FolderConfig, sharded, write_folder
 from nowag_pl.models.state import (
@@ -83,7 +84,7 @@ def save_dense(
         OSError: the folder cannot be written. What it held before is then as it was.
     """
     _require_model(model)
-    shards = sharded(dense_tensors(model, _dtype(model)), max_shard_bytes)
+    shards = sharded(_as_ordinary(model, dense_tensors(model, _dtype(model)), source), max_shard_bytes)
     write_folder(Path(folder), model, shards, source, FolderConfig(_dtype(model), _described(model), dense=True))
 
 
@@ -109,16 +110,29 @@ def save_streamed(
         linears = compressed_linears(block).items()
         described["linears"] |= {f"{name}.{key}": linear.description() for key, linear in linears}
         tensors = dense_tensors(block, dtype) if dense else packed_tensors(block)
-        return {f"{name}.{key}": tensor for key, tensor in tensors}
+        return ordinary((f"{name}.{key}", tensor) for key, tensor in tensors)
+
+    def ordinary(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        return dict(model.checkpoint.as_stored(tensors) if dense and model.has_experts else tensors)
 
     def shards() -> Iterator[dict[str, Tensor]]:
         linears = compressed_linears(model.skeleton).items()
         described["linears"] |= {name: linear.description() for name, linear in linears}
-        yield dict(dense_tensors(model.skeleton, dtype) if dense else packed_tensors(model.skeleton))
+        yield ordinary(dense_tensors(model.skeleton, dtype) if dense else packed_tensors(model.skeleton))
         for index in range(len(model)):
             yield tensors_of(index)
 
     write_folder(Path(folder), model.skeleton, shards(), model.checkpoint.path, FolderConfig(dtype, described, dense))
+
+
+def _as_ordinary(
+    model: "PreTrainedModel", tensors: Iterable[tuple[str, Tensor]], source: str | None
+) -> Iterable[tuple[str, Tensor]]:
+    """Return the tensors of a dense model in a form that transformers opens: experts as the source stores them."""
+    places = fused_places(model)
+    if not places:
+        return tensors
+    return fused(tensors, places) if source is None else Checkpoint(source).as_stored(tensors)
 
 
 def load_compressed(

@@ -6,9 +6,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from nowag_pl.reports.averages import mean_over_weights
 from nowag_pl.reports.figures.matrices import Panel, color_limits, heat_map_figure, panel_figure
 from nowag_pl.reports.views import LinearView
 
+EXPERT = re.compile(r"\.experts\.\d+\.")
 _ERROR_DECADES = 3
 _MAPS = {"loss": ".3f", "sparsity": ".2f", "bits_per_weight": ".2f"}
 
@@ -37,24 +39,45 @@ def linear_drawing(view: LinearView) -> Figure:
 def linears_drawing(rows: Sequence[Mapping[str, Any]]) -> tuple[Figure | None, list[str]]:
     """Draw heat maps of loss, sparsity and bits, linears from top to bottom and blocks from left to right.
 
+    The experts of a block are one, by the mean over their weights.
+
     Args:
-        rows: "name" in the model, "loss", "sparsity" and "bits_per_weight" of every linear.
+        rows: "name" in the model, "shape", "loss", "sparsity" and "bits_per_weight" of every linear.
 
     Returns:
         The maps of what differs between linears, or None; and a clause for each figure that is the same everywhere.
     """
-    places = {split_name(row["name"]): row for row in rows}
+    places = by_kind(rows)
     blocks = sorted({block for block, _ in places})
     names = list(dict.fromkeys(name for _, name in places))
     maps, same = [], []
     for key, spec in _MAPS.items():
-        title, found = key.replace("_", " "), {row[key] for row in rows}
+        title, means = key.replace("_", " "), {place: mean_over_weights(each, key) for place, each in places.items()}
+        found = {row[key] for row in rows}
         if len(found) == 1:
             same.append(f"{title} {format(found.pop(), spec)}")
         else:
-            values = [[places.get((block, name), {}).get(key) for block in blocks] for name in names]
+            values = [[means.get((block, name)) for block in blocks] for name in names]
             maps.append((title, values, spec))
     return heat_map_figure(maps, names) if maps else None, same
+
+
+def by_kind(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], list[Mapping[str, Any]]]:
+    """Return the rows of linears by number of the block and name in it, those of its experts together.
+
+    Args:
+        rows: "name" in the model of every linear.
+
+    Example:
+        >>> rows = [{"name": f"layers.3.mlp.experts.{number}.up_proj"} for number in range(2)]
+        >>> {place: len(of_kind) for place, of_kind in by_kind(rows).items()}
+        {(3, 'mlp.experts.*.up_proj'): 2}
+    """
+    kinds: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        block, name = split_name(row["name"])
+        kinds.setdefault((block, EXPERT.sub(".experts.*.", name)), []).append(row)
+    return kinds
 
 
 def split_name(name: str) -> tuple[int, str]:

@@ -135,7 +135,9 @@ def _dense_source(budgeted: Budgeted, store: ArtefactStore, full: bool, has_stor
     if has_stored or not store.missing(CANDIDATES, len(model)):
         return StoredMoments(model, store)
     states = HiddenStates(model, store.ranks.share(budgeted.windows), budgeted.calibration.batch_size)
-    return DenseMoments(model, states, store.ranks, full, read_guidance(store, budgeted.calibration.guidance))
+    settings = budgeted.calibration
+    weights = read_guidance(store, settings.guidance)
+    return DenseMoments(model, states, store.ranks, full, weights, settings.expert_shrinkage)
 
 
 def _trial(store: ArtefactStore, name: str, has_stored: bool) -> ArtefactStore:
