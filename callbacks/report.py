@@ -18,7 +18,14 @@ from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.phases import is_compressing, validated_phase
 from nowag_pl.lit.stage import Stage, data_of, module_of
 from nowag_pl.reports.averages import mean_over_weights
-from nowag_pl.reports.build import PAGE_FILE, REPORT_FILE, build_report, with_earlier
+from nowag_pl.reports.build import (
+    PAGE_FILE,
+    POLICY_FILE,
+    POLICY_PAGE_FILE,
+    REPORT_FILE,
+    build_report,
+    with_earlier,
+)
 from nowag_pl.run.wording import BEGINNINGS, PHASES, readable, shown
 from nowag_pl.stages.plan import DEFAULT_BATCH, PROMPTS, Plan, PromptSettings, ReportSettings
 from nowag_pl.stages.samples import fits_whole, written_by
@@ -28,6 +35,8 @@ _log = logging.getLogger("nowag_pl")
 
 class ModelReport(Stage):
     """Compare with the dense model, show a table, write <run_dir>/report.json and report.html.
+
+    Where nothing is compressed, a training from rewards is reported in <run_dir>/policy.json and policy.html.
 
     Args:
         batch_size: windows of the evaluation texts that pass through a block of the dense model together. null: 8, or
@@ -102,6 +111,7 @@ class ModelReport(Stage):
             path = module.run.store.folder / REPORT_FILE
             report = build_report(module.run, data.eval_windows, self._metrics, seconds)
             report["samples"] = self._samples(phase, module)
+            report["policy"] = module.objective.report()
             report = with_earlier(report, _earlier(path), module.run.later_phases())
             write_sealed_json(path, report)
             if self.html:
@@ -112,6 +122,17 @@ class ModelReport(Stage):
             if report["samples"]:
                 self._tables.append(_samples_table(report["samples"]))
             self._path = path
+        elif phase == "finetuned" and (policy := module.objective.report()) is not None and module.run_dir is not None:
+            self._path = self._write_policy(Path(module.run_dir) / POLICY_FILE, policy, module.checkpoint.path)
+
+    def _write_policy(self, path: Path, policy: dict[str, Any], model: str) -> Path:
+        """Write what training from rewards was like, where there is no other report."""
+        write_sealed_json(path, {"model": model, **policy})
+        if self.html:
+            from nowag_pl.reports.policy import policy_page  # which imports matplotlib
+
+            write_text(path.with_name(POLICY_PAGE_FILE), policy_page(policy, model))
+        return path
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -143,7 +164,7 @@ class ModelReport(Stage):
         for table in self._tables:
             console.print(table)
         if self._path is not None:
-            beside = f" and {PAGE_FILE}" if self.html else ""
+            beside = f" and {self._path.with_suffix('.html').name}" if self.html else ""
             console.print(f"Report written to {self._path}{beside}", soft_wrap=True, markup=False)
 
     def _samples(self, phase: str, module: LitCausalLM) -> list[dict[str, str]]:

@@ -46,7 +46,8 @@ class LitCausalLM(TextModule):
         lr_scheduler: class_path and init_args of a scheduler in place of warm-up and cosine, which goes on after every
             step. On the command line: --lr_scheduler.
         objective: loss of the training, by class_path and init_args: nowag_pl.lit.objectives.NextToken, or
-            nowag_pl.lit.objectives.Distillation to train a compressed model on the dense model's predictions.
+            nowag_pl.lit.objectives.Distillation to train a compressed model on the dense model's predictions, or
+            nowag_pl.lit.objectives.PolicyGradient to train on rewards of its own answers.
         verify: compare each weight file with its checksum, if the model has checksums, as exports do.
         run_dir: folder of artefacts and report; required for compression.
     """
@@ -96,6 +97,13 @@ class LitCausalLM(TextModule):
         """Whether every process holds a part of the parameters."""
         return self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
 
+    @property
+    def whole(self) -> nn.Module:
+        """The model in memory."""
+        if self.model is None:
+            raise RuntimeError("Expected configure_model before the model is used.")
+        return self.model
+
     def setup(self, stage: str) -> None:
         """Check the precision, and let the objective get ready for training."""
         check_precision(str(self.trainer.precision))
@@ -124,6 +132,21 @@ class LitCausalLM(TextModule):
         if self.model is not None and function == TrainerFn.FITTING and not self._types:
             self._widen(self.model)
 
+    def starting_model(self) -> nn.Module:
+        """Return another copy of the model as it was before end-to-end training, without gradients.
+
+        Raises:
+            ValueError: it had random weights.
+        """
+        if self.random_init:
+            raise ValueError("Expected a trained model to compare with, but model.random_init gives random weights.")
+        model = self._build()
+        widen(model, everything=self.trainer.precision == "32-true")
+        if self.is_sharded:
+            assert self.device_mesh is not None
+            shard(model, self.device_mesh["data_parallel"], self.checkpoint.dtype)
+        return model.requires_grad_(False).eval().to(self.device)
+
     def _build(self) -> nn.Module:
         return build_whole(self.checkpoint, self.compressed, self.random_init, self.verify)
 
@@ -147,8 +170,15 @@ class LitCausalLM(TextModule):
         scheduler: Any = self.optimizer_settings.make_scheduler(optimizer, num_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the state of the objective."""
+        if state := self.objective.state_dict():
+            checkpoint["objective"] = state
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep this training's schedule, which may be over more epochs than that of the checkpoint."""
+        """Go on with the objective; keep this training's schedule, which may be over more epochs than before."""
+        if state := checkpoint.get("objective"):
+            self.objective.load_state_dict(state)
         for state in checkpoint.get("lr_schedulers", ()):
             for name in OWN_SCHEDULE:
                 state.pop(name, None)
@@ -159,9 +189,8 @@ class LitCausalLM(TextModule):
         self.train()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the objective's loss, in nats per token, averaged over the windows of all ranks."""
-        losses = self.objective.losses(self, batch)
-        loss = (losses.mean(dim=1) * batch["weight"]).sum()
+        """Return the objective's loss, whose mean over the ranks is that of the step."""
+        loss = self.objective.loss(self, batch)
         if not loss.isfinite():
             raise self._diverged(f"a loss of {float(loss)}")
         self.log("train/loss", loss, prog_bar=True, batch_size=1)

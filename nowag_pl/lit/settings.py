@@ -41,6 +41,7 @@ def training_settings(trainer: PhasedTrainer, module: LitCausalLM) -> dict[str, 
     described |= {"random_init": module.random_init, "objective": type(objective).__name__}
     described |= {f"objective.{name}": value for name, value in objective.settings().items()}
     described["batch_size"] = data.train_batch_size * trainer.world_size
-    described["bos"] = data.bos
-    described["tokens_sha256"] = tokens_digest(data.train_windows)
+    if objective.reads_text:
+        described["bos"] = data.bos
+        described["tokens_sha256"] = tokens_digest(data.train_windows)
     return described

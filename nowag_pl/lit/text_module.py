@@ -5,6 +5,7 @@ from textwrap import shorten
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from torch import nn
 
 from nowag_pl.lit.batches import ResumableLoader
 from nowag_pl.models.checkpoint import Checkpoint
@@ -23,6 +24,20 @@ class TextModule(LightningModule):
     @property
     def run(self) -> CompressionRun:
         """The stages over its dense model."""
+        raise NotImplementedError
+
+    @property
+    def whole(self) -> nn.Module:
+        """The model in memory, a transformers model."""
+        raise NotImplementedError
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every process holds a part of the parameters."""
+        raise NotImplementedError
+
+    def starting_model(self) -> nn.Module:
+        """Return another copy of the model as it was before end-to-end training, without gradients."""
         raise NotImplementedError
 
     def own_train_dataloader(self) -> ResumableLoader | None:

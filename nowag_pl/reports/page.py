@@ -9,6 +9,7 @@ from nowag_pl.reports.averages import mean_over_weights
 from nowag_pl.reports.figures.canvas import to_svg
 from nowag_pl.reports.figures.curves import line_figure
 from nowag_pl.reports.figures.linears import linears_drawing, split_name
+from nowag_pl.reports.policy import policy_section
 from nowag_pl.run.wording import BEGINNINGS, PHASES, readable
 
 
@@ -31,6 +32,7 @@ def report_page(report: Mapping[str, Any]) -> str:
         linears_figure=to_svg(linears_drawing(report["linears"])),
         finetuning_figure=figure and to_svg(figure),
         beginning=BEGINNINGS[report["protocol"][next(iter(report["perplexity"]))].get("bos", "stream")],
+        policy=policy_section(report.get("policy")),
         readable=readable,
         phases=PHASES,
     )

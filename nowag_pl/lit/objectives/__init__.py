@@ -3,5 +3,6 @@
 from nowag_pl.lit.objectives.base import Objective
 from nowag_pl.lit.objectives.distillation import Distillation
 from nowag_pl.lit.objectives.next_token import NextToken
+from nowag_pl.lit.objectives.policy_gradient import PolicyGradient
 
-__all__ = ["Distillation", "NextToken", "Objective"]
+__all__ = ["Distillation", "NextToken", "Objective", "PolicyGradient"]
