@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.phases import is_compressing, validated_phase
 from nowag_pl.lit.stage import Stage, data_of, module_of
+from nowag_pl.models.adapters import adapters_removed
 from nowag_pl.reports.averages import mean_over_weights
 from nowag_pl.reports.build import (
     PAGE_FILE,
@@ -102,7 +103,8 @@ class ModelReport(Stage):
         self._memory.close()
         self._keep(phase, module, data)
         if phase != "one_shot" and module.compressed is not None:
-            module.compressed.check_fixed(module.model)
+            with nullcontext() if module.model is None else adapters_removed(module.model):
+                module.compressed.check_fixed(module.model)
         if not trainer.is_global_zero:
             return
         self._tables = [_perplexity_table(self._metrics, data, module.is_compressed_here)]
@@ -179,7 +181,9 @@ class ModelReport(Stage):
         if model is None:
             assert module.compressed is not None
             model = module.compressed.assemble()
-        self._written[phase] = written_by(run, model, settings)
+        # With adapters a model has no weights of its own that could be unpacked.
+        if module.adapters is None or phase != "finetuned":
+            self._written[phase] = written_by(run, model, settings)
         columns = {"prompt": list(settings.prompts), **self._written}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 

@@ -20,6 +20,7 @@ from nowag_pl.lit.precision import Types, check_precision, narrow, widen
 from nowag_pl.lit.sharding import gathered, ignore_buffers_in_ddp, local_part, shard
 from nowag_pl.lit.text_module import TextModule
 from nowag_pl.lit.validation import DenseReference, Head, StreamedTexts, Validation
+from nowag_pl.models.adapters import AdapterSettings, add_adapters, train_adapters_alone
 from nowag_pl.models.checkpoint import EMBEDDED, Checkpoint
 from nowag_pl.models.heads import last_hidden, logits_of
 from nowag_pl.models.streaming import StreamedModel
@@ -48,6 +49,8 @@ class LitCausalLM(TextModule):
         objective: loss of the training, by class_path and init_args: nowag_pl.lit.objectives.NextToken, or
             nowag_pl.lit.objectives.Distillation to train a compressed model on the dense model's predictions, or
             nowag_pl.lit.objectives.PolicyGradient to train on rewards of its own answers.
+        adapters: train low-rank adapters (LoRA, the extra `lora`) in the place of the model's own values. They are
+            written to <run_dir>/adapter. null: none.
         verify: compare each weight file with its checksum, if the model has checksums, as exports do.
         run_dir: folder of artefacts and report; required for compression.
     """
@@ -63,6 +66,7 @@ class LitCausalLM(TextModule):
         optimizer: dict[str, Any] | None = None,
         lr_scheduler: dict[str, Any] | None = None,
         objective: Objective = _NEXT_TOKEN,
+        adapters: AdapterSettings | None = None,
         verify: bool = True,
         run_dir: str | None = None,
     ) -> None:
@@ -73,6 +77,7 @@ class LitCausalLM(TextModule):
             learning_rate, weight_decay, warmup_fraction, optimizer, lr_scheduler
         )
         self.objective = objective
+        self.adapters = adapters
         self.plan = Plan()
         self.model: nn.Module | None = None
         self.compressed: CompressedModel | None = None  # set by the stages that compress and finetune
@@ -124,6 +129,8 @@ class LitCausalLM(TextModule):
         streams = function == TrainerFn.VALIDATING and not self.is_sharded and not self.random_init
         if self.model is None and not streams:
             self.model = self._build()
+            if self.adapters is not None and function == TrainerFn.FITTING:
+                self._add_adapters(self.adapters, self.model)
             if self.is_sharded:
                 if self.trainer.max_epochs != 0:
                     self._widen(self.model)
@@ -131,6 +138,12 @@ class LitCausalLM(TextModule):
                 shard(self.model, self.device_mesh["data_parallel"], self.checkpoint.dtype)
         if self.model is not None and function == TrainerFn.FITTING and not self._types:
             self._widen(self.model)
+
+    def _add_adapters(self, settings: AdapterSettings, model: Any) -> None:
+        """Put adapters over a transformers model."""
+        if self.is_sharded:
+            raise ValueError("Expected a model that is whole on every device with model.adapters, but it is sharded.")
+        add_adapters(model, settings)
 
     def starting_model(self) -> nn.Module:
         """Return another copy of the model as it was before end-to-end training, without gradients.
@@ -152,6 +165,8 @@ class LitCausalLM(TextModule):
 
     def _widen(self, model: nn.Module) -> None:
         self._types = widen(model, everything=self.trainer.precision == "32-true")
+        if self.adapters is not None:
+            train_adapters_alone(model)
         ignore_buffers_in_ddp(self)
 
     def whole_model(self) -> nn.Module:

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from nowag_pl.lit.batches import ResumableLoader
+from nowag_pl.models.adapters import AdapterSettings
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.stages.compression_run import CompressionRun
 
@@ -17,9 +18,11 @@ class TextModule(LightningModule):
 
     Attributes:
         checkpoint: its model on disk, with the tokenizer.
+        adapters: low-rank matrices that are trained in the place of the model; None: the model itself is.
     """
 
     checkpoint: Checkpoint
+    adapters: AdapterSettings | None
 
     @property
     def run(self) -> CompressionRun:

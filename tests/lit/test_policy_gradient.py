@@ -92,7 +92,8 @@ def test_batch_of_answers_in_memory_changes_no_result(train):
         torch.testing.assert_close(parts[name], value, atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("step", [2, 3])  # after the last update on some answers, and between two
+# After the last update on some answers, and between two.
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_resumed_training_ends_with_the_same_weights(train, step, tmp_path):
     settings = {"budget": LengthBudget(2, rate=0.1, hit=0.1), "updates": 2}
     saved = ModelCheckpoint(tmp_path / "saved", "{step}", save_top_k=-1, every_n_train_steps=1)

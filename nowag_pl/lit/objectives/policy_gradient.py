@@ -26,6 +26,7 @@ from nowag_pl.lit.objectives.base import Objective
 from nowag_pl.lit.objectives.controller import FIGURES, Controller, Rollout
 from nowag_pl.lit.objectives.shown import show_answers
 from nowag_pl.lit.text_module import TextModule
+from nowag_pl.models.adapters import adapters_removed
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.generation import chat_tokens
 from nowag_pl.models.rollouts import (
@@ -244,7 +245,8 @@ class PolicyGradient(Objective):
         old = log_p.detach() if rollout.old is None else rollout.old[rows]
         kl, reference_log_p = torch.zeros_like(entropy), None
         if reference is not None:
-            with torch.no_grad():
+            # Without its adapters a model is the one before the training.
+            with torch.no_grad(), adapters_removed(reference):
                 reference_log_p, _ = token_log_probabilities(reference, answers, self.sampling.temperature)
                 kl = low_variance_kl(log_p.detach(), reference_log_p)
         losses = policy_losses(log_p, old, reference_log_p, advantages, self.policy)
@@ -256,7 +258,9 @@ class PolicyGradient(Objective):
     def _reference(self, module: TextModule) -> Any:
         """Return the model whose predictions the trained one is kept near to; None where they do not count."""
         if self.policy.kl_coefficient > 0 and self._reference_model is None:
-            if self.reference == "start":
+            if self.reference == "start" and module.adapters is not None:
+                self._reference_model = module.whole
+            elif self.reference == "start":
                 self._reference_model = module.starting_model()
             else:
                 dense: Any = module.run.checkpoint.load()
