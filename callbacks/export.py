@@ -2,22 +2,27 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.phases import Phase, is_compressing, phase_of, trains_end_to_end, validated_phase
 from nowag_pl.lit.stage import Stage, module_of
+from nowag_pl.models.adapters import save_adapters
 from nowag_pl.models.format.card import add_figures
 from nowag_pl.stages.plan import ExportFormat, ExportSettings, Plan
 
 _log = logging.getLogger("nowag_pl")
 EXPORT = "export"  # folder in the run directory
 EXPORT_FINETUNED = f"{EXPORT}_finetuned"
+ADAPTER = "adapter"  # the same, of a training of adapters
 
 
 class ModelExport(Stage):
     """Write the compressed model to <run_dir>/export, and after finetuning another to <run_dir>/export_finetuned.
+
+    Adapters that were trained in the place of the model are written to <run_dir>/adapter.
 
     Args:
         enabled: write the folders.
@@ -50,10 +55,22 @@ class ModelExport(Stage):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called before a validation: write the model in memory, if it was trained end to end; all ranks take part."""
         module = module_of(pl_module)
-        if validated_phase(trainer) == "finetuned" and (folder := self._folder(module, "finetuned")):
+        if validated_phase(trainer) == "finetuned" and module.adapters is not None:
+            self._write_adapters(trainer, module)
+        elif validated_phase(trainer) == "finetuned" and (folder := self._folder(module, "finetuned")):
             module.save(folder, self.settings.format)
             if trainer.is_global_zero:
                 _log.info("Model written to %s", folder)
+
+    def _write_adapters(self, trainer: Trainer, module: LitCausalLM) -> None:
+        """Write the adapters beside the export of the model under them."""
+        if not self.enabled or module.run_dir is None or not trainer.is_global_zero:
+            return
+        folder = Path(module.run_dir) / ADAPTER
+        source = str(folder.with_name(EXPORT)) if module.is_compressed_here else module.checkpoint.path
+        model: Any = module.model
+        save_adapters(model, folder, source)
+        _log.info("Adapters written to %s", folder)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the figures to the folder's card."""
@@ -69,6 +86,8 @@ class ModelExport(Stage):
 
     def _folder(self, module: LitCausalLM, phase: Phase) -> Path | None:
         """Return the folder to write, if this run changed the model."""
+        if phase == "finetuned" and module.adapters is not None:
+            return None
         is_changed = phase != "one_shot" or module.is_compressed_here
         if not self.enabled or not module.run_dir or not is_changed:
             return None

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,16 @@ from nowag_pl.lit.datamodule import TokenDataModule
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.phases import is_compressing, validated_phase
 from nowag_pl.lit.stage import Stage, data_of, module_of
+from nowag_pl.models.adapters import adapters_removed
 from nowag_pl.reports.averages import mean_over_weights
-from nowag_pl.reports.build import PAGE_FILE, REPORT_FILE, build_report, with_earlier
+from nowag_pl.reports.build import (
+    PAGE_FILE,
+    POLICY_FILE,
+    POLICY_PAGE_FILE,
+    REPORT_FILE,
+    build_report,
+    with_earlier,
+)
 from nowag_pl.run.wording import BEGINNINGS, PHASES, readable, shown
 from nowag_pl.stages.damage import measure_damage
 from nowag_pl.stages.plan import DEFAULT_BATCH, PROMPTS, Plan, PromptSettings, ReportSettings
@@ -29,6 +37,8 @@ _log = logging.getLogger("nowag_pl")
 
 class ModelReport(Stage):
     """Compare with the dense model, show a table, write <run_dir>/report.json and report.html.
+
+    Where nothing is compressed, a training from rewards is reported in <run_dir>/policy.json and policy.html.
 
     Args:
         batch_size: windows of the evaluation texts that pass through a block of the dense model together. null: 8, or
@@ -97,7 +107,8 @@ class ModelReport(Stage):
         self._memory.close()
         self._keep(phase, module, data)
         if phase != "one_shot" and module.compressed is not None:
-            module.compressed.check_fixed(module.model)
+            with nullcontext() if module.model is None else adapters_removed(module.model):
+                module.compressed.check_fixed(module.model)
         if not trainer.is_global_zero:
             return
         self._tables = [_perplexity_table(self._metrics, data, module.is_compressed_here)]
@@ -107,6 +118,7 @@ class ModelReport(Stage):
             path = module.run.store.folder / REPORT_FILE
             report = build_report(module.run, data.eval_windows, self._metrics, seconds)
             report["samples"] = self._samples(phase, module)
+            report["policy"] = module.objective.report()
             report = with_earlier(report, _earlier(path), module.run.later_phases())
             write_sealed_json(path, report)
             if self.html:
@@ -117,6 +129,17 @@ class ModelReport(Stage):
             if report["samples"]:
                 self._tables.append(_samples_table(report["samples"]))
             self._path = path
+        elif phase == "finetuned" and (policy := module.objective.report()) is not None and module.run_dir is not None:
+            self._path = self._write_policy(Path(module.run_dir) / POLICY_FILE, policy, module.checkpoint.path)
+
+    def _write_policy(self, path: Path, policy: dict[str, Any], model: str) -> Path:
+        """Write what training from rewards was like, where there is no other report."""
+        write_sealed_json(path, {"model": model, **policy})
+        if self.html:
+            from nowag_pl.reports.policy import policy_page  # which imports matplotlib
+
+            write_text(path.with_name(POLICY_PAGE_FILE), policy_page(policy, model))
+        return path
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -148,7 +171,7 @@ class ModelReport(Stage):
         for table in self._tables:
             console.print(table)
         if self._path is not None:
-            beside = f" and {PAGE_FILE}" if self.html else ""
+            beside = f" and {self._path.with_suffix('.html').name}" if self.html else ""
             console.print(f"Report written to {self._path}{beside}", soft_wrap=True, markup=False)
 
     def _measure_damage(self, phase: str, module: LitCausalLM, data: TokenDataModule) -> None:
@@ -173,7 +196,9 @@ class ModelReport(Stage):
         if model is None:
             assert module.compressed is not None
             model = module.compressed.assemble()
-        self._written[phase] = written_by(run, model, settings)
+        # With adapters a model has no weights of its own that could be unpacked.
+        if module.adapters is None or phase != "finetuned":
+            self._written[phase] = written_by(run, model, settings)
         columns = {"prompt": list(settings.prompts), **self._written}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 

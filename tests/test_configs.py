@@ -75,8 +75,10 @@ GROUPS = {path: FOLDERS[path.split("/")[1]] for path in SHIPPED}
 MODES = {method: "corrected" for method in METHODS if method.endswith("_plus")} | {"sparsegpt_50": "propagated"}
 GROUPS |= {f"configs/method/{method}.yaml": {"calibration", "compression"} for method in MODES}
 GROUPS |= {path: {"model", "trainer"} for path in SHIPPED if path.endswith("distillation.yaml")}
-for recipe in ("embedded_model", "small_moe"):
-    GROUPS[f"configs/recipes/{recipe}.yaml"] = {"seed_everything", "model", "compression", "data", "trainer"}
+_TRAINING = {"seed_everything", "model", "compression", "data", "trainer"}
+GROUPS |= {f"configs/recipes/{name}.yaml": _TRAINING for name in ("embedded_model", "small_moe")}
+GROUPS |= {f"configs/recipes/{name}arithmetic.yaml": _TRAINING | {"run_dir"} for name in ("", "laconic_")}
+GROUPS |= {f"configs/recipes/laconic_{size}.yaml": _TRAINING | {"lr_scheduler"} for size in ("1_5b", "32b")}
 
 
 @pytest.fixture
@@ -224,6 +226,25 @@ def test_recipe_of_the_embedded_model_trains_from_scratch(parse):
     parsed = parse(config("recipes/embedded_model"))
     assert parsed.cli.model.random_init
     assert parsed.cli.trainer.max_epochs > 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tokens", "rate", "ceiling"),
+    [("laconic_1_5b", 1500, (0.002, 0.01), 0.1), ("laconic_32b", 2500, (0.001, 0.002), 0.5)],
+)
+def test_recipe_of_a_length_budget_has_the_published_settings(
+    recipe, tokens, rate, ceiling, parse, model_without_weights
+):
+    module = parse(config(f"recipes/{recipe}"), f"--model.path={model_without_weights}").cli.model
+    objective = module.objective
+    budget, sampling = objective.budget, objective.sampling
+    assert (budget.tokens, budget.ceiling, budget.cap, budget.hit) == (tokens, ceiling, 0.4, 0.1)
+    assert rate[0] <= budget.rate <= rate[1]
+    assert (sampling.temperature, sampling.top_p, objective.policy.base) == (1.0, 1.0, "grpo")
+    assert 3 <= sampling.group_size <= 6
+    assert objective.policy.kl_coefficient == 1e-2
+    assert [reward.weight for reward in objective.rewards] == [0.9, 0.1]
+    assert module.optimizer_settings.learning_rate == 1e-6
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ _PAIRS = (
     ("prompt", "response", ""),
     ("prompt", "completion", ""),
     ("question", "answer", ""),
+    ("problem", "answer", ""),
+    ("problem", "solution", ""),
 )
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 

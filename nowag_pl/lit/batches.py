@@ -28,19 +28,29 @@ class SharedBatches(Sampler[Share]):
         rank: this rank.
         world_size: number of ranks.
         seed: seed of the order, which differs in each epoch. None: in order.
+        repeats: times that each batch comes, one after the other.
     """
 
-    def __init__(self, num_items: int, batch_size: int, rank: int = 0, world_size: int = 1, seed: int | None = None):
+    def __init__(
+        self,
+        num_items: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int | None = None,
+        repeats: int = 1,
+    ) -> None:
         self._num_items = num_items
         self._batch_size = batch_size
         self._rank = rank
         self._world_size = world_size
         self._seed = seed
+        self._repeats = repeats
         self._epoch = 0
         self.skip = 0  # batches that an earlier process has done in this epoch
 
     def __len__(self) -> int:
-        return ceil(self._num_items / self._batch_size)
+        return ceil(self._num_items / self._batch_size) * self._repeats
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order; Lightning calls this."""
@@ -52,7 +62,8 @@ class SharedBatches(Sampler[Share]):
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
             order = torch.randperm(self._num_items, generator=generator)
         first, self.skip = self.skip, 0
-        for batch in order.split(self._batch_size)[first:]:
+        parts = order.split(self._batch_size)
+        for batch in (parts[number // self._repeats] for number in range(first, len(self))):
             mine = batch[self._rank :: self._world_size].tolist()
             padding = ceil(len(batch) / self._world_size) - len(mine)
             weight = self._world_size / len(batch)

@@ -70,7 +70,7 @@ def build_sharded(
     compressed: CompressedModel | None,
     random_init: bool,
     mesh: DeviceMesh,
-    prepare: Callable[[nn.Module], None],
+    prepare: Callable[[nn.Module], object],
 ) -> nn.Module:
     """Return a model of which this process holds its shards, and never held more than a block beside them.
 

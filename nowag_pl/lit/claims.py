@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 
-from nowag_pl.lit.datamodule import TokenDataModule
+from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.phases import PhasedTrainer, is_compressing
 from nowag_pl.lit.settings import training_settings
 from nowag_pl.lit.stage import Stage, data_of, module_of
@@ -34,7 +34,7 @@ class ClaimsCheck(Stage):
         plan, data = module.plan, data_of(trainer)
         training = training_settings(trainer, module)
         if training is not None:
-            _check_training(trainer, data, plan.compression is not None)
+            _check_training(trainer, module, plan.compression is not None)
         if plan.compression is None or plan.calibration is None:
             if training is not None:
                 claim = training_claim(training, {"model": module.checkpoint.path})
@@ -48,9 +48,10 @@ class ClaimsCheck(Stage):
         module.run.check_finite()
 
 
-def _check_training(trainer: PhasedTrainer, data: TokenDataModule, compresses: bool) -> None:
+def _check_training(trainer: PhasedTrainer, module: LitCausalLM, compresses: bool) -> None:
     """Refuse what Lightning would refuse after hours of compression."""
-    check_callbacks(trainer.callbacks, data.eval_names, compresses)
+    data = data_of(trainer)
+    check_callbacks(trainer.callbacks, data.eval_names, compresses, module.objective.logged)
     interval, num_batches = trainer.options["val_check_interval"], len(data.train_dataloader())
     if isinstance(interval, int) and trainer.check_val_every_n_epoch is not None and interval > num_batches:
         raise ValueError(

@@ -1,5 +1,6 @@
 """The causal language model under Lightning: training, and validation on texts."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from math import isnan
@@ -23,6 +24,7 @@ from nowag_pl.lit.sharded_saving import SAVE, save_sharded
 from nowag_pl.lit.sharding import ignore_buffers_in_ddp, reshard
 from nowag_pl.lit.text_module import TextModule
 from nowag_pl.lit.validation import DenseReference, Head, StreamedTexts, Validation
+from nowag_pl.models.adapters import AdapterSettings, add_adapters, train_adapters_alone
 from nowag_pl.models.checkpoint import EMBEDDED, Checkpoint
 from nowag_pl.models.heads import PositionLoss, chunked_losses, last_hidden, logits_of, recompute_activations
 from nowag_pl.models.shards import local_part
@@ -51,7 +53,10 @@ class LitCausalLM(TextModule):
         lr_scheduler: class_path and init_args of a scheduler in place of warm-up and cosine, which goes on after every
             step. On the command line: --lr_scheduler.
         objective: loss of the training, by class_path and init_args: nowag_pl.lit.objectives.NextToken, or
-            nowag_pl.lit.objectives.Distillation to train a compressed model on the dense model's predictions.
+            nowag_pl.lit.objectives.Distillation to train a compressed model on the dense model's predictions, or
+            nowag_pl.lit.objectives.PolicyGradient to train on rewards of its own answers.
+        adapters: train low-rank adapters (LoRA, the extra `lora`) in the place of the model's own values. They are
+            written to <run_dir>/adapter. null: none.
         verify: compare each weight file with its checksum, if the model has checksums, as exports do.
         recompute: keep the inputs of blocks alone in a training, and compute their other activations again for the
             gradients: a third slower, and far less memory.
@@ -69,6 +74,7 @@ class LitCausalLM(TextModule):
         optimizer: dict[str, Any] | None = None,
         lr_scheduler: dict[str, Any] | None = None,
         objective: Objective = _NEXT_TOKEN,
+        adapters: AdapterSettings | None = None,
         verify: bool = True,
         recompute: bool = False,
         run_dir: str | None = None,
@@ -79,7 +85,7 @@ class LitCausalLM(TextModule):
         self.optimizer_settings = OptimizerSettings(
             learning_rate, weight_decay, warmup_fraction, optimizer, lr_scheduler
         )
-        self.objective, self.recompute = objective, recompute
+        self.objective, self.adapters, self.recompute = objective, adapters, recompute
         self.plan = Plan()
         self.model: nn.Module | None = None
         self.compressed: CompressedModel | None = None  # set by the stages that compress and finetune
@@ -104,6 +110,13 @@ class LitCausalLM(TextModule):
         """Whether every process holds a part of the parameters."""
         return self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
 
+    @property
+    def whole(self) -> nn.Module:
+        """The model in memory."""
+        if self.model is None:
+            raise RuntimeError("Expected configure_model before the model is used.")
+        return self.model
+
     def setup(self, stage: str) -> None:
         """Check the precision, and let the objective get ready for training."""
         check_precision(str(self.trainer.precision))
@@ -123,7 +136,9 @@ class LitCausalLM(TextModule):
         function = self.trainer.state.fn if self._trainer is not None else None
         streams = function == TrainerFn.VALIDATING and not self.is_sharded and not self.random_init
         if self.model is None and not streams:
-            self.model = self._build_sharded() if self.is_sharded else self._build()
+            self.model = self._build_sharded(self._prepare_shards) if self.is_sharded else self._build()
+            if self.adapters is not None and function == TrainerFn.FITTING:
+                self._add_adapters(self.adapters, self.model)
         if self.model is not None and function == TrainerFn.FITTING:
             if not self._types:
                 self._widen(self.model)
@@ -132,13 +147,33 @@ class LitCausalLM(TextModule):
                 whole: Any = self.model
                 recompute_activations(whole)
 
+    def _add_adapters(self, settings: AdapterSettings, model: Any) -> None:
+        """Put adapters over a transformers model."""
+        if self.is_sharded:
+            raise ValueError("Expected a model that is whole on every device with model.adapters, but it is sharded.")
+        add_adapters(model, settings)
+
+    def starting_model(self) -> nn.Module:
+        """Return another copy of the model as it was before end-to-end training, without gradients.
+
+        Raises:
+            ValueError: it had random weights.
+        """
+        if self.random_init:
+            raise ValueError("Expected a trained model to compare with, but model.random_init gives random weights.")
+        if self.is_sharded:
+            return self._build_sharded(lambda model: widen(model, everything=False)).requires_grad_(False).eval()
+        model = self._build()
+        widen(model, everything=self.trainer.precision == "32-true")
+        return model.requires_grad_(False).eval().to(self.device)
+
     def _build(self) -> nn.Module:
         return build_whole(self.checkpoint, self.compressed, self.random_init, self.verify)
 
-    def _build_sharded(self) -> nn.Module:
+    def _build_sharded(self, prepare: Callable[[nn.Module], object]) -> nn.Module:
         assert self.device_mesh is not None
         mesh = self.device_mesh["data_parallel"]
-        return build_sharded(self.checkpoint, self.compressed, self.random_init, mesh, self._prepare_shards)
+        return build_sharded(self.checkpoint, self.compressed, self.random_init, mesh, prepare)
 
     def _prepare_shards(self, model: nn.Module) -> None:
         """Hold in float32 what is trained, and nothing else: FSDP2 computes in the model's own type."""
@@ -149,6 +184,8 @@ class LitCausalLM(TextModule):
 
     def _widen(self, model: nn.Module) -> None:
         self._types = widen(model, everything=self.trainer.precision == "32-true")
+        if self.adapters is not None:
+            train_adapters_alone(model)
         ignore_buffers_in_ddp(self)
 
     def save(self, folder: Path, format: ExportFormat) -> None:
@@ -185,8 +222,15 @@ class LitCausalLM(TextModule):
         scheduler: Any = self.optimizer_settings.make_scheduler(optimizer, num_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the state of the objective."""
+        if state := self.objective.state_dict():
+            checkpoint["objective"] = state
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep this training's schedule, which may be over more epochs than that of the checkpoint."""
+        """Go on with the objective; keep this training's schedule, which may be over more epochs than before."""
+        if state := checkpoint.get("objective"):
+            self.objective.load_state_dict(state)
         for state in checkpoint.get("lr_schedulers", ()):
             for name in OWN_SCHEDULE:
                 state.pop(name, None)
@@ -197,9 +241,8 @@ class LitCausalLM(TextModule):
         self.train()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the objective's loss, in nats per token, averaged over the windows of all ranks."""
-        losses = self.objective.losses(self, batch)
-        loss = (losses.mean(dim=1) * batch["weight"]).sum()
+        """Return the objective's loss, whose mean over the ranks is that of the step."""
+        loss = self.objective.loss(self, batch)
         if not loss.isfinite():
             raise self._diverged(f"a loss of {float(loss)}")
         self.log("train/loss", loss, prog_bar=True, batch_size=1)

@@ -1,5 +1,6 @@
 """What an end-to-end training depends on: all settings but a closed list of those that do not reach its result."""
 
+from dataclasses import asdict
 from typing import Any
 
 from nowag_pl.data.tokens import tokens_digest
@@ -41,6 +42,9 @@ def training_settings(trainer: PhasedTrainer, module: LitCausalLM) -> dict[str, 
     described |= {"random_init": module.random_init, "objective": type(objective).__name__}
     described |= {f"objective.{name}": value for name, value in objective.settings().items()}
     described["batch_size"] = data.train_batch_size * trainer.world_size
-    described["bos"] = data.bos
-    described["tokens_sha256"] = tokens_digest(data.train_windows)
+    if module.adapters is not None:
+        described |= {f"adapters.{name}": value for name, value in asdict(module.adapters).items()}
+    if objective.reads_text:
+        described["bos"] = data.bos
+        described["tokens_sha256"] = tokens_digest(data.train_windows)
     return described

@@ -5,10 +5,11 @@ from textwrap import shorten
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from nowag_pl.functional.chunks import LOSS_BYTES
 from nowag_pl.lit.batches import ResumableLoader
+from nowag_pl.models.adapters import AdapterSettings
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.heads import PositionLoss
 from nowag_pl.stages.compression_run import CompressionRun
@@ -19,13 +20,29 @@ class TextModule(LightningModule):
 
     Attributes:
         checkpoint: its model on disk, with the tokenizer.
+        adapters: low-rank matrices that are trained in the place of the model; None: the model itself is.
     """
 
     checkpoint: Checkpoint
+    adapters: AdapterSettings | None
 
     @property
     def run(self) -> CompressionRun:
         """The stages over its dense model."""
+        raise NotImplementedError
+
+    @property
+    def whole(self) -> nn.Module:
+        """The model in memory, a transformers model."""
+        raise NotImplementedError
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every process holds a part of the parameters."""
+        raise NotImplementedError
+
+    def starting_model(self) -> nn.Module:
+        """Return another copy of the model as it was before end-to-end training, without gradients."""
         raise NotImplementedError
 
     def own_train_dataloader(self) -> ResumableLoader | None:

@@ -154,6 +154,11 @@ class CompressionTrainer(PhasedTrainer):
             raise ValueError("Expected compression.enabled with finetuning.enabled, but there is nothing to finetune.")
         if not trains_end_to_end(self):
             return
+        if self.accumulate_grad_batches > 1 and not module.objective.accumulates:
+            raise ValueError(
+                f"Expected trainer.accumulate_grad_batches of 1 with {type(module.objective).__name__}, but got "
+                f"{self.accumulate_grad_batches}. sampling.batch_size is what fits in memory."
+            )
         if module.objective.needs_dense and module.plan.compression is None:
             name = type(module.objective).__name__
             raise ValueError(

@@ -92,19 +92,22 @@ def naming_options(options: Mapping[str, Any], parameters: Mapping[str, Paramete
         raise ValueError(f"Expected options that the Trainer takes, but got {shown or 'others'}: {reason}.") from error
 
 
-def check_callbacks(callbacks: Iterable[Callback], texts: Iterable[str], compresses: bool) -> None:
+def check_callbacks(
+    callbacks: Iterable[Callback], texts: Iterable[str], compresses: bool, logged: Iterable[str] = ()
+) -> None:
     """Check that what callbacks of a training look at is measured, and that checkpoints go to a folder of this machine.
 
     Args:
         callbacks: of the Trainer.
         texts: names of the evaluation texts.
         compresses: whether the model is compared with a dense one.
+        logged: names that the objective logs.
 
     Raises:
         ValueError: a callback looks at another name, or a folder cannot be written; the message names the option.
     """
     metrics = ("perplexity", *(("dense_perplexity", "kl_divergence", "top1_agreement") if compresses else ()))
-    known = [*_LOGGED, *(f"{metric}/{text}" for text in texts for metric in metrics)]
+    known = [*_LOGGED, *logged, *(f"{metric}/{text}" for text in texts for metric in metrics)]
     for callback in callbacks:
         if isinstance(callback, EarlyStopping | ModelCheckpoint) and callback.monitor not in (None, *known):
             option = "checkpoint.monitor" if isinstance(callback, ModelCheckpoint) else "monitor of EarlyStopping"

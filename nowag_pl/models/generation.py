@@ -1,6 +1,6 @@
 """Continuations of prompts, greedy, so that the same model writes the same text every time."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,12 +51,25 @@ def prompt_tokens(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> Tensor:
         tokenizer: a model's tokenizer.
         prompt: plain text.
     """
-    text, is_turn = prompt, bool(tokenizer.chat_template)
-    if is_turn:
-        turns = [{"role": "user", "content": prompt}]
+    return torch.tensor([chat_tokens(tokenizer, [{"role": "user", "content": prompt}])])
+
+
+def chat_tokens(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the token ids of a chat after which the assistant writes.
+
+    Args:
+        tokenizer: a model's tokenizer; without a chat template the turns are plain text, joined by blank lines.
+        messages: turns with role and content.
+    """
+    has_template = bool(tokenizer.chat_template)
+    if has_template:
+        turns: Any = list(messages)
         text = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+    else:
+        text = "\n\n".join(str(message["content"]) for message in messages)
     # A template writes the special tokens itself.
-    return torch.tensor([tokenizer(text, add_special_tokens=not is_turn)["input_ids"]])
+    ids: list[int] = tokenizer(text, add_special_tokens=not has_template)["input_ids"]
+    return ids
 
 
 def unpacked(checkpoint: Checkpoint, model: torch.nn.Module) -> "PreTrainedModel":

@@ -18,6 +18,8 @@ from nowag_pl.stages.compression_run import CompressionRun
 REPORT_FILE = "report.json"
 PAGE_FILE = "report.html"
 QUALITY = ("perplexity", "kl_divergence", "top1_agreement")  # each by text and phase
+POLICY_FILE = "policy.json"  # of a training from rewards, where nothing is compressed
+POLICY_PAGE_FILE = "policy.html"
 
 
 def build_report(
@@ -135,6 +137,8 @@ def with_earlier(report: Mapping[str, Any], earlier: Any, later_phases: Iterable
     if kept:
         merged["settings"] = {**earlier["settings"], **report["settings"]}
         merged["finetuned_blocks"] = report["finetuned_blocks"] or earlier["finetuned_blocks"]
+    if "finetuned" in kept and merged.get("policy") is None:
+        merged["policy"] = earlier.get("policy")
     seconds = {name: value for name, value in earlier["seconds"].items() if kept or name != "finetuning"}
     merged["samples"] = _samples(report.get("samples", []), earlier.get("samples", []), kept)
     names = [*report["seconds"], *(name for name in seconds if name not in report["seconds"])]

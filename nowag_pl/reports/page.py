@@ -11,6 +11,7 @@ from nowag_pl.reports.averages import mean_over_weights
 from nowag_pl.reports.figures.canvas import to_svg
 from nowag_pl.reports.figures.curves import line_figure
 from nowag_pl.reports.figures.linears import by_kind, linears_drawing
+from nowag_pl.reports.policy import policy_section
 from nowag_pl.run.wording import BEGINNINGS, PHASES, readable
 
 
@@ -38,6 +39,7 @@ def report_page(report: Mapping[str, Any]) -> str:
         same=same,
         figures={title: list(map(to_svg, drawn)) for title, drawn in figures.items()},
         beginning=BEGINNINGS[report["protocol"][next(iter(report["perplexity"]))].get("bos", "stream")],
+        policy=policy_section(report.get("policy")),
         readable=readable,
         phases=PHASES,
     )
