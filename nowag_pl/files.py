@@ -204,11 +204,24 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         digest.add(name, contiguous[name])
     header = {"format": "pt", _DIGEST_KEY: digest.hexadecimal()} | ({_METADATA_KEY: text} if text else {})
     with replacing(path) as temporary:
-        try:
-            save_file(contiguous, temporary, header)
-        except SafetensorError as error:  # its I/O errors do not derive from OSError
-            raise OSError(None, str(error)) from error
+        _save_file(contiguous, temporary, header)
         _sort_metadata(temporary)
+
+
+def _save_file(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:
+    """Write a safetensors file through a folder of ours.
+
+    Its writer puts a file with a name of its own beside the one that it is given; a killed process leaves that there.
+    """
+    folder = temporary_name(path)
+    folder.mkdir()
+    try:
+        save_file(tensors, folder / "tensors", header)
+        os.replace(folder / "tensors", path)
+    except SafetensorError as error:  # its I/O errors do not derive from OSError
+        raise OSError(None, str(error)) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sort_metadata(path: Path) -> None:

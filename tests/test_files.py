@@ -96,6 +96,24 @@ def test_tensors_that_do_not_fit_leave_the_old_file(tmp_path, monkeypatch, faili
     assert folder_content(tmp_path) == ["a.safetensors"]
 
 
+def test_what_a_killed_writer_of_tensors_leaves_is_known_as_ours(tmp_path, monkeypatch):
+    """Its own temporary file has a random name, which nobody may delete; the folder around it has one of ours."""
+
+    def killed(tensors, filename, metadata):
+        filename.with_name(".tmpH6FY5i").write_bytes(b"half")
+        raise SystemExit
+
+    monkeypatch.setattr(files, "save_file", killed)
+    # A killed process cleans nothing up.
+    with monkeypatch.context() as patched:
+        patched.setattr(files.shutil, "rmtree", lambda *args, **settings: None)
+        with pytest.raises(SystemExit):
+            write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(9)})
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [".tmpH6FY5i"]
+    files.remove_temporary(tmp_path)
+    assert folder_content(tmp_path) == []
+
+
 @pytest.mark.parametrize("function", ["fsync", "replace"])
 def test_disk_full_at_the_end_leaves_the_old_file(tmp_path, monkeypatch, function):
     path = tmp_path / "a.json"

@@ -239,7 +239,7 @@ def _judge(run: Run, codes: list[int | None], tally: Tally) -> None:
 
 
 def attack(disk: Path, tmpfs: Path, seed: int, kills: int, signals: int) -> Iterator[list[Tally]]:
-    """Yield the table, a row for every scenario and kind of signal, after each of several rounds."""
+    """Yield the table, a row for every scenario and kind of signal, as it grows in several rounds."""
     write_text(disk / "calibration.txt", 2000, seed=0)
     write_text(disk / "eval.txt", 100, seed=1)
     model = save_tiny_model(disk / "model", num_blocks=2)
@@ -259,7 +259,7 @@ def attack(disk: Path, tmpfs: Path, seed: int, kills: int, signals: int) -> Iter
                 until = round(wanted * (turn + 1) / ROUNDS) - round(wanted * turn / ROUNDS)
                 if until:
                     stop_often(run, kind, until, draw, tally)
-        yield list(rows.values())
+                    yield list(rows.values())
 
 
 def main() -> None:
@@ -274,7 +274,8 @@ def main() -> None:
     with workplaces(None, "/dev/shm") as (disk, tmpfs):
         for table in attack(disk, tmpfs, chosen.seed, chosen.kills, chosen.signals):
             output.write_text(json.dumps([asdict(tally) for tally in table], indent=1))
-            show(table)
+            print(f"{sum(tally.stopped for tally in table)} starts stopped", flush=True)
+        show(table)
 
 
 def show(table: list[Tally]) -> None:
@@ -286,7 +287,8 @@ def show(table: list[Tally]) -> None:
     print(f"{'scenario':30} {'signals':16}", *(f"{name:>12}" for name in COUNTS))
     for tally in [*table, total]:
         print(f"{tally.scenario:30} {tally.signals:16}", *(f"{getattr(tally, name):12}" for name in COUNTS))
-        print(*(f"    {problem}" for problem in tally.problems), sep="\n", end="", flush=True)
+        for problem in tally.problems:
+            print(f"    {problem}")
 
 
 if __name__ == "__main__":
