@@ -286,7 +286,7 @@ def compare(run_dirs: list[str], output: str = "compare.html") -> None:
         console.print(_table(rows, number, f"{len(runs)} runs on {name}", labels))
     for name, label in labels.items():
         if label != name:
-            console.print(f"{label}: {name}", markup=False, highlight=False)
+            console.print(shown(f"{label}: {name}"), soft_wrap=True, highlight=False)
     for note in differences(runs):
         console.print(note, style="yellow", markup=False, highlight=False)
     write_text(Path(output), comparison_page(runs))
