@@ -117,8 +117,8 @@ def measure_block(device: torch.device, small: bool) -> None:
                 torch.cuda.synchronize()
             seconds += count * (time.perf_counter() - started)
             weights += count * linear.weight.numel()
-            error = (compressed.weight.detach().float() - linear.weight.float()).square() * moment
-            losses.append(float(error.sum() / (linear.weight.float().square() * moment).sum()))
+            error = (compressed.weight.detach().float() - linear.weight.detach().float()).square() * moment
+            losses.append(float(error.sum() / (linear.weight.detach().float().square() * moment).sum()))
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
         figures = {"method": name, "seconds": seconds, "weights_a_second": weights / seconds, "loss": losses}
         print("figures: " + json.dumps(figures | {"peak_bytes": peak}), flush=True)
