@@ -109,14 +109,16 @@ def measure_block(device: torch.device, small: bool) -> None:
             linear.weight.data = torch.randn(linear.weight.shape, generator=generator).to(torch.bfloat16)
             moment = torch.rand(linear.in_features, generator=generator) + 0.1
             linear, moment = linear.to(device), moment.to(device)
+            # Without correlations, where a method takes those of all pairs of inputs.
+            given = torch.diag(moment) if method.full_second_moment else moment
             started = time.perf_counter()
-            compressed = method.compress(linear, moment)
+            compressed = method.compress(linear, given)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds += count * (time.perf_counter() - started)
             weights += count * linear.weight.numel()
-            error = (compressed.weight.float() - linear.weight.float()).square() * moment
-            losses.append(float(error.sum() / (linear.weight.float().square() * moment).sum()))
+            error = (compressed.weight.detach().float() - linear.weight.detach().float()).square() * moment
+            losses.append(float(error.sum() / (linear.weight.detach().float().square() * moment).sum()))
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
         figures = {"method": name, "seconds": seconds, "weights_a_second": weights / seconds, "loss": losses}
         print("figures: " + json.dumps(figures | {"peak_bytes": peak}), flush=True)

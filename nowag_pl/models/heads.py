@@ -83,7 +83,7 @@ def recompute_activations(model: "PreTrainedModel") -> None:
         raise ValueError(
             f"Expected model.recompute=false, as {type(model).__name__} cannot compute its activations again."
         )
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
 class _Ended(nn.Module):

@@ -28,7 +28,7 @@ def gradients(model, tokens, parts, recompute: bool) -> tuple[float, dict[str, t
     value = chunked_losses(model, last_hidden(model, tokens), parts, loss).mean()
     value.backward()
     trained = {name: each.grad for name, each in model.named_parameters() if each.requires_grad}
-    return float(value), {name: each for name, each in trained.items() if each is not None}
+    return float(value.detach()), {name: each for name, each in trained.items() if each is not None}
 
 
 def main(folder: Path, output: Path) -> None:
