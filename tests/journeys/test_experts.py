@@ -71,7 +71,7 @@ def test_two_processes_give_what_one_gives(strategy, command_line, model_folder,
     folder, reports = model_folder("mixtral"), []
     for name, more in (("one", ()), ("two", two)):
         log = tmp_path / f"{name}.log"
-        finish(start(fit_arguments(workplace, folder, tmp_path / name, *arguments, *more), log), log)
+        finish(start(fit_arguments(workplace, folder, tmp_path / name, *arguments, *more), log), log, timeout=600)
         reports.append(json.loads((tmp_path / name / "report.json").read_text()))
     one, other = reports
     assert one["experts"] == other["experts"]

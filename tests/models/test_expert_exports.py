@@ -17,7 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 pytest_plugins = ["tiny_fixtures"]
 
 TOKENS = random_tokens(1, seq_len=12)
-QUANTIZER = NoWagQuantizer(subvector_dim=2, codebook_size=16)
+QUANTIZER = NoWagQuantizer(subvector_dim=2, codebook_size=16, max_iters=2)
 DEFAULT = ("gpt_oss",)
 
 
