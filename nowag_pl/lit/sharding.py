@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from nowag_pl.files import flush, temporary_name
 from nowag_pl.lit.checkpoint_io import check_folder, digests_of, local_path, read_checkpoint, seal_folder
 from nowag_pl.modules import CompressedLinear
+from nowag_pl.modules.experts import RoutedExperts
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -111,7 +112,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
             _unify_types(module)
             fully_shard(module, mesh=mesh)
     for module in list(model.modules()):
-        if isinstance(module, nn.ModuleList):
+        # Experts are a part of their block.
+        if isinstance(module, nn.ModuleList) and not isinstance(module, RoutedExperts):
             for block in module:
                 fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)

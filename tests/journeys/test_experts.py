@@ -62,6 +62,7 @@ def test_a_family_from_dense_to_finetuned(family, command_line, model_folder, wo
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_give_what_one_gives(strategy, command_line, model_folder, workplace, tmp_path):
     # An expert without tokens in one process has gradients there all the same.
