@@ -105,18 +105,34 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
         model: model with at least one list of blocks.
         mesh: ranks, one-dimensional.
         dtype: type in which everything but compressed linears computes.
+
+    Raises:
+        ValueError: it has experts that are taken apart.
     """
+    check_shardable(model)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in model.modules():
         if isinstance(module, CompressedLinear):
             _unify_types(module)
             fully_shard(module, mesh=mesh)
     for module in list(model.modules()):
-        # Experts are a part of their block.
-        if isinstance(module, nn.ModuleList) and not isinstance(module, RoutedExperts):
+        if isinstance(module, nn.ModuleList):
             for block in module:
                 fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def check_shardable(*modules: nn.Module) -> None:
+    """Refuse experts that are taken apart, whose linears FSDP2 does not gather one by one.
+
+    Args:
+        modules: a model, or its blocks.
+
+    Raises:
+        ValueError: there are any.
+    """
+    if any(isinstance(each, RoutedExperts) for module in modules for each in module.modules()):
+        raise ValueError("Expected a model without experts for trainer.strategy=fsdp2, but got one with experts.")
 
 
 def _unify_types(linear: CompressedLinear) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 Gating = Callable[[Tensor | None, Tensor], Tensor]  # outputs of gate_proj (None without one) and up_proj
@@ -143,30 +142,18 @@ class RoutedExperts(nn.ModuleList):
         return output
 
     def _dispatched(self, chosen: Tensor) -> Iterator[tuple[Expert, Tensor]]:
-        """Yield each expert that is chosen, and the places where it is; every expert while any is trained or sharded.
+        """Yield each expert that is chosen, and the places where it is; every expert while any of them is trained.
 
-        Processes can then average gradients, and gather parameters, of experts that have no tokens in some of them.
+        Processes can then average the gradients of experts that have no tokens in some of them.
         """
         places = chosen.argsort(stable=True)
         counts = chosen.bincount(minlength=len(self)).tolist()
-        needs_all = self._are_trained() or self._are_sharded()
+        are_trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
         start = 0
         for number, count in enumerate(counts):
-            if count or needs_all:
+            if count or are_trained:
                 yield cast(Expert, self[number]), places[start : start + count]
             start += count
-
-    def _are_trained(self) -> bool:
-        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
-
-    def _are_sharded(self) -> bool:
-        """Tell whether any linear gathers its parameters when it is called, so that all processes must call it."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return False
-        # Imported where it is needed, as it takes long.
-        from torch.distributed.tensor import DTensor
-
-        return any(isinstance(parameter, DTensor) for parameter in self.parameters())
 
     def entering(self, hidden_states: Tensor, *_: Tensor) -> Tensor:
         """Return all tokens that enter the experts, whichever they are routed to, `[tokens, hidden]`.
