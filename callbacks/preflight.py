@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from nowag_pl.lit.module import LitCausalLM
 from nowag_pl.lit.phases import is_compressing, trains_end_to_end
+from nowag_pl.lit.sharding import check_shardable
 from nowag_pl.lit.stage import Stage, data_of, module_of
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.needs import (
@@ -66,6 +67,8 @@ class ModelPreflight(Stage):
             if module.plan.compression is not None:
                 module.run.check_rotation()
                 module.run.check_guidance()
+                if module.is_sharded:
+                    check_shardable(*module.run.dense.blocks)
             methods = None if module.plan.compression is None else methods_of(module.run)
             sizes = ModelSizes.of(module.checkpoint, methods)
             data = _choose_batches(trainer, module, sizes, data, holding)

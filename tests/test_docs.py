@@ -19,7 +19,14 @@ from nowag_pl.compressors import Compressor
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FOREIGN = {"CUDA out of memory", "Killed"}  # of PyTorch and of the operating system
-ELSEWHERE = ("meta-llama/", "llama_", "wikitext2_c4", "evaluate", "small_moe")  # what only a hub or a script gives
+ELSEWHERE = (
+    "meta-llama/",
+    "llama_",
+    "wikitext2_c4",
+    "evaluate",
+    "small_moe",
+    "small-moe",
+)  # what only a hub or a script gives
 ENDS_IN_PARSING = {"--help", "--print_config", "--print_completion", "--compression.compressor.help"}
 PLACES = {"<folder or hub id>": "embedded", "<model>": "llama_2_7b", "<method>": "nowag_p_50", "<run>": "mine"}
 SMALL_VALIDATION = ["--data.max_eval_windows=2", "--trainer.accelerator=cpu"]

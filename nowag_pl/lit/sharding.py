@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from nowag_pl.files import flush, temporary_name
 from nowag_pl.lit.checkpoint_io import check_folder, digests_of, local_path, read_checkpoint, seal_folder
 from nowag_pl.modules import CompressedLinear
+from nowag_pl.modules.experts import RoutedExperts
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -101,7 +102,11 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
         model: model with at least one list of blocks, perhaps on the meta device.
         mesh: ranks, one-dimensional.
         dtype: type in which everything but compressed linears computes.
+
+    Raises:
+        ValueError: it has experts that are taken apart.
     """
+    check_shardable(model)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in model.modules():
         if isinstance(module, CompressedLinear):
@@ -113,6 +118,19 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
             for block in module:
                 fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def check_shardable(*modules: nn.Module) -> None:
+    """Refuse experts that are taken apart, whose linears FSDP2 does not gather one by one.
+
+    Args:
+        modules: a model, or its blocks.
+
+    Raises:
+        ValueError: there are any.
+    """
+    if any(isinstance(each, RoutedExperts) for module in modules for each in module.modules()):
+        raise ValueError("Expected a model without experts for trainer.strategy=fsdp2, but got one with experts.")
 
 
 def _unify_types(linear: CompressedLinear) -> None:

@@ -144,7 +144,7 @@ class RoutedExperts(nn.ModuleList):
     def _dispatched(self, chosen: Tensor) -> Iterator[tuple[Expert, Tensor]]:
         """Yield each expert that is chosen, and the places where it is; every expert while any of them is trained.
 
-        Gradients that are zero in place of none let several processes average them.
+        Processes can then average the gradients of experts that have no tokens in some of them.
         """
         places = chosen.argsort(stable=True)
         counts = chosen.bincount(minlength=len(self)).tolist()

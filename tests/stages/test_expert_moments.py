@@ -7,7 +7,7 @@ import torch
 from stage_runs import WINDOWS, calibrated, run_of
 from tiny_models import copy_model, edit_tensors, load_whole
 
-from nowag_pl import NoWagQuantizer
+from nowag_pl import NoWagPruner
 from nowag_pl.models.checkpoint import Checkpoint
 from nowag_pl.models.streaming import StreamedModel
 from nowag_pl.run.layout import MOMENTS
@@ -103,7 +103,7 @@ def unrouted(model_folder, tmp_path_factory):
 
 def test_an_expert_without_tokens_is_named_and_has_the_moments_of_the_block(unrouted, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "nowag_pl"):
-        run = calibrated(unrouted, tmp_path / "run", compressor=NoWagQuantizer(subvector_dim=2, codebook_size=16))
+        run = calibrated(unrouted, tmp_path / "run", compressor=NoWagPruner())
     assert "model.layers.1: no calibration token was routed to mlp.experts.6, mlp.experts.7" in caplog.text
     moments, metadata = run.store.read(MOMENTS, BLOCK)
     assert metadata["tokens_per_expert"]["mlp.experts"][7] == 0
