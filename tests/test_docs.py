@@ -110,6 +110,8 @@ def small(command: list[str]) -> list[str]:
         settings = [*settings, "--data.seq_len=64"]  # the embedded model takes the place of the reader's own
     if any("trainer" in word for word in command):
         settings = [*settings, "--trainer.devices=2"]
+    if any("laconic" in word for word in command):
+        settings = [*settings, "--trainer.limit_train_batches=2"]
     return settings
 
 
@@ -140,6 +142,9 @@ def test_commands_that_need_no_network_and_no_gpu_run_one_after_the_other(page, 
     for name in ("my_text.txt", "held_out.txt"):
         (tmp_path / name).write_text((ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8"), encoding="utf-8")
     write_own_data(tmp_path)
+    if page.name == "length_budget.md":
+        maker = [sys.executable, str(ROOT / "scripts" / "make_arithmetic.py"), "runs/arithmetic"]
+        subprocess.run(maker, cwd=tmp_path, env=subprocess_environment() | {"PYTHONPATH": str(ROOT)}, check=True)
     for command in commands(page):
         if any(part in word for word in command for part in ELSEWHERE):
             continue

@@ -7,7 +7,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from test_resume import kill_when
-from tiny_models import finish, fit_arguments, save_tiny_model, start
+from tiny_models import HARD_TIMEOUT, finish, fit_arguments, save_tiny_model, start
 
 pytest_plugins = ["tiny_fixtures"]
 
@@ -89,7 +89,7 @@ def test_two_ranks_are_one(strategy, arguments, tmp_path):
         "two": ["--trainer.devices=2", f"--trainer.strategy={strategy}", "--data.train_batch_size=2"],
     }.items():
         log = tmp_path / f"{name}.log"
-        finish(start(arguments(name, DENSE, *more), log), log)
+        finish(start(arguments(name, DENSE, *more), log), log, 2 * HARD_TIMEOUT)
     one, two = (weights(tmp_path / name) for name in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=1e-4, rtol=1e-3)
