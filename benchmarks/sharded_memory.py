@@ -27,6 +27,8 @@ from rich.table import Table
 from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks.memory import METHODS, Resident, write_model
+from benchmarks.results import hardware
+from nowag_pl.files import write_json
 from nowag_pl.lit.building import build_sharded
 from nowag_pl.lit.precision import widen
 from nowag_pl.models.checkpoint import Checkpoint
@@ -147,7 +149,7 @@ def main() -> None:
             )
     Console(width=140).print(table)
     if args.json is not None:
-        args.json.write_text(json.dumps({"blocks": args.blocks, "rows": rows}, indent=2) + "\n")
+        write_json(args.json, {"blocks": args.blocks, "hardware": hardware(1), "rows": rows})
 
 
 if __name__ == "__main__":

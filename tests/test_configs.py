@@ -34,7 +34,8 @@ from nowag_pl.stages.sizes import Holding, ModelSizes
 CONFIGS = ROOT / "configs"
 PLUS = {"weighting": "output", "update": "alternating", "refit_scales": True, "damping": 0.03}
 METHODS = {
-    **{f"nowag_trellis_{bits}bit{end}": NoWagTrellis(bits=bits) for bits in (2, 3, 4) for end in ("", "_plus")},
+    **{f"nowag_trellis_{bits}bit_plus": NoWagTrellis(bits=bits) for bits in (3, 4)},
+    "nowag_trellis_2bit_plus": NoWagTrellis(bits=2, state_bits=14),
     "armor_2_4": ArmorCompressor(pattern=(2, 4), block_size=32),
     "armor_2_4_full": ArmorCompressor(
         pattern=(2, 4), block_size=32, max_iters=20000, learning_rate=1e-3, schedule="constant", tolerance=0.0

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from nowag_pl.files import read_sealed_json, write_text
 from nowag_pl.reports.build import REPORT_FILE
+from nowag_pl.reports.templating import render
 from nowag_pl.run.wording import COMPRESSED_PHASES, PHASES, readable, shown
 
 _NEEDED: dict[str, Any] = {
@@ -323,7 +324,6 @@ def comparison_page(runs: Sequence[Run]) -> str:
     """Return the page that compares runs."""
     from nowag_pl.reports.figures.canvas import to_svg  # matplotlib takes a second
     from nowag_pl.reports.figures.curves import scatter_figure
-    from nowag_pl.reports.page import render
 
     rows, texts = comparison_rows(runs), []
     for number, (protocol, name) in enumerate(zip(protocols(runs), column_names(protocols(runs)), strict=True)):

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from math import nan
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from nowag_pl.reports.averages import mean_over_weights
@@ -12,6 +11,7 @@ from nowag_pl.reports.figures.canvas import to_svg
 from nowag_pl.reports.figures.curves import line_figure
 from nowag_pl.reports.figures.linears import by_kind, linears_drawing
 from nowag_pl.reports.policy import policy_section
+from nowag_pl.reports.templating import render
 from nowag_pl.run.wording import BEGINNINGS, PHASES, readable
 
 
@@ -107,15 +107,6 @@ def quality_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
                 }
             )
     return rows
-
-
-def render(template: str, **values: Any) -> str:
-    """Fill in a template; a name that it lacks is an error."""
-    loader = PackageLoader("nowag_pl.reports", "templates")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template(template).render(values)
 
 
 def _by_block(report: Mapping[str, Any]) -> dict[str, list[float]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from nowag_pl.reports.figures.canvas import to_svg
 from nowag_pl.reports.figures.curves import line_figure
+from nowag_pl.reports.templating import render
 
 _FEW = 10  # steps of which a mean is shown
 _TITLES = {
@@ -57,8 +58,6 @@ def policy_page(policy: Mapping[str, Any], title: str) -> str:
         policy: as the objective reports it.
         title: of the page.
     """
-    from nowag_pl.reports.page import render
-
     return render("policy.html", title=title, policy=policy_section(policy))
 
 

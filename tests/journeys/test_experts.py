@@ -24,7 +24,7 @@ def test_a_mixture_is_compressed_and_reported(command_line, model_folder, workpl
     more = (
         "--report.html=true",
         "--inspection.enabled=true",
-        "--inspection.num_windows=1",
+        "--report.damage_windows=1",
         "--calibration.expert_shrinkage=20",
     )
     outcome = command_line(fit_arguments(workplace, folder, tmp_path / "run", *more))

@@ -97,9 +97,9 @@ def test_second_moments_are_gathered_once_and_as_matrices_for_those_that_ask(
 ):
     gathered, init = [], Observed.__init__
 
-    def noting(self, model, block, index, full, weights):
+    def noting(self, model, block, index, full, *more):
         gathered.append(full)
-        init(self, model, block, index, full, weights)
+        init(self, model, block, index, full, *more)
 
     monkeypatch.setattr(Observed, "__init__", noting)
     run = run_of(model_folder(), tmp_path / "run", compressor)
