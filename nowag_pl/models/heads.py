@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from nowag_pl.models.streaming import find_blocks
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -17,7 +19,9 @@ def last_hidden(model: "PreTrainedModel", tokens: Tensor) -> Tensor:
         tokens: `[batch, seq_len]`.
     """
     found: list[Tensor] = []
-    handle = model.base_model.register_forward_hook(lambda _module, _arguments, output: found.append(output[0]))
+    handle = model.get_submodule(_base_name(model)).register_forward_hook(
+        lambda _module, _arguments, output: found.append(output[0])
+    )
     try:
         # As a whole, so that a sharded model gathers its parameters.
         model(input_ids=tokens, use_cache=False, logits_to_keep=1)
@@ -33,13 +37,19 @@ def logits_of(model: "PreTrainedModel", hidden: Tensor) -> Tensor:
         model: a whole model, possibly sharded.
         hidden: some positions of the result of :func:`last_hidden`.
     """
-    base, name = model.base_model, model.base_model_prefix
+    name = _base_name(model)
+    base = model.get_submodule(name)
     tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
     model.set_submodule(name, _Ended(hidden))
     try:
         return model(input_ids=tokens, use_cache=False).logits
     finally:
         model.set_submodule(name, base)
+
+
+def _base_name(model: "PreTrainedModel") -> str:
+    """Return the name of the embeddings and blocks, which is not always the one that a family gives as its prefix."""
+    return find_blocks(model).rpartition(".")[0] if model.base_model is model else model.base_model_prefix
 
 
 class _Ended(nn.Module):
