@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nowag_pl.models.streaming import find_blocks
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -19,7 +21,9 @@ def last_hidden(model: "PreTrainedModel", tokens: Tensor) -> Tensor:
         tokens: `[batch, seq_len]`.
     """
     found: list[Tensor] = []
-    handle = model.base_model.register_forward_hook(lambda _module, _arguments, output: found.append(output[0]))
+    handle = model.get_submodule(_base_name(model)).register_forward_hook(
+        lambda _module, _arguments, output: found.append(output[0])
+    )
     try:
         # As a whole, so that a sharded model gathers its parameters.
         model(input_ids=tokens, use_cache=False, logits_to_keep=1)
@@ -36,7 +40,8 @@ def logits_of(model: "PreTrainedModel", hidden: Tensor, in_training: bool = Fals
         hidden: some positions of the result of :func:`last_hidden`.
         in_training: whether this is a part of a step, in which a sharded model holds its head whole since then.
     """
-    base, name = model.base_model, model.base_model_prefix
+    name = _base_name(model)
+    base = model.get_submodule(name)
     tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
     model.set_submodule(name, _Ended(hidden))
     try:
@@ -84,6 +89,11 @@ def recompute_activations(model: "PreTrainedModel") -> None:
             f"Expected model.recompute=false, as {type(model).__name__} cannot compute its activations again."
         )
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _base_name(model: "PreTrainedModel") -> str:
+    """Return the name of the embeddings and blocks, which is not always the one that a family gives as its prefix."""
+    return find_blocks(model).rpartition(".")[0] if model.base_model is model else model.base_model_prefix
 
 
 class _Ended(nn.Module):

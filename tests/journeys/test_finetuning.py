@@ -381,7 +381,8 @@ def test_stopped_process_goes_on_to_the_same_bytes(point, signum, fit, model_fol
     assert artefacts(run_dir) == artefacts(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_signal_outside_of_training_stops_at_once(signum, fit, model_folder, workplace, tmp_path):
     run_dir, log, stage = tmp_path / "run", tmp_path / "log", "moments/block_001.safetensors"
     arguments = fit_arguments(workplace, model_folder("qwen2", num_blocks=12), run_dir)
