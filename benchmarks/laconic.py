@@ -24,7 +24,7 @@ from benchmarks.results import RESULTS, hardware, keep_rows
 from nowag_pl.data.prompts import PromptSource
 from nowag_pl.data.rewards import ExactNumber
 from nowag_pl.models.checkpoint import Checkpoint
-from nowag_pl.models.format.saving import load_compressed
+from nowag_pl.models.format.saving import is_compressed, load_compressed
 from nowag_pl.models.generation import chat_tokens
 from nowag_pl.models.rollouts import SamplingSettings, sample_answers, stop_tokens, uniform_draws
 
@@ -67,7 +67,7 @@ def trained(folder: Path, model: Path, variant: str, seed: int, budget: bool) ->
 def measured(folder: Path) -> dict[str, float]:
     """Return the share of right answers of a model, and their mean length."""
     checkpoint = Checkpoint(str(folder))
-    model: Any = load_compressed(folder)
+    model: Any = load_compressed(folder) if is_compressed(folder) else checkpoint.load().eval()
     prompts = PromptSource(str(ROOT / "runs" / "arithmetic" / "questions.jsonl")).read()
     samples = [(number, answer) for number in range(len(prompts)) for answer in range(ANSWERS.group_size)]
     tokens = [chat_tokens(checkpoint.tokenizer, prompts[number].messages) for number, _ in samples]
@@ -88,7 +88,7 @@ def compared(folder: Path, variant: str, seed: int) -> dict[str, Any]:
     without = measured(trained(folder, model, variant, seed, budget=False) / "export_finetuned")
     after = measured(run_dir / "export_finetuned")
     report = json.loads((run_dir / ("policy.json" if variant == "dense" else "report.json")).read_text())
-    history = report.get("policy", report)["history"]
+    history = (report if variant == "dense" else report["policy"])["history"]
     lengths = history["mean_length"][-20:]
     return {
         "run": f"{variant}, seed {seed}",
