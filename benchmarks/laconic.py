@@ -129,7 +129,7 @@ def main() -> None:
     for variant in args.variants:
         for seed in args.seeds:
             rows.append(compared(folder, variant, seed))
-            keep_rows(args.results, {**head, "hardware": hardware(1)["cpu"]}, rows, key="run")
+            keep_rows(args.results, {**head, "hardware": hardware(1)}, rows, key="run")
     Console(width=140).print(table(rows, recipe["budget"]["tokens"]))
 
 

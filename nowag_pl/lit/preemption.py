@@ -10,6 +10,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from nowag_pl.run.orphans import end_with_starter
+
 _log = logging.getLogger("nowag_pl")
 
 
@@ -42,6 +44,7 @@ def install() -> None:
 def begin() -> None:
     """Handle SIGTERM and Ctrl-C in a program that has just begun."""
     _Request.received = 0
+    end_with_starter()
     install()
     signal.signal(signal.SIGINT, handle_signal)
     sys.unraisablehook = _unraisable

@@ -86,13 +86,13 @@ def compress_within_budget(budgeted: Budgeted, store: ArtefactStore) -> None:
     Raises:
         ValueError: a linear cannot be compressed; the message names it.
     """
-    if not store.missing(COMPRESSED, len(budgeted.model)):
-        return
-    decision = read_decision(store)
-    if decision is None:
-        decision = _decide(budgeted, store)
-    # One way was moved into the run directory as it was compared, perhaps not all of it.
-    budgeted.compress(decision["selection"], store)
+    if store.missing(COMPRESSED, len(budgeted.model)):
+        decision = read_decision(store)
+        if decision is None:
+            decision = _decide(budgeted, store)
+        # One way was moved into the run directory as it was compared, perhaps not all of it.
+        budgeted.compress(decision["selection"], store)
+    # A process may have been killed after the last block.
     for stage in (CANDIDATES, TRIALS):
         store.remove(stage)
 
