@@ -37,7 +37,7 @@ def build_report(
             "top1_agreement") to evaluation text to value.
         seconds: time of the stages that leave no artefacts.
     """
-    rows = run.statistics()
+    rows, head = run.statistics(), run.head_statistics()
     num_compressed = num_weights(rows)
     num_bytes = sum(row["bytes"] for row in rows)
     peaks = run.peak_memory or {"evaluation": peak_memory_bytes(run.device)}
@@ -52,7 +52,7 @@ def build_report(
         "bits_per_weight": mean_over_weights(rows, "bits_per_weight"),
         "sparsity": mean_over_weights(rows, "sparsity"),
         "budget": run.budget,
-        "head": run.head_statistics(),
+        "head": head,
         "experts": run.expert_statistics(),
         "bytes_on_disk": num_bytes,
         **_quality(metrics),
@@ -65,7 +65,7 @@ def build_report(
             text: {"num_windows": len(tokens), "sha256": tokens_digest(tokens), "bos": run.bos}
             for text, tokens in windows.items()
         },
-        "bytes": _bytes(run, num_compressed, num_bytes),
+        "bytes": _bytes(run, num_compressed, num_bytes, head),
         "settings": json.loads(json.dumps(run.settings)),
         "command": provenance.command(),
         "versions": provenance.versions(),
@@ -93,10 +93,9 @@ def _quality(metrics: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[s
     }
 
 
-def _bytes(run: CompressionRun, num_compressed: int, num_bytes: int) -> dict[str, int]:
+def _bytes(run: CompressionRun, num_compressed: int, num_bytes: int, head: Mapping[str, Any] | None) -> dict[str, int]:
     """Return the sizes of all compressed linears and of the whole model, before and after."""
     itemsize = run.checkpoint.dtype.itemsize
-    head = run.head_statistics()
     dense_head, compressed_head = (0, 0) if head is None else (math.prod(head["shape"]) * itemsize, head["bytes"])
     dense_model = run.num_parameters * itemsize
     return {

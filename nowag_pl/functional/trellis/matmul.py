@@ -5,6 +5,8 @@ result, and Q is multiplied while it is cut from the streams (:mod:`nowag_pl.ker
 :mod:`nowag_pl.kernels.cuda.trellis_matmul`).
 """
 
+from functools import lru_cache
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -68,6 +70,14 @@ def tiles_matmul(
     return outputs[:, :num_out].to(activations.dtype).reshape(*activations.shape[:-1], num_out)
 
 
+@lru_cache
+def _values(code: Code, state_bits: int, device: torch.device) -> Tensor:
+    """Return the number of every state on a device, made once for all linears and tokens."""
+    # It is kept, and so must not be of the mode or on the device that happen to be set when it is first needed.
+    with torch.inference_mode(False), torch.device("cpu"):
+        return code_values(code, state_bits).to(device)
+
+
 def _multiply(tokens: Tensor, packed: Tensor, state_bits: int, code: Code) -> Tensor:
     if tokens.device.type == "cpu":
         from nowag_pl.kernels.cpu.trellis_matmul import multiply
@@ -75,5 +85,5 @@ def _multiply(tokens: Tensor, packed: Tensor, state_bits: int, code: Code) -> Te
         return multiply(tokens, packed, state_bits)
     from nowag_pl.kernels.cuda.trellis_matmul import multiply as multiply_on_cuda
 
-    values = code_values(code, state_bits).to(tokens.device)
+    values = _values(code, state_bits, tokens.device)
     return multiply_on_cuda(tokens, packed, values, packed.shape[2] // TILE, code == "mul1")
